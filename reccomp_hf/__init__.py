@@ -1,0 +1,33 @@
+"""Token recovery for LLaVA in transformers: read a tenth of the visual tokens, answer as before.
+
+Importing this package registers its model types with transformers' Auto classes; nothing is patched.
+"""
+
+from . import compat
+from .configuration_reccomp import LlavaRecCompConfig, TokenRecoveryConfig
+from .convert import convert
+from .modeling_llava_reccomp import LlavaRecCompForConditionalGeneration, LlavaRecCompModel
+from .outliers import local_outlier_factor
+from .processing_reccomp import LlavaRecCompProcessor
+from .recovery import TokenRecoveryOutput, recover_tokens
+from .registration import register
+
+__version__ = "0.1.0"
+
+AutoModelForVision2Seq = compat.auto_model_for_vision2seq()
+
+register()
+
+__all__ = [
+    "AutoModelForVision2Seq",
+    "LlavaRecCompConfig",
+    "LlavaRecCompForConditionalGeneration",
+    "LlavaRecCompModel",
+    "LlavaRecCompProcessor",
+    "TokenRecoveryConfig",
+    "TokenRecoveryOutput",
+    "convert",
+    "local_outlier_factor",
+    "recover_tokens",
+    "register",
+]

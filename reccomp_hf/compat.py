@@ -1,0 +1,83 @@
+"""What differs between transformers 4.57 and 5.x, and nothing else; no other file asks for versions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+
+IS_V5 = Version(transformers.__version__) >= Version("5.0.0.dev0")
+
+
+def clip_vision_model(tower: nn.Module) -> Any:
+    """The module of a CLIP vision tower that holds `encoder` and `post_layernorm`."""
+    return getattr(tower, "vision_model", tower)
+
+
+def register_key_renames(class_name: str, model_type: str) -> None:
+    """Give a class the checkpoint renames of the stock class it extends.
+
+    On 5.x renames skip classes defined outside transformers, and a stock checkpoint would load with a random
+    `lm_head`. On 4.57 they are inherited as a class attribute.
+    """
+    if not IS_V5:
+        return
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+
+    # The package and a remote copy of it may both run this; they register the same mapping.
+    mapping = get_checkpoint_conversion_mapping(model_type)
+    register_checkpoint_conversion_mapping(class_name, mapping, overwrite=True)
+
+
+def rename_vision_key(key: str) -> str:
+    """On 4.57, give a CLIP tower's key the `vision_model.` that 5.x does not write."""
+    for prefix in ("vision_tower.", "model.vision_tower."):
+        if not IS_V5 and key.startswith(prefix) and not key.startswith(f"{prefix}vision_model."):
+            return f"{prefix}vision_model.{key.removeprefix(prefix)}"
+    return key
+
+
+def default_max_length() -> int | None:
+    """The `max_length` that a generation config has when nobody set one."""
+    return transformers.GenerationConfig().max_length
+
+
+def extended_positions(position_ids: Tensor, length: int) -> Tensor:
+    """Positions of a prompt continued by one per generated token: (R, L) -> (R, length).
+
+    5.x extends `position_ids` itself while it generates; 4.57 would repeat the last position for ever.
+    """
+    missing = length - position_ids.shape[1]
+    if missing <= 0:
+        return position_ids
+    steps = position_ids.new_ones((position_ids.shape[0], missing)).cumsum(-1)
+    return nn.functional.pad(position_ids, (0, missing)).slice_scatter(
+        position_ids[:, -1:] + steps, dim=1, start=position_ids.shape[1]
+    )
+
+
+def auto_model_for_vision2seq() -> Any:
+    """`AutoModelForVision2Seq`, or what took its place on 5.x."""
+    return auto_class("AutoModelForVision2Seq") or transformers.AutoModelForImageTextToText
+
+
+def auto_class(name: str) -> Any:
+    """An Auto class, or `None` where this transformers does not have it."""
+    return getattr(transformers, name, None)
+
+
+__all__ = [
+    "IS_V5",
+    "auto_class",
+    "auto_model_for_vision2seq",
+    "clip_vision_model",
+    "default_max_length",
+    "extended_positions",
+    "register_key_renames",
+    "rename_vision_key",
+]

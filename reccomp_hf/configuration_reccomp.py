@@ -1,0 +1,246 @@
+"""Configuration: the validated `token_recovery` section and the model configs that carry it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import LlavaConfig, PretrainedConfig
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The paper's method with this package's reading of it; the count of tokens adapts to the picture.
+    "paper": {},
+    # The computation of the paper's released code, for reproduction.
+    "authors": {"method": "authors"},
+    # A fixed budget with the settings that measured best on the demo models.
+    "balanced": {
+        "budget": 64,
+        "text_relevance": "value",
+        "visual_layer": -2,
+        "coverage_share": 0.25,
+        "merged_tokens": 0,
+        "position_ids": "original",
+    },
+}
+
+CHOICES = {
+    "text_relevance": ("last", "penultimate", "value"),
+    "text_relevance_sign": (1, -1),
+    "visual_heads": ("joint", "mean"),
+    "position_ids": ("compact", "original"),
+}
+
+
+@dataclasses.dataclass(init=False)
+class TokenRecoveryConfig:
+    """The `token_recovery` section of config.json: everything that decides which visual tokens a model reads.
+
+    Args:
+        version: Layout of the section; 1.
+        enabled: `False` gives bit for bit the stock model.
+        method: Name of a registered method: `"recoverable"` (the paper's method) or `"authors"` (its released code).
+        budget: `None` lets the number of tokens adapt to the picture; an `int` is the exact number of tokens of an
+            image; a `float` in (0, 1] is the share of the image's patches.
+        text_share: Share in [0, 1] of the kept tokens of a fixed budget that the question chooses.
+        merged_tokens: How many tokens of a fixed budget are merged ones (cluster means of what was not kept).
+        coverage_share: Share in [0, 1] of the kept tokens of a fixed budget that are spread evenly over the image.
+        outlier_neighbors: Neighbours of the local outlier factor in the visual and text stage.
+        merge_neighbors: Neighbours of the local outlier factor that chooses cluster centres.
+        outlier_threshold: A local outlier factor above this is an outlier (scikit-learn's `"auto"` is 1.5).
+        text_relevance: CLIP patch embeddings compared with the question: `"last"` (last block's output, the paper),
+            `"penultimate"` (post_layernorm of the last block's input), `"value"` (the last block's value path).
+        text_relevance_sign: 1, or -1 where a CLIP's dense similarity points the wrong way round.
+        visual_layer: Block whose class query and keys give the saliency, counted from the end; -1 is the last.
+        visual_heads: `"joint"` (one head as wide as the model) or `"mean"` (softmax per head, averaged).
+        position_ids: `"compact"` renumbers the shortened sequence, `"original"` keeps every token's own place.
+        text_encoder_config: A `clip_text_model` config as a dict, or `None` for a model without text recovery.
+
+    Raises:
+        ValueError: An unknown field, a wrong type or an impossible combination.
+    """
+
+    version: int = 1
+    enabled: bool = True
+    method: str = "recoverable"
+    budget: int | float | None = None
+    text_share: float = 0.5
+    merged_tokens: int = 8
+    coverage_share: float = 0.0
+    outlier_neighbors: int = 20
+    merge_neighbors: int = 10
+    outlier_threshold: float = 1.5
+    text_relevance: str = "last"
+    text_relevance_sign: int = 1
+    visual_layer: int = -1
+    visual_heads: str = "joint"
+    position_ids: str = "compact"
+    text_encoder_config: dict[str, Any] | None = None
+
+    def __init__(self, **fields: Any) -> None:
+        """Set the given fields, take the defaults for the others, and validate."""
+        _refuse_unknown(fields, [field.name for field in dataclasses.fields(self)])
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, fields.get(field.name, field.default))
+        if isinstance(self.text_encoder_config, PretrainedConfig):
+            self.text_encoder_config = self.text_encoder_config.to_dict()
+        self.validate()
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> TokenRecoveryConfig:
+        """Build the preset `"paper"`, `"authors"` or `"balanced"`, with single fields overridden.
+
+        Raises:
+            ValueError: An unknown preset or field.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"Unknown preset {name!r}; choose one of {', '.join(map(repr, PRESETS))}.")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @classmethod
+    def from_value(cls, value: TokenRecoveryConfig | Mapping[str, Any] | None) -> TokenRecoveryConfig:
+        """Read a section: an instance as it is, a mapping of fields, or `None` for the defaults."""
+        if isinstance(value, cls):
+            return value
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"token_recovery must be a mapping of fields or None, got {type(value).__name__}.")
+        return cls(**(value or {}))
+
+    def replace(self, overrides: TokenRecoveryConfig | Mapping[str, Any] | None) -> TokenRecoveryConfig:
+        """A copy with the given fields overridden, validated; an instance replaces all fields."""
+        if overrides is None or isinstance(overrides, TokenRecoveryConfig):
+            return self if overrides is None else overrides
+        if not isinstance(overrides, Mapping):
+            raise ValueError(f"token_recovery must be a mapping of fields, got {type(overrides).__name__}.")
+        return type(self)(**{**self.to_dict(), **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values; validates, so that nothing impossible is ever written."""
+        self.validate()
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+    def validate(self) -> None:
+        """Check every field and their combination.
+
+        Raises:
+            ValueError: What is wrong, what was received, and what to write instead.
+        """
+        if self.version != 1 or isinstance(self.version, bool):
+            raise ValueError(
+                f"token_recovery.version must be 1, got {self.version!r}; a newer section needs a newer reccomp_hf."
+            )
+        _require(isinstance(self.enabled, bool), "enabled", "true or false", self.enabled)
+        _require(isinstance(self.method, str) and self.method != "", "method", "a method's name", self.method)
+        _require(_is_budget(self.budget), "budget", "null, an int >= 1 or a float in (0, 1]", self.budget)
+        for name in ("text_share", "coverage_share"):
+            value = getattr(self, name)
+            _require(_is_number(value) and 0 <= value <= 1, name, "a number in [0, 1]", value)
+        for name, least in (("merged_tokens", 0), ("outlier_neighbors", 1), ("merge_neighbors", 1)):
+            value = getattr(self, name)
+            _require(_is_int(value) and value >= least, name, f"an int >= {least}", value)
+        threshold = self.outlier_threshold
+        _require(_is_number(threshold) and threshold > 0, "outlier_threshold", "a number > 0", threshold)
+        _require(_is_int(self.visual_layer) and self.visual_layer < 0, "visual_layer", "an int < 0", self.visual_layer)
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            fits = not isinstance(value, bool) and value in allowed
+            _require(fits, name, " or ".join(map(repr, allowed)), value)
+        self._validate_text_encoder()
+        self._validate_combination()
+
+    def _validate_text_encoder(self) -> None:
+        encoder = self.text_encoder_config
+        if encoder is None:
+            return
+        _require(isinstance(encoder, Mapping), "text_encoder_config", "null or a CLIP text config", encoder)
+        model_type = encoder.get("model_type")
+        if model_type != "clip_text_model":
+            raise ValueError(
+                f"token_recovery.text_encoder_config must be of model_type 'clip_text_model', got {model_type!r}; "
+                "only CLIP text encoders match a CLIP vision tower."
+            )
+
+    def _validate_combination(self) -> None:
+        if self.method != "authors":
+            return
+        for name, needed in (("budget", None), ("position_ids", "compact")):
+            if getattr(self, name) != needed:
+                raise ValueError(
+                    f"method 'authors' reproduces the released code and needs {name}={needed!r}, got "
+                    f"{getattr(self, name)!r}; use method 'recoverable' for it."
+                )
+
+
+class _RecCompConfigMixin:
+    """The `token_recovery` section of a model config: read, validated on assignment, written back."""
+
+    token_recovery: TokenRecoveryConfig
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assigning a mapping to `token_recovery` overrides single fields of the section that is there."""
+        if name == "token_recovery":
+            present = self.__dict__.get("token_recovery")
+            value = TokenRecoveryConfig.from_value(value) if present is None else present.replace(value)
+        super().__setattr__(name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stock dictionary with the section as plain JSON values."""
+        output = super().to_dict()  # type: ignore[misc]
+        output["token_recovery"] = self.token_recovery.to_dict()
+        return output
+
+
+class LlavaRecCompConfig(_RecCompConfigMixin, LlavaConfig):
+    """`LlavaConfig` with a `token_recovery` section.
+
+    Args:
+        vision_config: As in `LlavaConfig`; a CLIP vision tower.
+        text_config: As in `LlavaConfig`.
+        token_recovery: A [`TokenRecoveryConfig`], its fields as a mapping, or `None` for the preset `"paper"`.
+        **kwargs: Everything else that `LlavaConfig` takes.
+    """
+
+    model_type = "llava_reccomp"
+
+    def __init__(
+        self,
+        vision_config: Any = None,
+        text_config: Any = None,
+        token_recovery: TokenRecoveryConfig | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Build the stock config and validate the section."""
+        self.token_recovery = TokenRecoveryConfig.from_value(token_recovery)
+        super().__init__(vision_config=vision_config, text_config=text_config, **kwargs)
+
+
+def _refuse_unknown(fields: Mapping[str, Any], known: list[str]) -> None:
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known fields are {', '.join(known)}."
+            raise ValueError(f"Unknown token_recovery field {name!r}; {hint}")
+
+
+def _require(fits: bool, name: str, needed: str, received: Any) -> None:
+    if not fits:
+        raise ValueError(f"token_recovery.{name} must be {needed}, got {received!r}.")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_budget(value: Any) -> bool:
+    if value is None:
+        return True
+    return value >= 1 if _is_int(value) else isinstance(value, float) and 0 < value <= 1
+
+
+__all__ = ["LlavaRecCompConfig", "TokenRecoveryConfig"]

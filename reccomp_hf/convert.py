@@ -1,0 +1,184 @@
+"""From a stock LLaVA and the CLIP that its vision tower came from to a checkpoint of ours. Nothing is trained."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from torch import nn
+from transformers import AutoProcessor, AutoTokenizer, CLIPModel, LlavaForConditionalGeneration, PreTrainedModel
+
+from .configuration_reccomp import LlavaRecCompConfig, TokenRecoveryConfig
+from .modeling_llava_reccomp import LlavaRecCompForConditionalGeneration
+from .processing_reccomp import LlavaRecCompProcessor
+
+Source: TypeAlias = str | os.PathLike[str] | PreTrainedModel
+
+
+def convert(
+    llava: Source,
+    clip: Source | None,
+    output: str | os.PathLike[str],
+    preset: str = "paper",
+    *,
+    processor: Any = None,
+    clip_tokenizer: Any = None,
+    **overrides: Any,
+) -> Path:
+    """Write a folder that `AutoModelForImageTextToText` and `AutoProcessor` load as a compressed LLaVA.
+
+    Args:
+        llava: A stock LLaVA-1.5: a folder, a Hub id or a loaded `LlavaForConditionalGeneration`.
+        clip: The CLIP whose vision tower LLaVA uses: a folder, a Hub id or a loaded `CLIPModel`. `None` makes a
+            visual-only checkpoint.
+        output: Folder to write; it must not exist, or be empty.
+        preset: Name of a preset, see [`TokenRecoveryConfig.from_preset`].
+        processor: LLaVA's processor; by default it is loaded from where `llava` came from.
+        clip_tokenizer: CLIP's tokenizer; by default it is loaded from where `clip` came from.
+        **overrides: Fields of the `token_recovery` section.
+
+    Returns:
+        The folder. It appears whole or not at all. Weights keep their dtype.
+
+    Raises:
+        ValueError: A CLIP or a LLaVA that does not fit, an unknown field, no processor to be found.
+        FileExistsError: The output folder holds something.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists and is not an empty folder; name a new one or remove it.")
+    section = TokenRecoveryConfig.from_preset(preset, **overrides)
+    stock = _load(llava, LlavaForConditionalGeneration, "llava")
+    clip_model = None if clip is None else _load(clip, CLIPModel, "clip")
+    if clip_model is not None:
+        check_clip(stock.config.vision_config, clip_model.config)
+        section = section.replace({"text_encoder_config": text_encoder_config(clip_model.config)})
+    processor = processor or AutoProcessor.from_pretrained(_origin(llava, "llava", "processor"))
+    if clip is not None:
+        clip_tokenizer = clip_tokenizer or AutoTokenizer.from_pretrained(_origin(clip, "clip", "clip_tokenizer"))
+    model = build_model(stock, clip_model, section)
+    _publish(output, model, build_processor(processor, clip_tokenizer, section))
+    return output
+
+
+def build_model(
+    stock: LlavaForConditionalGeneration, clip: CLIPModel | None, section: TokenRecoveryConfig
+) -> LlavaRecCompForConditionalGeneration:
+    """A compressed model that shares the stock model's weights; every weight is accounted for.
+
+    Raises:
+        RuntimeError: A weight of the new model that neither source has, or the other way round.
+    """
+    fields = stock.config.to_dict()
+    for name in ("model_type", "architectures", "transformers_version"):
+        fields.pop(name, None)
+    config = LlavaRecCompConfig(token_recovery=section, **fields)
+    model = LlavaRecCompForConditionalGeneration(config)
+    weights = dict(stock.state_dict())
+    if clip is not None:
+        weights |= {f"token_recovery.{name}": value for name, value in _text_weights(clip).items()}
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.requires_grad_(False)
+    model.generation_config = stock.generation_config
+    return model.eval()
+
+
+def build_processor(stock: Any, clip_tokenizer: Any, section: TokenRecoveryConfig) -> LlavaRecCompProcessor:
+    """The stock processor with the question's tokenizer."""
+    encoder = section.text_encoder_config
+    return LlavaRecCompProcessor(
+        image_processor=stock.image_processor,
+        tokenizer=stock.tokenizer,
+        patch_size=stock.patch_size,
+        vision_feature_select_strategy=stock.vision_feature_select_strategy,
+        chat_template=stock.chat_template,
+        image_token=stock.image_token,
+        num_additional_image_tokens=stock.num_additional_image_tokens,
+        recovery_tokenizer=clip_tokenizer,
+        recovery_max_length=None if encoder is None else encoder["max_position_embeddings"],
+    )
+
+
+def check_clip(vision: Any, clip: Any) -> None:
+    """Refuse a CLIP whose vision tower cannot be the one that LLaVA uses.
+
+    Raises:
+        ValueError: Another width, patch size, image size or number of blocks.
+    """
+    for name in ("hidden_size", "patch_size", "image_size", "num_hidden_layers"):
+        ours, theirs = getattr(vision, name), getattr(clip.vision_config, name)
+        if ours != theirs:
+            raise ValueError(
+                f"The CLIP does not fit LLaVA's vision tower: {name} is {theirs} in the CLIP and {ours} in LLaVA. "
+                "Use the CLIP that the tower came from (for LLaVA-1.5 openai/clip-vit-large-patch14-336)."
+            )
+
+
+def text_encoder_config(clip: Any) -> dict[str, Any]:
+    """The text encoder's config, with the projection width that CLIP keeps at its top level."""
+    config = clip.text_config.to_diff_dict()
+    config["projection_dim"] = clip.projection_dim
+    config["model_type"] = "clip_text_model"
+    for name in ("dtype", "torch_dtype", "transformers_version"):
+        config.pop(name, None)
+    return config
+
+
+def _text_weights(clip: CLIPModel) -> dict[str, Any]:
+    """CLIP's text side under the names of `CLIPTextModelWithProjection`, and the visual projection."""
+    modules: dict[str, nn.Module] = {
+        "text_encoder.text_model": clip.text_model,
+        "text_encoder.text_projection": clip.text_projection,
+        "visual_projection": clip.visual_projection,
+    }
+    return {
+        f"{prefix}.{name}": value for prefix, module in modules.items() for name, value in module.state_dict().items()
+    }
+
+
+def _load(source: Source, model_class: Any, argument: str) -> Any:
+    if isinstance(source, PreTrainedModel):
+        model = source
+        if not isinstance(model, model_class):
+            raise ValueError(f"{argument} must be a {model_class.__name__}, got {type(model).__name__}.")
+        return model
+    model, info = model_class.from_pretrained(source, dtype="auto", output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{source} is no complete {model_class.__name__}: {len(info['missing_keys'])} weights are missing, "
+            f"{', '.join(sorted(info['missing_keys'])[:3])} among them."
+        )
+    return model
+
+
+def _origin(source: Source, argument: str, wanted: str) -> str:
+    """Where a source's processor or tokenizer can be loaded from."""
+    origin = source.name_or_path if isinstance(source, PreTrainedModel) else os.fspath(source)
+    if not origin:
+        raise ValueError(
+            f"{argument} is a model that was not loaded from a folder, so there is no processor to take along: "
+            f"pass {wanted}=."
+        )
+    return origin
+
+
+def _publish(output: Path, model: PreTrainedModel, processor: LlavaRecCompProcessor) -> None:
+    """Write beside the output folder, then move into place."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        model.save_pretrained(staging)
+        processor.save_pretrained(staging)
+        staging.chmod(0o755)
+        if output.exists():
+            output.rmdir()
+        staging.rename(output)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+__all__ = ["convert"]

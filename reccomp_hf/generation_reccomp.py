@@ -1,0 +1,140 @@
+"""Generation on a shortened prompt that looks like generation on the prompt as it was passed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from . import compat, splicing
+from .modeling_reccomp import RecCompMixin, cache_length
+
+
+class RecCompGenerationMixin(RecCompMixin):
+    """Token recovery for a stock LLaVA class that generates."""
+
+    generation_config: Any
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        *,
+        token_recovery: Mapping[str, Any] | None = None,
+        recovery_input_ids: Tensor | None = None,
+        recovery_attention_mask: Tensor | None = None,
+        streamer: BaseStreamer | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the stock method; pictures are compressed once, before the prefill.
+
+        Args:
+            inputs: (R, L) prompt ids, as `input_ids`.
+            generation_config: As in the stock method; `max_length` counts the prompt as it was passed.
+            token_recovery: Fields of the config section to override for this call.
+            recovery_input_ids: (R, W, T) int64, the questions as the text encoder's tokens.
+            recovery_attention_mask: (R, W, T), 0 for padding.
+            streamer: As in the stock method; it is given the prompt as it was passed.
+            **kwargs: Everything else that the stock method takes.
+
+        Returns:
+            As the stock method: the prompt ids as they were passed, with the new ones behind.
+
+        Raises:
+            ValueError: Inputs that do not fit, or an assistant model.
+        """
+        section = self._section(token_recovery)
+        stock = super().generate  # type: ignore[misc]
+        prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if section.enabled:
+            self._check_generation(prompt, kwargs)
+        if not section.enabled:
+            kwargs["token_recovery"] = {"enabled": False}  # for the prefill's forward
+        if kwargs.get("pixel_values") is None or not section.enabled:
+            return stock(inputs=prompt, generation_config=generation_config, streamer=streamer, **kwargs)
+        vision = [kwargs.pop(name, None) for name in ("vision_feature_layer", "vision_feature_select_strategy")]
+        if section.position_ids == "original" and kwargs.get("position_ids") is None:
+            mask = kwargs.get("attention_mask")
+            kwargs["position_ids"] = splicing.counted_positions(torch.ones_like(prompt) if mask is None else mask)
+        shortened, record, _ = self._compress(
+            {"input_ids": prompt, **kwargs}, recovery_input_ids, recovery_attention_mask, section, *vision
+        )
+        width = shortened["input_ids"].shape[1]
+        shortened |= self._uncut_lengths(generation_config, kwargs, prompt.shape[1] - width)
+        streamer = None if streamer is None else _PromptStreamer(streamer, prompt)
+        output = stock(generation_config=generation_config, streamer=streamer, **shortened)
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        full = prompt.repeat_interleave(sequences.shape[0] // prompt.shape[0], dim=0).to(sequences.device)
+        full = torch.cat([full, sequences[:, width:]], dim=1)
+        if isinstance(output, Tensor):
+            return full
+        output.sequences, output.visual_token_counts = full, record.counts
+        return output
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The stock inputs of a step, with positions that continue the prompt's own.
+
+        `inputs_embeds` is named because the stock `generate` looks for it in the signature.
+        """
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = compat.extended_positions(kwargs["position_ids"], input_ids.shape[1])
+        if kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None:
+            # Without a mask and a cache, 5.x takes gaps in the positions for packed sequences.
+            kwargs["attention_mask"] = torch.ones_like(input_ids)
+        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
+
+    def _check_generation(self, prompt: Tensor | None, kwargs: Mapping[str, Any]) -> None:
+        if kwargs.get("assistant_model") is not None and kwargs.get("pixel_values") is not None:
+            raise ValueError(
+                "Assisted generation with an assistant_model does not work on a compressed prompt: the assistant "
+                "would read other tokens. Use prompt_lookup_num_tokens=, or token_recovery={'enabled': False}."
+            )
+        continues = kwargs.get("pixel_values") is None and cache_length(kwargs.get("past_key_values")) > 0
+        if continues and prompt is not None and bool((prompt == self.config.image_token_id).any()):
+            raise ValueError(
+                "input_ids hold image placeholders, but past_key_values is not empty: the cache holds the "
+                "shortened prompt, so full-length input_ids do not fit it. Pass only the new turn's ids."
+            )
+
+    def _uncut_lengths(self, generation_config: Any, kwargs: Mapping[str, Any], cut: int) -> dict[str, int]:
+        """`max_length` and `min_length` of the shortened prompt, where somebody set them for the uncut one."""
+
+        def setting(name: str, default: Any) -> Any:
+            for value in (kwargs.get(name), getattr(generation_config, name, None)):
+                if value is not None and value != default:
+                    return value
+            return getattr(self.generation_config, name, None)
+
+        lengths = {}
+        longest, shortest = setting("max_length", compat.default_max_length()), setting("min_length", 0)
+        if setting("max_new_tokens", None) is None and longest not in (None, compat.default_max_length()):
+            lengths["max_length"] = longest - cut
+        if setting("min_new_tokens", None) is None and shortest:
+            lengths["min_length"] = max(shortest - cut, 0)
+        return lengths
+
+
+class _PromptStreamer(BaseStreamer):
+    """Shows a streamer the prompt as it was passed, not the shortened one."""
+
+    def __init__(self, streamer: BaseStreamer, prompt: Tensor) -> None:
+        self.streamer, self.prompt = streamer, prompt
+        self.prompt_shown = False
+
+    def put(self, value: Tensor) -> None:
+        self.streamer.put(value if self.prompt_shown else self.prompt.cpu())
+        self.prompt_shown = True
+
+    def end(self) -> None:
+        self.streamer.end()
+
+
+__all__ = ["RecCompGenerationMixin"]

@@ -1,0 +1,36 @@
+"""Making transformers' Auto classes know our model types; nothing of transformers is changed."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from . import compat
+from .configuration_reccomp import LlavaRecCompConfig
+from .modeling_llava_reccomp import LlavaRecCompForConditionalGeneration, LlavaRecCompModel
+from .processing_reccomp import LlavaRecCompProcessor
+
+HEAD_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForMultimodalLM")
+MODELS: tuple[tuple[type, type, type, type], ...] = (
+    (LlavaRecCompConfig, LlavaRecCompForConditionalGeneration, LlavaRecCompModel, LlavaRecCompProcessor),
+)
+
+
+def register() -> None:
+    """Register configs, models and processors; a second call does nothing.
+
+    Raises:
+        ValueError: The model type is taken by another class.
+    """
+    for config, head_model, base_model, processor in MODELS:
+        model_type = config.model_type  # type: ignore[attr-defined]
+        if model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] is config:
+            continue
+        AutoConfig.register(model_type, config)  # raises where the model type is taken
+        AutoModel.register(config, base_model, exist_ok=True)
+        AutoProcessor.register(config, processor, exist_ok=True)
+        for auto in filter(None, map(compat.auto_class, HEAD_CLASSES)):
+            auto.register(config, head_model, exist_ok=True)
+
+
+__all__ = ["register"]

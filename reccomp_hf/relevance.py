@@ -1,0 +1,97 @@
+"""Saliency and text relevance of patches, out of CLIP's own modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+
+def class_saliency(class_query: Tensor, keys: Tensor, num_heads: int, heads: str, valid: Tensor) -> Tensor:
+    """Attention of the class token to every patch.
+
+    The softmax runs over the class token and the valid patches; the class token's own share is dropped afterwards.
+
+    Args:
+        class_query: (B, C).
+        keys: (B, N + 1, C), class token first.
+        num_heads: H, read when `heads` is `"mean"`.
+        heads: `"joint"`: one head of width C, as in the paper's code. `"mean"`: a softmax per head, averaged.
+        valid: (B, N) bool.
+
+    Returns:
+        (B, N) float32, higher means more salient; 0 where not valid.
+    """
+    groups = num_heads if heads == "mean" else 1
+    batch, length, width = keys.shape
+    query = class_query.float().reshape(batch, groups, 1, width // groups)
+    split = keys.float().reshape(batch, length, groups, width // groups).transpose(1, 2)  # (B, H, N + 1, C / H)
+    logits = (query @ split.transpose(-1, -2)).squeeze(2) / (width // groups) ** 0.5  # (B, H, N + 1)
+    exists = torch.cat([torch.ones_like(valid[:, :1]), valid], dim=1).unsqueeze(1)
+    attention = logits.masked_fill(~exists, -torch.inf).softmax(-1)
+    return attention.mean(1)[:, 1:]
+
+
+def class_query_and_keys(block: Any, states: Tensor) -> tuple[Tensor, Tensor]:
+    """The class token's query and all keys of a CLIP block, from its own modules.
+
+    Calling the modules keeps quantised and LoRA-wrapped projections at work, and needs no attention weights, so it
+    is the same under eager, sdpa and flash attention.
+
+    Args:
+        block: A CLIP encoder layer.
+        states: (B, N + 1, C), the block's input.
+
+    Returns:
+        (B, C) query and (B, N + 1, C) keys, unscaled.
+    """
+    normed = block.layer_norm1(states)
+    return block.self_attn.q_proj(normed[:, :1]).squeeze(1), block.self_attn.k_proj(normed)
+
+
+def patch_embeddings(
+    kind: str, before: Tensor, after: Tensor, block: Any, post_layernorm: nn.Module, projection: nn.Module
+) -> Tensor:
+    """Patches in CLIP's joint space.
+
+    Args:
+        kind: `"last"`: the last block's output as it is (the paper's code). `"penultimate"`: post_layernorm of the
+            last block's input. `"value"`: post_layernorm of the last block's value path alone (MaskCLIP, Zhou et
+            al., ECCV 2022), which needs no attention between patches.
+        before: (B, N + 1, C), input of the last block.
+        after: (B, N + 1, C), output of the last block.
+        block: The last block.
+        post_layernorm: The tower's final norm.
+        projection: CLIP's visual projection.
+
+    Returns:
+        (B, N, P), class token dropped.
+    """
+    if kind == "last":
+        return projection(after[:, 1:])
+    if kind == "value":
+        before = block.self_attn.out_proj(block.self_attn.v_proj(block.layer_norm1(before[:, 1:])))
+    else:
+        before = before[:, 1:]
+    return projection(post_layernorm(before))
+
+
+def text_similarity(patches: Tensor, text: Tensor, windows: Tensor, sign: int) -> Tensor:
+    """Cosine similarity of patches and question; of several windows of a long question the best one counts.
+
+    Args:
+        patches: (B, N, P) patch embeddings.
+        text: (B, W, P) embeddings of the question's windows.
+        windows: (B, W) bool, windows that hold text.
+        sign: 1 or -1.
+
+    Returns:
+        (B, N) float32, higher means more relevant; -inf for an image without text.
+    """
+    cosine = normalize(patches.float(), dim=-1) @ normalize(text.float(), dim=-1).transpose(1, 2)  # (B, N, W)
+    return (sign * cosine).masked_fill(~windows.unsqueeze(1), -torch.inf).amax(-1)
+
+
+__all__ = ["class_query_and_keys", "class_saliency", "patch_embeddings", "text_similarity"]

@@ -1,0 +1,185 @@
+"""Cutting a batch of prompts down to the tokens that are kept: ids, masks, labels, positions.
+
+Everything runs on the device; the few numbers that shapes depend on are stacked into one tensor, so that a prefill
+reads the device once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass
+class PlaceholderMap:
+    """Where the placeholders of every image stand. R rows of L tokens, I images.
+
+    Args:
+        is_placeholder: (R, L) bool.
+        image: (R, L) int64, the image whose placeholder a slot is (any valid index elsewhere).
+        offset: (R, L) int64, which of its image's placeholders a slot is.
+        row: (I,) int64, the row an image stands in.
+        per_row: (R,) int64, placeholders of each row.
+    """
+
+    is_placeholder: Tensor
+    image: Tensor
+    offset: Tensor
+    row: Tensor
+    per_row: Tensor
+
+
+def map_placeholders(is_placeholder: Tensor, lengths: Tensor) -> PlaceholderMap:
+    """Assign placeholders to images in reading order.
+
+    Args:
+        is_placeholder: (R, L) bool.
+        lengths: (I,) int64, placeholders that each image has, I > 0.
+
+    Returns:
+        A [`PlaceholderMap`]; meaningful once `check_placeholders` found that the counts fit.
+    """
+    ends = lengths.cumsum(0)
+    ordinal = is_placeholder.flatten().cumsum(0).view_as(is_placeholder) - 1
+    ordinal = ordinal.clamp(min=0)
+    last = lengths.shape[0] - 1
+    image = torch.searchsorted(ends, ordinal, right=True).clamp(max=last)
+    per_row = is_placeholder.sum(-1)
+    row = torch.searchsorted(per_row.cumsum(0), ends - lengths, right=True).clamp(max=per_row.shape[0] - 1)
+    return PlaceholderMap(is_placeholder, image, ordinal - (ends - lengths)[image], row, per_row)
+
+
+def check_placeholders(per_row: list[int], lengths: list[int]) -> None:
+    """Refuse prompts whose placeholders and images do not fit.
+
+    Args:
+        per_row: Placeholders of each row.
+        lengths: Placeholders that each image needs.
+
+    Raises:
+        ValueError: Other totals, or a row that holds a part of an image.
+    """
+    if sum(per_row) != sum(lengths):
+        raise ValueError(
+            f"Image placeholders and images do not match: the prompts hold {sum(per_row)} image placeholder tokens, "
+            f"{len(lengths)} image(s) need {sum(lengths)}. Put one image token per image into the prompt and let "
+            "the processor expand it."
+        )
+    starts, total = {0}, 0
+    for length in lengths:
+        total += length
+        starts.add(total)
+    total = 0
+    for index, count in enumerate(per_row):
+        total += count
+        if total not in starts:
+            raise ValueError(
+                f"Row {index} holds {count} image placeholder tokens, which is no whole number of images "
+                f"(an image needs {lengths[0]}). Let the processor expand the image token."
+            )
+
+
+@dataclasses.dataclass
+class Splice:
+    """Which slots of the uncut sequence stay, and where they go.
+
+    Args:
+        keeps: (R, L) bool, slots that stay.
+        drops: (R, L) bool, placeholders that go.
+        new_lengths: (R,) int64, tokens of each row after the cut.
+        sizes: (2,) int64 on the device: longest row before and after the cut.
+        left: () bool, whether rows are padded on the left.
+    """
+
+    keeps: Tensor
+    drops: Tensor
+    new_lengths: Tensor
+    sizes: Tensor
+    left: Tensor
+
+    def source(self, width: int) -> Tensor:
+        """(R, width) int64: the slot of the uncut sequence that every new slot shows, -1 for padding."""
+        rows, length = self.keeps.shape
+        shift = torch.where(self.left, width - self.new_lengths, 0).unsqueeze(-1)
+        column = torch.where(self.keeps, self.keeps.cumsum(-1) - 1 + shift, width)
+        slots = torch.arange(length, device=column.device).expand(rows, -1)
+        return slots.new_full((rows, width + 1), -1).scatter_(1, column, slots)[:, :width]
+
+
+def plan_splice(placeholders: PlaceholderMap, attention_mask: Tensor, counts: Tensor) -> Splice:
+    """Keep the first `counts[i]` placeholders of image i and everything that is no placeholder and no padding.
+
+    Padding stays on the side it came on. A batch without any padding is padded on the left, where generation needs
+    it.
+
+    Args:
+        placeholders: From `map_placeholders`.
+        attention_mask: (R, L), 0 for padding.
+        counts: (I,) int64, tokens of each image after compression.
+    """
+    attended = attention_mask != 0
+    before = attended.cumsum(-1) == 0
+    after = attended.flip(-1).cumsum(-1).flip(-1) == 0
+    inside = ~(before | after)
+    drops = placeholders.is_placeholder & (placeholders.offset >= counts[placeholders.image])
+    keeps = inside & ~drops
+    new_lengths = keeps.sum(-1)
+    return Splice(
+        keeps=keeps,
+        drops=drops & inside,
+        new_lengths=new_lengths,
+        sizes=torch.stack([inside.sum(-1).max(), new_lengths.max()]),
+        left=before.any() | ~after.any(),
+    )
+
+
+def counted_positions(attention_mask: Tensor) -> Tensor:
+    """Positions that count the attended tokens of a row, as a stock `generate` does. (R, L) -> (R, L) int64."""
+    return ((attention_mask != 0).cumsum(-1) - 1).clamp(min=0)
+
+
+def cut(values: Tensor, source: Tensor, fill: float | int) -> Tensor:
+    """Take (R, L) values to the new slots (R, W); padding is `fill`."""
+    return values.gather(1, source.clamp(min=0)).masked_fill(source < 0, fill)
+
+
+def compact_positions(position_ids: Tensor, splice: Splice, source: Tensor) -> Tensor:
+    """Given positions, renumbered over what was dropped. (R, L) -> (R, W)."""
+    return cut(position_ids - splice.drops.cumsum(-1), source, 0)
+
+
+def original_positions(
+    position_ids: Tensor | None, placeholders: PlaceholderMap, places: Tensor, source: Tensor
+) -> Tensor:
+    """Every token at its own place in the uncut sequence, an image token where its patch stood.
+
+    Args:
+        position_ids: (R, L) positions of the uncut sequence, `None` to count the slots as a stock `forward` does.
+        placeholders: From `map_placeholders`.
+        places: (I, K) int64, raster index of the patch that each image token stands for.
+        source: (R, W), from `Splice.source`.
+
+    Returns:
+        (R, W) int64.
+    """
+    if position_ids is None:
+        position_ids = torch.arange(placeholders.offset.shape[1], device=source.device)
+    offset = placeholders.offset.clamp(max=max(places.shape[1] - 1, 0))
+    moved = places[placeholders.image, offset] - placeholders.offset if places.shape[1] else offset
+    moved = torch.where(placeholders.is_placeholder, moved, 0)
+    return cut(position_ids.expand_as(moved) + moved, source, 0)
+
+
+__all__ = [
+    "PlaceholderMap",
+    "Splice",
+    "check_placeholders",
+    "compact_positions",
+    "counted_positions",
+    "cut",
+    "map_placeholders",
+    "original_positions",
+    "plan_splice",
+]
