@@ -4,11 +4,12 @@ Importing this package registers its model types with transformers' Auto classes
 """
 
 from . import compat
-from .configuration_reccomp import LlavaRecCompConfig, TokenRecoveryConfig
+from .configuration_reccomp import LlavaNextRecCompConfig, LlavaRecCompConfig, TokenRecoveryConfig
 from .convert import convert
+from .modeling_llava_next_reccomp import LlavaNextRecCompForConditionalGeneration, LlavaNextRecCompModel
 from .modeling_llava_reccomp import LlavaRecCompForConditionalGeneration, LlavaRecCompModel
 from .outliers import local_outlier_factor
-from .processing_reccomp import LlavaRecCompProcessor
+from .processing_reccomp import LlavaNextRecCompProcessor, LlavaRecCompProcessor
 from .recovery import TokenRecoveryOutput, recover_tokens
 from .registration import register
 
@@ -20,6 +21,10 @@ register()
 
 __all__ = [
     "AutoModelForVision2Seq",
+    "LlavaNextRecCompConfig",
+    "LlavaNextRecCompForConditionalGeneration",
+    "LlavaNextRecCompModel",
+    "LlavaNextRecCompProcessor",
     "LlavaRecCompConfig",
     "LlavaRecCompForConditionalGeneration",
     "LlavaRecCompModel",

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import LlavaConfig, PretrainedConfig
+from transformers import LlavaConfig, LlavaNextConfig, PretrainedConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The paper's method with this package's reading of it; the count of tokens adapts to the picture.
@@ -20,7 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "budget": 64,
         "text_relevance": "value",
         "visual_layer": -2,
-        "coverage_share": 0.25,
+        "coverage_share": 0.75,
         "merged_tokens": 0,
         "position_ids": "original",
     },
@@ -216,6 +216,30 @@ class LlavaRecCompConfig(_RecCompConfigMixin, LlavaConfig):
         super().__init__(vision_config=vision_config, text_config=text_config, **kwargs)
 
 
+class LlavaNextRecCompConfig(_RecCompConfigMixin, LlavaNextConfig):
+    """`LlavaNextConfig` with a `token_recovery` section.
+
+    Args:
+        vision_config: As in `LlavaNextConfig`; a CLIP vision tower.
+        text_config: As in `LlavaNextConfig`.
+        token_recovery: A [`TokenRecoveryConfig`], its fields as a mapping, or `None` for the preset `"paper"`.
+        **kwargs: Everything else that `LlavaNextConfig` takes.
+    """
+
+    model_type = "llava_next_reccomp"
+
+    def __init__(
+        self,
+        vision_config: Any = None,
+        text_config: Any = None,
+        token_recovery: TokenRecoveryConfig | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Build the stock config and validate the section."""
+        self.token_recovery = TokenRecoveryConfig.from_value(token_recovery)
+        super().__init__(vision_config=vision_config, text_config=text_config, **kwargs)
+
+
 def _refuse_unknown(fields: Mapping[str, Any], known: list[str]) -> None:
     for name in fields:
         if name not in known:
@@ -243,4 +267,4 @@ def _is_budget(value: Any) -> bool:
     return value >= 1 if _is_int(value) else isinstance(value, float) and 0 < value <= 1
 
 
-__all__ = ["LlavaRecCompConfig", "TokenRecoveryConfig"]
+__all__ = ["LlavaNextRecCompConfig", "LlavaRecCompConfig", "TokenRecoveryConfig"]

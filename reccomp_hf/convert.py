@@ -9,11 +9,36 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import nn
-from transformers import AutoProcessor, AutoTokenizer, CLIPModel, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPModel,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    PreTrainedModel,
+)
 
-from .configuration_reccomp import LlavaRecCompConfig, TokenRecoveryConfig
+from .configuration_reccomp import LlavaNextRecCompConfig, LlavaRecCompConfig, TokenRecoveryConfig
+from .modeling_llava_next_reccomp import LlavaNextRecCompForConditionalGeneration
 from .modeling_llava_reccomp import LlavaRecCompForConditionalGeneration
-from .processing_reccomp import LlavaRecCompProcessor
+from .processing_reccomp import LlavaNextRecCompProcessor, LlavaRecCompProcessor
+
+# Stock model type -> stock model, our config, our model, our processor.
+FAMILIES: dict[str, tuple[Any, Any, Any, Any]] = {
+    "llava": (
+        LlavaForConditionalGeneration,
+        LlavaRecCompConfig,
+        LlavaRecCompForConditionalGeneration,
+        LlavaRecCompProcessor,
+    ),
+    "llava_next": (
+        LlavaNextForConditionalGeneration,
+        LlavaNextRecCompConfig,
+        LlavaNextRecCompForConditionalGeneration,
+        LlavaNextRecCompProcessor,
+    ),
+}
 
 Source: TypeAlias = str | os.PathLike[str] | PreTrainedModel
 
@@ -31,7 +56,7 @@ def convert(
     """Write a folder that `AutoModelForImageTextToText` and `AutoProcessor` load as a compressed LLaVA.
 
     Args:
-        llava: A stock LLaVA-1.5: a folder, a Hub id or a loaded `LlavaForConditionalGeneration`.
+        llava: A stock LLaVA-1.5 or LLaVA-NeXT: a folder, a Hub id or the loaded model with its head.
         clip: The CLIP whose vision tower LLaVA uses: a folder, a Hub id or a loaded `CLIPModel`. `None` makes a
             visual-only checkpoint.
         output: Folder to write; it must not exist, or be empty.
@@ -51,7 +76,11 @@ def convert(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder; name a new one or remove it.")
     section = TokenRecoveryConfig.from_preset(preset, **overrides)
-    stock = _load(llava, LlavaForConditionalGeneration, "llava")
+    model_type = (llava.config if isinstance(llava, PreTrainedModel) else AutoConfig.from_pretrained(llava)).model_type
+    if model_type not in FAMILIES:
+        raise ValueError(f"llava must be of model_type {' or '.join(map(repr, FAMILIES))}, got {model_type!r}.")
+    stock_class, config_class, model_class, processor_class = FAMILIES[model_type]
+    stock = _load(llava, stock_class, "llava")
     clip_model = None if clip is None else _load(clip, CLIPModel, "clip")
     if clip_model is not None:
         check_clip(stock.config.vision_config, clip_model.config)
@@ -59,37 +88,32 @@ def convert(
     processor = processor or AutoProcessor.from_pretrained(_origin(llava, "llava", "processor"))
     if clip is not None:
         clip_tokenizer = clip_tokenizer or AutoTokenizer.from_pretrained(_origin(clip, "clip", "clip_tokenizer"))
-    model = build_model(stock, clip_model, section)
-    _publish(output, model, build_processor(processor, clip_tokenizer, section))
+    fields = stock.config.to_dict()
+    for name in ("model_type", "architectures", "transformers_version"):
+        fields.pop(name, None)
+    model = build_model(model_class(config_class(token_recovery=section, **fields)), stock, clip_model)
+    _publish(output, model, build_processor(processor_class, processor, clip_tokenizer, section))
     return output
 
 
-def build_model(
-    stock: LlavaForConditionalGeneration, clip: CLIPModel | None, section: TokenRecoveryConfig
-) -> LlavaRecCompForConditionalGeneration:
-    """A compressed model that shares the stock model's weights; every weight is accounted for.
+def build_model(model: PreTrainedModel, stock: PreTrainedModel, clip: CLIPModel | None) -> PreTrainedModel:
+    """Give a new compressed model the stock model's weights and CLIP's text side; every weight is accounted for.
 
     Raises:
         RuntimeError: A weight of the new model that neither source has, or the other way round.
     """
-    fields = stock.config.to_dict()
-    for name in ("model_type", "architectures", "transformers_version"):
-        fields.pop(name, None)
-    config = LlavaRecCompConfig(token_recovery=section, **fields)
-    model = LlavaRecCompForConditionalGeneration(config)
     weights = dict(stock.state_dict())
     if clip is not None:
         weights |= {f"token_recovery.{name}": value for name, value in _text_weights(clip).items()}
     model.load_state_dict(weights, strict=True, assign=True)
-    model.requires_grad_(False)
     model.generation_config = stock.generation_config
     return model.eval()
 
 
-def build_processor(stock: Any, clip_tokenizer: Any, section: TokenRecoveryConfig) -> LlavaRecCompProcessor:
+def build_processor(processor_class: Any, stock: Any, clip_tokenizer: Any, section: TokenRecoveryConfig) -> Any:
     """The stock processor with the question's tokenizer."""
     encoder = section.text_encoder_config
-    return LlavaRecCompProcessor(
+    return processor_class(
         image_processor=stock.image_processor,
         tokenizer=stock.tokenizer,
         patch_size=stock.patch_size,
@@ -165,7 +189,7 @@ def _origin(source: Source, argument: str, wanted: str) -> str:
     return origin
 
 
-def _publish(output: Path, model: PreTrainedModel, processor: LlavaRecCompProcessor) -> None:
+def _publish(output: Path, model: PreTrainedModel, processor: Any) -> None:
     """Write beside the output folder, then move into place."""
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))

@@ -10,13 +10,58 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from . import compat, splicing
-from .modeling_reccomp import RecCompMixin, cache_length
+from .checks import cache_length
+from .modeling_reccomp import RecCompMixin
 
 
 class RecCompGenerationMixin(RecCompMixin):
     """Token recovery for a stock LLaVA class that generates."""
 
     generation_config: Any
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        recovery_input_ids: Tensor | None = None,
+        recovery_attention_mask: Tensor | None = None,
+        token_recovery: Mapping[str, Any] | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """As the stock method; with pictures, loss and logits are of the shortened sequence.
+
+        Args:
+            input_ids: (R, L) int64; beside `inputs_embeds` and without pictures they are not read.
+            pixel_values: Pictures of all rows in reading order, as the processor gives them.
+            attention_mask: (R, L), 0 for padding.
+            position_ids: (R, L) int64.
+            past_key_values: As in the stock method; empty beside pictures.
+            inputs_embeds: As in the stock method.
+            image_sizes: (I, 2) height and width in pixels of every picture; LLaVA-NeXT only.
+            recovery_input_ids: (R, W, T) int64, the questions as the text encoder's tokens.
+            recovery_attention_mask: (R, W, T), 0 for padding.
+            token_recovery: Fields of the config section to override for this call.
+            labels: (R, L) int64 for the uncut sequence; they are cut with it.
+            logits_to_keep: As in the stock method.
+            **kwargs: Everything else that the stock method takes.
+
+        Returns:
+            The stock output, with the pictures' projected tokens as `image_hidden_states` and their counts.
+
+        Raises:
+            ValueError: Inputs that do not fit, see [`RecCompMixin.compress_inputs`].
+        """
+        inputs: dict[str, Any] = {"input_ids": input_ids, "pixel_values": pixel_values, "image_sizes": image_sizes}
+        inputs |= {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        inputs |= {"past_key_values": past_key_values, "labels": labels, "logits_to_keep": logits_to_keep, **kwargs}
+        return self._compressed_forward(inputs, (recovery_input_ids, recovery_attention_mask), token_recovery)
 
     @torch.no_grad()
     def generate(
@@ -56,23 +101,22 @@ class RecCompGenerationMixin(RecCompMixin):
             kwargs["token_recovery"] = {"enabled": False}  # for the prefill's forward
         if kwargs.get("pixel_values") is None or not section.enabled:
             return stock(inputs=prompt, generation_config=generation_config, streamer=streamer, **kwargs)
-        vision = [kwargs.pop(name, None) for name in ("vision_feature_layer", "vision_feature_select_strategy")]
         if section.position_ids == "original" and kwargs.get("position_ids") is None:
             mask = kwargs.get("attention_mask")
             kwargs["position_ids"] = splicing.counted_positions(torch.ones_like(prompt) if mask is None else mask)
-        shortened, record, _ = self._compress(
-            {"input_ids": prompt, **kwargs}, recovery_input_ids, recovery_attention_mask, section, *vision
-        )
-        width = shortened["input_ids"].shape[1]
-        shortened |= self._uncut_lengths(generation_config, kwargs, prompt.shape[1] - width)
+        question = (recovery_input_ids, recovery_attention_mask)
+        compressed = self._compress({"input_ids": prompt, **kwargs}, question, section)
+        width = compressed.inputs["input_ids"].shape[1]
+        lengths = self._uncut_lengths(generation_config, kwargs, prompt.shape[1] - width)
         streamer = None if streamer is None else _PromptStreamer(streamer, prompt)
-        output = stock(generation_config=generation_config, streamer=streamer, **shortened)
+        output = stock(generation_config=generation_config, streamer=streamer, **{**compressed.inputs, **lengths})
         sequences = output if isinstance(output, Tensor) else output.sequences
         full = prompt.repeat_interleave(sequences.shape[0] // prompt.shape[0], dim=0).to(sequences.device)
         full = torch.cat([full, sequences[:, width:]], dim=1)
         if isinstance(output, Tensor):
             return full
-        output.sequences, output.visual_token_counts = full, record.counts
+        output.sequences = full
+        output.visual_token_counts, output.newline_counts = compressed.token_counts, compressed.newline_counts
         return output
 
     def prepare_inputs_for_generation(

@@ -12,8 +12,9 @@ from torch.nn.functional import normalize
 
 from .configuration_reccomp import TokenRecoveryConfig
 from .outliers import local_outlier_factor
-from .recovery import MergedTokens, RecoveryMethod, TokenSelection, VisualFeatures, nonzero_first, top_mask
+from .recovery import MergedTokens, RecoveryMethod, TokenSelection, VisualFeatures
 from .relevance import class_saliency
+from .selection import nonzero_first, top_mask
 
 NEIGHBORS_MERGED = 32
 TEXT_WEIGHT = 50

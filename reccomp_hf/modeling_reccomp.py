@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from . import compat, splicing
+from .checks import check_call, check_feature_layer, check_question, check_supported
 from .configuration_reccomp import TokenRecoveryConfig
+from .layout import ImageLayout
 from .recovery import (
     TokenRecoveryOutput,
     TokenSelection,
@@ -23,47 +23,11 @@ from .recovery import (
     get_method,
     select_tokens,
 )
+from .recovery_modules import TokenRecoveryModules, build_recovery_modules
 from .relevance import class_query_and_keys, patch_embeddings, text_similarity
+from .selection import pack_rows
 
-RECOVERY_INPUTS = ("recovery_input_ids", "recovery_attention_mask")
-
-
-class TokenRecoveryModules(nn.Module):
-    """CLIP's text encoder and visual projection, frozen, which say how a question relates to a patch.
-
-    `named_modules` stops here: adapters and quantisers look for their targets by module name, and these weights are
-    none (`target_modules="q_proj"` or `"all-linear"` would otherwise reach the text encoder).
-    """
-
-    def __init__(self, text_config: CLIPTextConfig, vision_width: int) -> None:
-        """Build both modules from a CLIP text config; the projection maps `vision_width` to its projection width."""
-        super().__init__()
-        self.text_encoder = CLIPTextModelWithProjection(text_config)
-        self.visual_projection = nn.Linear(vision_width, text_config.projection_dim, bias=False)
-        self.requires_grad_(False)
-
-    def named_modules(
-        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
-        """Yield this module alone."""
-        memo = set() if memo is None else memo
-        if self not in memo:
-            if remove_duplicate:
-                memo.add(self)
-            yield prefix, self
-
-    def parts(self) -> Iterator[tuple[str, nn.Module]]:
-        """The modules that `named_modules` does not show, with their names."""
-        yield from self.named_children()
-
-    def embed_question(self, input_ids: Tensor) -> Tensor:
-        """Embeddings pooled at the end-of-text token: (rows, windows, length) int64 -> (rows, windows, P).
-
-        The text encoder is causal, so padding after the end-of-text token needs no mask.
-        """
-        rows, windows, length = input_ids.shape
-        embeds = self.text_encoder(input_ids=input_ids.reshape(rows * windows, length)).text_embeds
-        return embeds.reshape(rows, windows, -1)
+_Question: TypeAlias = "tuple[Tensor | None, Tensor | None]"  # recovery_input_ids, recovery_attention_mask
 
 
 @dataclasses.dataclass
@@ -72,9 +36,33 @@ class _Pictures:
 
     features: VisualFeatures
     selection: TokenSelection
+    layout: ImageLayout
     placeholders: splicing.PlaceholderMap
-    lengths: list[int]
     missing_question: Tensor  # (R,) bool
+    token_counts: Tensor  # (I,) int64
+    newline_counts: Tensor  # (I,) int64
+
+
+@dataclasses.dataclass
+class _Compressed:
+    """A shortened batch."""
+
+    inputs: dict[str, Any]
+    record: TokenRecoveryOutput
+    image_features: Tensor  # (tokens, D)
+    token_counts: Tensor  # (I,) int64
+    newline_counts: Tensor  # (I,) int64
+
+
+@dataclasses.dataclass
+class _Read:
+    """The numbers that shapes depend on, read from the device once."""
+
+    sizes: list[int]  # of the selection, see TokenSelection.sizes
+    longest_image: int  # tokens, newlines included
+    image_tokens: int  # of all images, newlines included
+    rows_before: int  # longest row, padding excluded
+    rows_after: int
 
 
 class RecCompMixin:
@@ -87,6 +75,7 @@ class RecCompMixin:
     get_input_embeddings: Any
     _modules: dict[str, Any]
     token_recovery: TokenRecoveryModules | None
+    output_class: type
 
     def __init__(self, config: Any) -> None:
         """Build the stock model, then the recovery modules if the config names a text encoder.
@@ -94,9 +83,9 @@ class RecCompMixin:
         Raises:
             ValueError: A vision tower or feature selection that has no class token to go by.
         """
-        _check_supported(config, config.token_recovery)
+        check_supported(config, config.token_recovery)
         super().__init__(config)  # type: ignore[call-arg]
-        self.token_recovery = _build_recovery_modules(config)
+        self.token_recovery = build_recovery_modules(config)
         self._llava.vision_tower.requires_grad_(False)
         self.post_init()
 
@@ -150,6 +139,26 @@ class RecCompMixin:
                 path = ".".join(filter(None, (prefix, "token_recovery", name)))
                 yield from module.named_buffers(path, recurse, remove_duplicate)
 
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        recovery_input_ids: Tensor | None = None,
+        recovery_attention_mask: Tensor | None = None,
+        token_recovery: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the stock method on the shortened sequence, see [`RecCompMixin.compress_inputs`]."""
+        inputs: dict[str, Any] = {"input_ids": input_ids, "pixel_values": pixel_values, "image_sizes": image_sizes}
+        inputs |= {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        inputs |= {"past_key_values": past_key_values, **kwargs}
+        return self._compressed_forward(inputs, (recovery_input_ids, recovery_attention_mask), token_recovery)
+
     @torch.no_grad()
     def recover(
         self,
@@ -157,6 +166,7 @@ class RecCompMixin:
         pixel_values: Tensor,
         recovery_input_ids: Tensor | None = None,
         recovery_attention_mask: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         token_recovery: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> list[TokenRecoveryOutput]:
@@ -164,22 +174,25 @@ class RecCompMixin:
 
         Args:
             input_ids: (R, L) int64 prompts with their image placeholders.
-            pixel_values: (I, 3, H, W) pictures of all rows in reading order.
+            pixel_values: Pictures of all rows in reading order, as the processor gives them.
             recovery_input_ids: (R, W, T) int64, the questions as the text encoder's tokens.
             recovery_attention_mask: (R, W, T), 0 for padding.
+            image_sizes: (I, 2) height and width in pixels of every picture; LLaVA-NeXT only.
             token_recovery: Fields of the config section to override for this call.
             **kwargs: Other outputs of the processor; not used.
 
         Returns:
-            One [`TokenRecoveryOutput`] per picture, each with B = 1.
+            One [`TokenRecoveryOutput`] per picture, with B = 1, or a row per tile for LLaVA-NeXT.
 
         Raises:
             ValueError: Placeholders, pictures or questions that do not fit.
         """
         section = self._section(token_recovery)
-        pictures = self._look(input_ids, pixel_values, recovery_input_ids, recovery_attention_mask, section, None)
-        sizes, _ = self._read(pictures, None)
-        return assemble_tokens(pictures.features, pictures.selection, section, sizes).split()
+        question = (recovery_input_ids, recovery_attention_mask)
+        pictures = self._look(input_ids, pixel_values, image_sizes, question, section, None)
+        read = self._read(pictures, pictures.placeholders.per_row[:0])
+        record = assemble_tokens(pictures.features, pictures.selection, section, read.sizes)
+        return record.split(pictures.layout.tiles)
 
     def compress_inputs(
         self,
@@ -190,9 +203,8 @@ class RecCompMixin:
         pixel_values: Tensor | None = None,
         recovery_input_ids: Tensor | None = None,
         recovery_attention_mask: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         token_recovery: Mapping[str, Any] | None = None,
-        vision_feature_layer: int | None = None,
-        vision_feature_select_strategy: str | None = None,
         **kwargs: Any,
     ) -> tuple[dict[str, Any], TokenRecoveryOutput | None]:
         """Shorten a batch: pictures become their recovered tokens, and the prompts are cut to match.
@@ -202,13 +214,13 @@ class RecCompMixin:
             attention_mask: (R, L), 0 for padding; `None` for no padding.
             position_ids: (R, L) int64 positions of the uncut sequence, `None` for the usual ones.
             labels: (R, L) int64, cut with the prompt.
-            pixel_values: (I, 3, H, W) pictures of all rows in reading order.
+            pixel_values: Pictures of all rows in reading order, as the processor gives them.
             recovery_input_ids: (R, W, T) int64, the questions as the text encoder's tokens.
             recovery_attention_mask: (R, W, T), 0 for padding.
+            image_sizes: (I, 2) height and width in pixels of every picture; LLaVA-NeXT only.
             token_recovery: Fields of the config section to override for this call.
-            vision_feature_layer: As in stock LLaVA, an int.
-            vision_feature_select_strategy: As in stock LLaVA, `"default"`.
-            **kwargs: Passed through.
+            **kwargs: `vision_feature_layer` and `vision_feature_select_strategy` as in stock LLaVA; everything else
+                is passed through.
 
         Returns:
             The shortened inputs (`input_ids`, `inputs_embeds`, `attention_mask`, and `labels` and `position_ids`
@@ -220,43 +232,33 @@ class RecCompMixin:
         """
         section = self._section(token_recovery)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        inputs |= {"labels": labels, "pixel_values": pixel_values, **kwargs}
+        inputs |= {"labels": labels, "pixel_values": pixel_values, "image_sizes": image_sizes, **kwargs}
         if pixel_values is None or not section.enabled:
             return {name: value for name, value in inputs.items() if value is not None}, None
-        shortened, record, _ = self._compress(
-            inputs, recovery_input_ids, recovery_attention_mask, section, vision_feature_layer,
-            vision_feature_select_strategy,
-        )  # fmt: skip
-        return shortened, record
+        compressed = self._compress(inputs, (recovery_input_ids, recovery_attention_mask), section)
+        return compressed.inputs, compressed.record
 
-    def _compress(
-        self,
-        inputs: dict[str, Any],
-        recovery_input_ids: Tensor | None,
-        recovery_attention_mask: Tensor | None,
-        section: TokenRecoveryConfig,
-        vision_feature_layer: int | None = None,
-        vision_feature_select_strategy: str | None = None,
-    ) -> tuple[dict[str, Any], TokenRecoveryOutput, Tensor]:
-        """`compress_inputs` once there is something to compress; also the projected features (tokens, D)."""
+    def _compress(self, inputs: dict[str, Any], question: _Question, section: TokenRecoveryConfig) -> _Compressed:
+        """`compress_inputs` once there is something to compress."""
+        inputs = dict(inputs)
+        check_call(self.config, section, inputs)
         input_ids, labels, position_ids = (inputs.pop(name, None) for name in ("input_ids", "labels", "position_ids"))
         attention_mask, pixel_values = inputs.pop("attention_mask", None), inputs.pop("pixel_values")
-        self._check_call(input_ids, attention_mask, inputs, section)
+        layer, strategy = (inputs.pop(f"vision_feature_{name}", None) for name in ("layer", "select_strategy"))
+        check_feature_layer(self.config, layer, strategy)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        _check_feature_layer(self.config, vision_feature_layer, vision_feature_select_strategy)
-        pictures = self._look(
-            input_ids, pixel_values, recovery_input_ids, recovery_attention_mask, section, vision_feature_layer
-        )
-        splice = splicing.plan_splice(pictures.placeholders, attention_mask, pictures.selection.counts)
-        sizes, (before, after) = self._read(pictures, splice.sizes)
+        pictures = self._look(input_ids, pixel_values, inputs.pop("image_sizes", None), question, section, layer)
+        placeholders = pictures.placeholders
+        splice = splicing.plan_splice(placeholders, attention_mask, pictures.token_counts + pictures.newline_counts)
+        read = self._read(pictures, splice.sizes)
         # Padding that every row has stays, so that cutting nothing changes nothing.
-        source = splice.source(input_ids.shape[1] - before + after)
-        record = assemble_tokens(pictures.features, pictures.selection, section, sizes)
-        features = self._llava.multi_modal_projector(_pack(record, sizes[2]))
-        new_ids = splicing.cut(input_ids, source, _pad_token_id(self.config))
+        source = splice.source(input_ids.shape[1] - read.rows_before + read.rows_after)
+        record = assemble_tokens(pictures.features, pictures.selection, section, read.sizes)
+        features, places = self._image_features(pictures, record, read)
+        new_ids = splicing.cut(input_ids, source, splicing.padding_id(input_ids, splice, _pad_token_id(self.config)))
         embeds = self.get_input_embeddings()(new_ids)
         features = features.to(embeds.device, embeds.dtype)
-        is_image = splicing.cut(pictures.placeholders.is_placeholder, source, 0).unsqueeze(-1)
+        is_image = splicing.cut(placeholders.is_placeholder, source, 0).unsqueeze(-1)
         shortened = {
             **inputs,
             "input_ids": new_ids,
@@ -267,51 +269,65 @@ class RecCompMixin:
             shortened["labels"] = splicing.cut(labels, source, -100)
         if section.position_ids == "original":
             shortened["position_ids"] = splicing.original_positions(
-                position_ids, pictures.placeholders, record.places, source
+                position_ids, placeholders, places.to(source.device), source
             )
         elif position_ids is not None:
             shortened["position_ids"] = splicing.compact_positions(position_ids, splice, source)
-        return shortened, record, features
+        return _Compressed(shortened, record, features, pictures.token_counts, pictures.newline_counts)
+
+    def _image_features(self, pictures: _Pictures, record: TokenRecoveryOutput, read: _Read) -> tuple[Tensor, Tensor]:
+        """Projected tokens of all images in the order of the prompt (tokens, D), and their places (I, length)."""
+        packed = pack_rows(record.tokens, record.counts, read.sizes[2])
+        features = self._llava.multi_modal_projector(packed)  # kept and merged tokens only
+        newline = getattr(self._llava, "image_newline", None)
+        if newline is not None:
+            features = torch.cat([features, newline.to(features).unsqueeze(0)])
+        order, places = pictures.layout.sequence(pictures.selection, record, read.sizes, read.longest_image)
+        counts = (pictures.token_counts + pictures.newline_counts).to(order.device)
+        return features[pack_rows(order, counts, read.image_tokens)], places
 
     def _compressed_forward(
         self,
         inputs: dict[str, Any],
-        recovery_input_ids: Tensor | None,
-        recovery_attention_mask: Tensor | None,
+        question: _Question,
         token_recovery: Mapping[str, Any] | None,
-        output_class: type,
     ) -> Any:
         """The stock `forward` on the shortened inputs, its output with the counts."""
         section = self._section(token_recovery)
+        inputs = {name: value for name, value in inputs.items() if value is not None}
         stock = super().forward  # type: ignore[misc]
-        if inputs["pixel_values"] is None or not section.enabled:
-            if inputs["inputs_embeds"] is not None and inputs["pixel_values"] is None:
-                inputs["input_ids"] = None  # what compress_inputs returns holds both
+        if "pixel_values" not in inputs or not section.enabled:
+            if "inputs_embeds" in inputs and "pixel_values" not in inputs:
+                inputs.pop("input_ids", None)  # what compress_inputs returns holds both
             return stock(**inputs)
-        vision = [inputs.pop(name, None) for name in ("vision_feature_layer", "vision_feature_select_strategy")]
-        shortened, record, features = self._compress(
-            inputs, recovery_input_ids, recovery_attention_mask, section, *vision
-        )
-        output = stock(**{**shortened, "input_ids": None})
+        compressed = self._compress(inputs, question, section)
+        output = stock(**{**compressed.inputs, "input_ids": None})
         if not isinstance(output, Mapping):
             return output
-        return output_class(**{**output, "image_hidden_states": features, "visual_token_counts": record.counts})
+        return self.output_class(
+            **{
+                **output,
+                "image_hidden_states": compressed.image_features,
+                "visual_token_counts": compressed.token_counts,
+                "newline_counts": compressed.newline_counts,
+            }
+        )
 
     def _look(
         self,
         input_ids: Tensor,
         pixel_values: Tensor,
-        recovery_input_ids: Tensor | None,
-        recovery_attention_mask: Tensor | None,
+        image_sizes: Tensor | None,
+        question: _Question,
         section: TokenRecoveryConfig,
         vision_feature_layer: int | None,
     ) -> _Pictures:
-        """Run the vision tower and choose tokens; nothing is read from the device."""
-        self._check_question(recovery_input_ids, input_ids, section)
-        rows, columns = self._grid(pixel_values)
-        lengths = [rows * columns] * pixel_values.shape[0]
+        """Run the vision tower and choose tokens; for LLaVA-1.5 nothing is read from the device."""
+        if self._reads_question(section):
+            check_question(question[0], input_ids.shape[0])
+        pixel_values, layout = self._layout(pixel_values, image_sizes)
         placeholders = splicing.map_placeholders(
-            input_ids == self.config.image_token_id, torch.tensor(lengths, device=input_ids.device)
+            input_ids == self.config.image_token_id, torch.tensor(layout.lengths, device=input_ids.device)
         )
         states = self._vision_states(pixel_values)
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
@@ -321,10 +337,11 @@ class RecCompMixin:
             block = section.visual_layer % len(tower.encoder.layers)
             query, keys = class_query_and_keys(tower.encoder.layers[block], states[block])
             similarity = None
-            if recovery_input_ids is not None and self._reads_question(section):
-                windows = _windows(recovery_input_ids, recovery_attention_mask)
+            if question[0] is not None and self._reads_question(section):
+                windows = _windows(question[0], question[1])
                 missing = (placeholders.per_row > 0) & ~windows.any(-1)
-                similarity = self._text_similarity(states, recovery_input_ids, windows, placeholders.row, section)
+                row_of_tile = placeholders.row[layout.image_of_tile().to(placeholders.row.device)]
+                similarity = self._text_similarity(states, question[0], windows, row_of_tile, section)
         features = check_features(
             states[layer][:, 1:],
             query,
@@ -332,27 +349,40 @@ class RecCompMixin:
             similarity,
             section,
             num_heads=self.config.vision_config.num_attention_heads,
-            grid=(rows, columns),
+            grid=self._grid(pixel_values),
+            valid=layout.valid,
+            tiles=layout.tiles,
         )
-        return _Pictures(features, select_tokens(features, section), placeholders, lengths, missing)
+        selection = select_tokens(features, section)
+        tokens, newlines = (counts.to(input_ids.device) for counts in layout.counts(selection))
+        return _Pictures(features, selection, layout, placeholders, missing, tokens, newlines)
 
-    def _read(self, pictures: _Pictures, lengths: Tensor | None) -> tuple[list[int], list[int]]:
-        """The one read from the device: validate, and return the selection's sizes and the row lengths."""
+    def _read(self, pictures: _Pictures, row_sizes: Tensor) -> _Read:
+        """The one read from the device; validates what could not be before."""
         known, per_row = pictures.selection.known_sizes, pictures.placeholders.per_row
-        wanted = [per_row, pictures.missing_question.long()]
-        wanted += [] if lengths is None else [lengths]
-        wanted += [pictures.selection.sizes] if known is None else []
-        values = iter(torch.cat([value.to(per_row.device) for value in wanted]).tolist())
+        lengths = pictures.token_counts + pictures.newline_counts
+        wanted = [per_row, pictures.missing_question.long(), row_sizes]
+        if known is None:
+            wanted += [pictures.selection.sizes, torch.stack([lengths.max(), lengths.sum()])]
+        values = torch.cat([value.to(per_row.device) for value in wanted]).tolist()
         rows = len(per_row)
-        splicing.check_placeholders(list(itertools.islice(values, rows)), pictures.lengths)
-        missing = list(itertools.islice(values, rows))
+        splicing.check_placeholders(values[:rows], pictures.layout.lengths)
+        missing, numbers = values[rows : 2 * rows], values[2 * rows :]
         if any(missing):
             raise ValueError(
                 f"Row {missing.index(1)} has an image but no question: its recovery_attention_mask is all 0. Put a "
                 "question into the user turn, pass recovery_text= to the processor, or set text_share 0 and a budget."
             )
-        read = list(itertools.islice(values, 0 if lengths is None else len(lengths)))
-        return known or list(values), read
+        row_numbers, image_numbers = numbers[: len(row_sizes)], numbers[len(row_sizes) :]
+        before, after = row_numbers or (0, 0)
+        if known is not None:  # without newlines a tile is an image
+            return _Read(known, known[0], known[2], before, after)
+        return _Read(image_numbers[:3], image_numbers[3], image_numbers[4], before, after)
+
+    def _layout(self, pixel_values: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, ImageLayout]:
+        """Tiles (T, 3, H, W) of all pictures, and the placeholders that stand for their patches."""
+        rows, columns = self._grid(pixel_values)
+        return pixel_values, ImageLayout.of_grids(len(pixel_values), rows * columns, pixel_values.device)
 
     def _vision_states(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """All hidden states of the vision tower, each (I, N + 1, C); no graph is built for a frozen tower."""
@@ -393,108 +423,12 @@ class RecCompMixin:
         if overrides is not None:
             if section.text_encoder_config != self.config.token_recovery.text_encoder_config:
                 raise ValueError("token_recovery.text_encoder_config belongs to the weights; a call cannot change it.")
-            _check_supported(self.config, section)
+            check_supported(self.config, section)
         section.validate()
         return section
 
     def _reads_question(self, section: TokenRecoveryConfig) -> bool:
         return self.token_recovery is not None and (section.budget is None or section.text_share > 0)
-
-    def _check_question(
-        self, recovery_input_ids: Tensor | None, input_ids: Tensor, section: TokenRecoveryConfig
-    ) -> None:
-        if not self._reads_question(section):
-            return
-        if recovery_input_ids is None:
-            raise ValueError(
-                "Text recovery needs the question: recovery_input_ids is None. The processor of this checkpoint "
-                "writes it (AutoProcessor.from_pretrained); a visual-only call sets token_recovery={'text_share': 0} "
-                "and a budget."
-            )
-        if recovery_input_ids.ndim != 3 or recovery_input_ids.shape[0] != input_ids.shape[0]:
-            raise ValueError(
-                f"recovery_input_ids must have shape (rows, windows, length) with {input_ids.shape[0]} rows, got "
-                f"{tuple(recovery_input_ids.shape)}."
-            )
-
-    def _check_call(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        others: Mapping[str, Any],
-        section: TokenRecoveryConfig,
-    ) -> None:
-        if input_ids is None or others.get("inputs_embeds") is not None:
-            raise ValueError("Pictures need input_ids with their placeholders, and no inputs_embeds beside them.")
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)} beside pictures, got "
-                f"{tuple(attention_mask.shape)}."
-            )
-        if cache_length(others.get("past_key_values")):
-            raise ValueError(
-                "Pictures with a non-empty past_key_values: the cache holds the shortened prompt, so full-length "
-                "input_ids do not fit it. Pass only the new turn's ids without pictures, or start with an empty cache."
-            )
-        attention = getattr(self.config.get_text_config(), "_attn_implementation", None) or ""
-        if section.position_ids == "original" and attention.startswith("flash"):
-            raise ValueError(
-                f"position_ids 'original' leaves gaps, which {attention} takes for packed sequences: load the model "
-                "with attn_implementation='sdpa' or set position_ids to 'compact'."
-            )
-
-
-def _build_recovery_modules(config: Any) -> TokenRecoveryModules | None:
-    section = config.token_recovery.text_encoder_config
-    if section is None:
-        return None
-    return TokenRecoveryModules(CLIPTextConfig(**section), config.vision_config.hidden_size)
-
-
-def _check_supported(config: Any, section: TokenRecoveryConfig) -> None:
-    vision = config.vision_config
-    if vision.model_type != "clip_vision_model":
-        raise ValueError(
-            f"Token recovery goes by CLIP's class token; the vision tower is {vision.model_type!r}, which is not "
-            "supported. Use a LLaVA with a CLIP vision tower ('clip_vision_model')."
-        )
-    _check_feature_layer(config, None, None)
-    if -section.visual_layer > vision.num_hidden_layers:
-        raise ValueError(
-            f"token_recovery.visual_layer is {section.visual_layer}, but the vision tower has only "
-            f"{vision.num_hidden_layers} blocks."
-        )
-    patches = (vision.image_size // vision.patch_size) ** 2
-    if isinstance(section.budget, int) and section.budget > patches:
-        raise ValueError(
-            f"token_recovery.budget is {section.budget}, but an image has only {patches} patches; write an int up "
-            f"to {patches} or a share in (0, 1]."
-        )
-    get_method(section.method)
-
-
-def _check_feature_layer(config: Any, layer: int | None, strategy: str | None) -> None:
-    layer = config.vision_feature_layer if layer is None else layer
-    strategy = config.vision_feature_select_strategy if strategy is None else strategy
-    blocks = config.vision_config.num_hidden_layers
-    if not isinstance(layer, int) or not -blocks - 1 <= layer <= blocks or layer % (blocks + 1) == blocks:
-        raise ValueError(
-            f"vision_feature_layer must be one int below the last of the {blocks} blocks (LLaVA's is -2), "
-            f"got {layer!r}."
-        )
-    if strategy != "default":
-        raise ValueError(f"vision_feature_select_strategy must be 'default' (no class token), got {strategy!r}.")
-
-
-def _pack(record: TokenRecoveryOutput, total: int) -> Tensor:
-    """The `total` tokens of all images without padding: (total, C)."""
-    images, width = record.tokens.shape[:2]
-    if images * width == total:
-        return record.tokens.flatten(0, 1)
-    counts = record.counts
-    image = torch.arange(images, device=counts.device).repeat_interleave(counts, output_size=total)
-    slot = torch.arange(total, device=counts.device) - (counts.cumsum(0) - counts)[image]
-    return record.tokens[image, slot]
 
 
 def _windows(recovery_input_ids: Tensor, recovery_attention_mask: Tensor | None) -> Tensor:
@@ -511,9 +445,4 @@ def _pad_token_id(config: Any) -> int:
     return 0
 
 
-def cache_length(cache: Any) -> int:
-    """Tokens in a cache; `None` is an empty one."""
-    return 0 if cache is None else int(cache.get_seq_length())
-
-
-__all__ = ["RecCompMixin", "TokenRecoveryModules", "cache_length"]
+__all__ = ["RecCompMixin"]

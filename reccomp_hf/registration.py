@@ -6,13 +6,20 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from . import compat
-from .configuration_reccomp import LlavaRecCompConfig
+from .configuration_reccomp import LlavaNextRecCompConfig, LlavaRecCompConfig
+from .modeling_llava_next_reccomp import LlavaNextRecCompForConditionalGeneration, LlavaNextRecCompModel
 from .modeling_llava_reccomp import LlavaRecCompForConditionalGeneration, LlavaRecCompModel
-from .processing_reccomp import LlavaRecCompProcessor
+from .processing_reccomp import LlavaNextRecCompProcessor, LlavaRecCompProcessor
 
 HEAD_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForMultimodalLM")
 MODELS: tuple[tuple[type, type, type, type], ...] = (
     (LlavaRecCompConfig, LlavaRecCompForConditionalGeneration, LlavaRecCompModel, LlavaRecCompProcessor),
+    (
+        LlavaNextRecCompConfig,
+        LlavaNextRecCompForConditionalGeneration,
+        LlavaNextRecCompModel,
+        LlavaNextRecCompProcessor,
+    ),
 )
 
 

@@ -135,12 +135,18 @@ def plan_splice(placeholders: PlaceholderMap, attention_mask: Tensor, counts: Te
     )
 
 
+def padding_id(input_ids: Tensor, splice: Splice, default: int) -> Tensor:
+    """The id that pads the prompts as they came, `default` where none is padded. () int64."""
+    highest = input_ids.masked_fill(splice.keeps | splice.drops, -1).amax()
+    return torch.where(highest < 0, default, highest)
+
+
 def counted_positions(attention_mask: Tensor) -> Tensor:
     """Positions that count the attended tokens of a row, as a stock `generate` does. (R, L) -> (R, L) int64."""
     return ((attention_mask != 0).cumsum(-1) - 1).clamp(min=0)
 
 
-def cut(values: Tensor, source: Tensor, fill: float | int) -> Tensor:
+def cut(values: Tensor, source: Tensor, fill: int | Tensor) -> Tensor:
     """Take (R, L) values to the new slots (R, W); padding is `fill`."""
     return values.gather(1, source.clamp(min=0)).masked_fill(source < 0, fill)
 
@@ -162,14 +168,15 @@ def original_positions(
         source: (R, W), from `Splice.source`.
 
     Returns:
-        (R, W) int64.
+        (R, W) int64; padding counts its slots.
     """
     if position_ids is None:
         position_ids = torch.arange(placeholders.offset.shape[1], device=source.device)
     offset = placeholders.offset.clamp(max=max(places.shape[1] - 1, 0))
     moved = places[placeholders.image, offset] - placeholders.offset if places.shape[1] else offset
     moved = torch.where(placeholders.is_placeholder, moved, 0)
-    return cut(position_ids.expand_as(moved) + moved, source, 0)
+    slots = torch.arange(source.shape[1], device=source.device)
+    return torch.where(source < 0, slots, cut(position_ids.expand_as(moved) + moved, source, 0))
 
 
 __all__ = [
@@ -181,5 +188,6 @@ __all__ = [
     "cut",
     "map_placeholders",
     "original_positions",
+    "padding_id",
     "plan_splice",
 ]

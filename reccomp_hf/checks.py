@@ -1,0 +1,93 @@
+"""What a model and a call must bring for token recovery; each error says what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .configuration_reccomp import TokenRecoveryConfig
+from .recovery import check_budget, get_method
+
+
+def check_supported(config: Any, section: TokenRecoveryConfig) -> None:
+    """Refuse a model that token recovery does not know, and a section that does not fit it."""
+    vision = config.vision_config
+    if vision.model_type != "clip_vision_model":
+        raise ValueError(
+            f"Token recovery goes by CLIP's class token; the vision tower is {vision.model_type!r}, which is not "
+            "supported. Use a LLaVA with a CLIP vision tower ('clip_vision_model')."
+        )
+    check_feature_layer(config, None, None)
+    if -section.visual_layer > vision.num_hidden_layers:
+        raise ValueError(
+            f"token_recovery.visual_layer is {section.visual_layer}, but the vision tower has only "
+            f"{vision.num_hidden_layers} blocks."
+        )
+    pinpoints = getattr(config, "image_grid_pinpoints", None) or []
+    tiles = 1 + max(
+        ((height // vision.image_size) * (width // vision.image_size) for height, width in pinpoints), default=0
+    )
+    check_budget(section, tiles * (vision.image_size // vision.patch_size) ** 2)
+    get_method(section.method)
+
+
+def check_feature_layer(config: Any, layer: int | None, strategy: str | None) -> None:
+    """Refuse features that come after the last block, from several layers, or with the class token."""
+    layer = config.vision_feature_layer if layer is None else layer
+    strategy = config.vision_feature_select_strategy if strategy is None else strategy
+    blocks = config.vision_config.num_hidden_layers
+    if not isinstance(layer, int) or not -blocks - 1 <= layer <= blocks or layer % (blocks + 1) == blocks:
+        raise ValueError(
+            f"vision_feature_layer must be one int below the last of the {blocks} blocks (LLaVA's is -2), "
+            f"got {layer!r}."
+        )
+    if strategy != "default":
+        raise ValueError(f"vision_feature_select_strategy must be 'default' (no class token), got {strategy!r}.")
+
+
+def check_question(recovery_input_ids: Tensor | None, rows: int) -> None:
+    """Refuse a call without a question where text recovery needs one."""
+    if recovery_input_ids is None:
+        raise ValueError(
+            "Text recovery needs the question: recovery_input_ids is None. The processor of this checkpoint "
+            "writes it (AutoProcessor.from_pretrained); a visual-only call sets token_recovery={'text_share': 0} "
+            "and a budget."
+        )
+    if recovery_input_ids.ndim != 3 or recovery_input_ids.shape[0] != rows:
+        raise ValueError(
+            f"recovery_input_ids must have shape (rows, windows, length) with {rows} rows, got "
+            f"{tuple(recovery_input_ids.shape)}."
+        )
+
+
+def check_call(config: Any, section: TokenRecoveryConfig, inputs: Mapping[str, Any]) -> None:
+    """Refuse inputs beside which pictures cannot be compressed."""
+    input_ids, attention_mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if input_ids is None or inputs.get("inputs_embeds") is not None:
+        raise ValueError("Pictures need input_ids with their placeholders, and no inputs_embeds beside them.")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)} beside pictures, got "
+            f"{tuple(attention_mask.shape)}."
+        )
+    if cache_length(inputs.get("past_key_values")):
+        raise ValueError(
+            "Pictures with a non-empty past_key_values: the cache holds the shortened prompt, so full-length "
+            "input_ids do not fit it. Pass only the new turn's ids without pictures, or start with an empty cache."
+        )
+    attention = getattr(config.get_text_config(), "_attn_implementation", None) or ""
+    if section.position_ids == "original" and attention.startswith("flash"):
+        raise ValueError(
+            f"position_ids 'original' leaves gaps, which {attention} takes for packed sequences: load the model "
+            "with attn_implementation='sdpa' or set position_ids to 'compact'."
+        )
+
+
+def cache_length(cache: Any) -> int:
+    """Tokens in a cache; `None` is an empty one."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+__all__ = ["cache_length", "check_call", "check_feature_layer", "check_question", "check_supported"]

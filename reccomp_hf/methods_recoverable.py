@@ -1,0 +1,159 @@
+"""Method `recoverable`: the paper's three stages, with a dynamic count or a fixed budget."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from .configuration_reccomp import TokenRecoveryConfig
+from .outliers import upper_outliers
+from .recovery import MergedTokens, RecoveryMethod, TokenSelection, VisualFeatures
+from .relevance import class_saliency
+from .selection import farthest_points, gather_rows, nonzero_first, squared_distances, top_mask
+
+
+def _select(features: VisualFeatures, config: TokenRecoveryConfig) -> TokenSelection:
+    saliency = class_saliency(
+        features.class_query, features.keys, features.num_heads, config.visual_heads, features.valid
+    )
+    select = _select_dynamic if config.budget is None else _select_budget
+    return select(features, saliency, config)
+
+
+def _select_dynamic(features: VisualFeatures, saliency: Tensor, config: TokenRecoveryConfig) -> TokenSelection:
+    """Outliers decide how many tokens each stage keeps, tile by tile (the paper's dynamic scale filter)."""
+    k, threshold, valid = config.outlier_neighbors, config.outlier_threshold, features.valid
+    similarity = features.text_similarity
+    visual = top_mask(saliency, upper_outliers(saliency, k, threshold, valid).sum(-1), valid)
+    rest = valid & ~visual
+    text = torch.zeros_like(visual)
+    if similarity is not None:
+        text = top_mask(similarity, upper_outliers(similarity, k, threshold, rest).sum(-1), rest)
+        rest = rest & ~text
+    centres = upper_outliers(saliency, config.merge_neighbors, threshold, rest)
+    highest = top_mask(saliency, torch.ones_like(valid[:, 0], dtype=torch.long), rest)
+    centres = torch.where(centres.any(-1, keepdim=True), centres, highest)
+    return TokenSelection(visual, text, torch.zeros_like(visual), centres, centres.sum(-1), saliency)
+
+
+def _select_budget(features: VisualFeatures, saliency: Tensor, config: TokenRecoveryConfig) -> TokenSelection:
+    """Exactly `budget` tokens per image, chosen in the order visual, text, coverage, centres.
+
+    An image's tiles compete: saliency counts relative to the mean of its tile.
+    """
+    has_text, patches = features.text_similarity is not None, features.valid.shape[1] * max(features.tiles)
+    rest = features.per_image(features.valid, False)
+    scores = features.per_image(_relative(saliency, features.valid) if max(features.tiles) > 1 else saliency, 0.0)
+    similarity = scores if features.text_similarity is None else features.per_image(features.text_similarity, 0.0)
+    table = _split_table(
+        config.budget, config.text_share if has_text else 0, config.coverage_share, config.merged_tokens, patches
+    )
+    n_visual, n_text, n_coverage, n_merged = table.to(scores.device)[rest.sum(-1)].unbind(-1)
+    visual = top_mask(scores, n_visual, rest)
+    rest = rest & ~visual
+    text = top_mask(similarity, n_text, rest)
+    rest = rest & ~text
+    steps = int(table[:, 2].max())
+    coverage = torch.zeros_like(rest)
+    if steps:
+        distance = squared_distances(features.per_tile(visual | text), features.grid)
+        coverage = farthest_points(features.per_image(distance, 0), rest, n_coverage, features.grid, steps)
+    rest = rest & ~coverage
+    merged = _centres_per_tile(scores, rest, n_merged, int(table[:, 3].max()), features)
+    rest = features.per_tile(rest)
+    known = None
+    if features.all_valid and max(features.tiles) == 1:
+        visual_count, text_count, coverage_count, merged_count = table[-1].tolist()
+        most = visual_count + text_count + coverage_count + merged_count
+        known = [most, merged_count, most * len(saliency)]
+    return TokenSelection(
+        visual_mask=features.per_tile(visual),
+        text_mask=features.per_tile(text),
+        coverage_mask=features.per_tile(coverage),
+        centre_mask=top_mask(saliency, merged, rest),
+        merged_counts=merged,
+        saliency=saliency,
+        known_sizes=known,
+    )
+
+
+def _relative(saliency: Tensor, valid: Tensor) -> Tensor:
+    """Saliency over the mean of a tile's valid patches."""
+    total = saliency.masked_fill(~valid, 0).sum(-1, keepdim=True)
+    return saliency / total.clamp(min=torch.finfo(saliency.dtype).tiny) * valid.sum(-1, keepdim=True)
+
+
+def _centres_per_tile(scores: Tensor, rest: Tensor, counts: Tensor, most: int, features: VisualFeatures) -> Tensor:
+    """How many of an image's merged tokens each tile gets: (T,) int64.
+
+    In proportion to the saliency that remains in it, by highest averages (D'Hondt), and no more than its remaining
+    patches.
+    """
+    tiles = max(features.tiles)
+    if tiles == 1:
+        return counts
+    mass = scores.masked_fill(~rest, 0).unflatten(1, (tiles, -1)).sum(-1)  # (I, S)
+    left = rest.unflatten(1, (tiles, -1)).sum(-1)
+    seat = torch.arange(most, device=scores.device)
+    averages = mass.unsqueeze(-1) / (seat + 1)  # (I, S, M)
+    given = top_mask(averages.flatten(1), counts, (seat < left.unsqueeze(-1)).flatten(1))
+    return features.per_tile(given).sum(-1)
+
+
+def budget_split(patches: int, budget: float, text_share: float, coverage_share: float, merged: int) -> list[int]:
+    """How a fixed budget is spent on an image of that many patches.
+
+    Returns:
+        Counts of visual, text, coverage and merged tokens.
+    """
+    total = budget if isinstance(budget, int) else max(1, math.floor(budget * patches + 0.5))
+    merged = 0 if total >= patches else min(merged, total - 1)
+    total = min(total, patches)
+    coverage = math.floor(coverage_share * (total - merged))
+    text = math.floor(text_share * (total - merged - coverage))
+    return [total - merged - coverage - text, text, coverage, merged]
+
+
+@functools.lru_cache(maxsize=64)
+def _split_table(budget: float, text_share: float, coverage_share: float, merged: int, patches: int) -> Tensor:
+    """`budget_split` for every number of valid patches: (patches + 1, 4) int64."""
+    return torch.tensor(
+        [budget_split(count, budget, text_share, coverage_share, merged) for count in range(patches + 1)]
+    )
+
+
+def _merge(
+    features: VisualFeatures, selection: TokenSelection, config: TokenRecoveryConfig, max_merged: int
+) -> MergedTokens:
+    """Every patch that was not kept joins the centre of most similar key; a cluster becomes its weighted mean."""
+    centres = nonzero_first(selection.centre_mask, max_merged)  # (B, M)
+    cluster = torch.full_like(features.valid, -1, dtype=torch.long)
+    if max_merged == 0:
+        return MergedTokens(features.hidden_states[:, :0], centres, cluster)
+    slot = torch.arange(max_merged, device=centres.device)  # (M,)
+    with torch.no_grad():
+        keys = torch.nn.functional.normalize(features.keys[:, 1:].float(), dim=-1)  # (B, N, C)
+        similarity = gather_rows(keys, centres) @ keys.transpose(1, 2)  # (B, M, N)
+        unused = (slot >= selection.merged_counts.unsqueeze(-1)).unsqueeze(-1)
+        nearest = similarity.masked_fill(unused, -torch.inf).argmax(1)  # (B, N), first of equals
+        nearest = torch.where(selection.centre_mask, selection.centre_mask.cumsum(-1) - 1, nearest)
+        member = features.valid & ~selection.kept_mask & (selection.merged_counts > 0).unsqueeze(-1)
+        cluster = torch.where(member, nearest, cluster)
+        in_cluster = cluster.unsqueeze(1) == slot[:, None]  # (B, M, N)
+        weights = in_cluster * selection.saliency.unsqueeze(1)
+        peak = weights.amax(-1, keepdim=True)
+        # Where the saliency of a whole cluster underflowed to 0 its token is a plain mean.
+        weights = torch.where(peak > 0, weights / peak, in_cluster.float())
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
+    states = features.hidden_states
+    precise = torch.promote_types(states.dtype, torch.float32)
+    tokens = (weights.to(precise) @ states.to(precise)).to(states.dtype)
+    return MergedTokens(tokens, centres, cluster)
+
+
+RECOVERABLE = RecoveryMethod(_select, _merge)
+
+__all__ = ["RECOVERABLE", "budget_split"]

@@ -1,0 +1,113 @@
+"""Choosing entries of each row by score or by distance: the tensor tools that the methods share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def top_mask(scores: Tensor, counts: Tensor, candidates: Tensor) -> Tensor:
+    """The `counts` candidates of highest score in each row; of equal scores the lower index wins.
+
+    Args:
+        scores: (B, N) float.
+        counts: (B,) int.
+        candidates: (B, N) bool.
+
+    Returns:
+        (B, N) bool.
+    """
+    order = scores.masked_fill(~candidates, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    # Candidates first even where their own score is -inf.
+    order = order.gather(-1, nonzero_first(candidates.gather(-1, order), order.shape[-1]))
+    rank = torch.empty_like(order).scatter_(-1, order, positions(order))
+    return (rank < counts.unsqueeze(-1)) & candidates
+
+
+def nonzero_first(mask: Tensor, length: int) -> Tensor:
+    """Indices of the `True` entries of each row in ascending order, padded with others: (B, N) -> (B, length)."""
+    index = mask.logical_not().byte().argsort(dim=-1, stable=True)[:, :length]
+    return torch.nn.functional.pad(index, (0, max(length - mask.shape[1], 0)))
+
+
+def positions(rows: Tensor) -> Tensor:
+    """0, 1, 2, ... along every row: (B, N) -> (B, N) int64."""
+    return torch.arange(rows.shape[-1], device=rows.device).expand_as(rows)
+
+
+def gather_rows(values: Tensor, index: Tensor) -> Tensor:
+    """Values (B, N, C) at index (B, K) -> (B, K, C)."""
+    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+def pack_rows(values: Tensor, counts: Tensor, total: int) -> Tensor:
+    """The first `counts` entries of every row, one row after the other: (B, K, ...) -> (total, ...)."""
+    rows, width = values.shape[:2]
+    if rows * width == total:
+        return values.flatten(0, 1)
+    row = torch.arange(rows, device=counts.device).repeat_interleave(counts, output_size=total)
+    column = torch.arange(total, device=counts.device) - (counts.cumsum(0) - counts)[row]
+    return values[row, column]
+
+
+def squared_distances(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Squared distance of every cell to the nearest `True` cell of its grid, rows first, then columns.
+
+    Args:
+        mask: (B, rows * columns) bool in raster order.
+        grid: (rows, columns).
+
+    Returns:
+        (B, rows * columns) int64; `farthest(grid)` where a grid has no `True` cell.
+    """
+    cells = mask.reshape(-1, *grid)
+    rows, columns = (torch.arange(size, device=mask.device) for size in grid)
+    along_row = torch.where(cells.unsqueeze(2), (columns[:, None] - columns) ** 2, farthest(grid)).amin(-1)
+    between_rows = ((rows[:, None] - rows) ** 2)[None, :, :, None]  # (1, rows, rows, 1)
+    return (along_row.unsqueeze(1) + between_rows).amin(2).flatten(1)
+
+
+def farthest(grid: tuple[int, int]) -> int:
+    """More than any squared distance on the grid."""
+    return (grid[0] + grid[1]) ** 2
+
+
+def farthest_points(distance: Tensor, candidates: Tensor, counts: Tensor, grid: tuple[int, int], steps: int) -> Tensor:
+    """Spread `counts` patches evenly: each is the candidate farthest from everything kept so far.
+
+    A row holds one grid or several one after the other; cells of different grids are as far apart as can be. The
+    loop runs over steps, for all rows at once. Of equally far candidates the first one is taken.
+
+    Args:
+        distance: (B, cells) int64, squared distance of every cell to what is kept, from `squared_distances`.
+        candidates: (B, cells) bool, patches to choose from.
+        counts: (B,) int, how many to choose.
+        grid: (rows, columns) of one grid.
+        steps: The largest of `counts`.
+
+    Returns:
+        (B, cells) bool.
+    """
+    chosen = torch.zeros_like(candidates)
+    cell = torch.arange(candidates.shape[1], device=candidates.device)
+    area = grid[0] * grid[1]
+    row, column = cell % area // grid[1], cell % grid[1]
+    for step in range(steps):
+        pick = distance.masked_fill(~candidates | chosen, -1).argmax(-1, keepdim=True)  # (B, 1)
+        active = (step < counts).unsqueeze(-1)
+        chosen = chosen | ((cell == pick) & active & candidates)
+        from_pick = (row - pick % area // grid[1]) ** 2 + (column - pick % grid[1]) ** 2
+        from_pick = torch.where(cell // area == pick // area, from_pick, farthest(grid))
+        distance = torch.where(active, torch.minimum(distance, from_pick), distance)
+    return chosen
+
+
+__all__ = [
+    "farthest_points",
+    "gather_rows",
+    "nonzero_first",
+    "pack_rows",
+    "positions",
+    "squared_distances",
+    "top_mask",
+]
