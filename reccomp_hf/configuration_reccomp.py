@@ -41,7 +41,8 @@ class TokenRecoveryConfig:
     Args:
         version: Layout of the section; 1.
         enabled: `False` gives bit for bit the stock model.
-        method: Name of a registered method: `"recoverable"` (the paper's method) or `"authors"` (its released code).
+        method: `"recoverable"` (the paper's method), `"authors"` (its released code), or for comparison
+            `"pooling_2x2"`, `"pooling_3x3"` (means of the grid's cells) and `"base_tile"` (LLaVA-NeXT).
         budget: `None` lets the number of tokens adapt to the picture; an `int` is the exact number of tokens of an
             image; a `float` in (0, 1] is the share of the image's patches.
         text_share: Share in [0, 1] of the kept tokens of a fixed budget that the question chooses.
@@ -84,8 +85,9 @@ class TokenRecoveryConfig:
         _refuse_unknown(fields, [field.name for field in dataclasses.fields(self)])
         for field in dataclasses.fields(self):
             setattr(self, field.name, fields.get(field.name, field.default))
-        if isinstance(self.text_encoder_config, PretrainedConfig):
-            self.text_encoder_config = self.text_encoder_config.to_dict()
+        encoder = self.text_encoder_config
+        encoder = encoder.to_dict() if isinstance(encoder, PretrainedConfig) else encoder
+        self.text_encoder_config = _as_json(dict(encoder)) if isinstance(encoder, Mapping) else encoder
         self.validate()
 
     @classmethod
@@ -119,7 +121,7 @@ class TokenRecoveryConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values; validates, so that nothing impossible is ever written."""
         self.validate()
-        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        return _as_json(dataclasses.asdict(self))
 
     def validate(self) -> None:
         """Check every field and their combination.
@@ -163,12 +165,13 @@ class TokenRecoveryConfig:
             )
 
     def _validate_combination(self) -> None:
-        if self.method != "authors":
-            return
-        for name, needed in (("budget", None), ("position_ids", "compact")):
-            if getattr(self, name) != needed:
+        needed: dict[str, Any] = {} if self.method == "recoverable" else {"budget": None}
+        if self.method == "authors":
+            needed["position_ids"] = "compact"  # its extra token has no place
+        for name, value in needed.items():
+            if getattr(self, name) != value:
                 raise ValueError(
-                    f"method 'authors' reproduces the released code and needs {name}={needed!r}, got "
+                    f"method {self.method!r} fixes the number of tokens itself and needs {name}={value!r}, got "
                     f"{getattr(self, name)!r}; use method 'recoverable' for it."
                 )
 
@@ -238,6 +241,11 @@ class LlavaNextRecCompConfig(_RecCompConfigMixin, LlavaNextConfig):
         """Build the stock config and validate the section."""
         self.token_recovery = TokenRecoveryConfig.from_value(token_recovery)
         super().__init__(vision_config=vision_config, text_config=text_config, **kwargs)
+
+
+def _as_json(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields as they are read back from a JSON file."""
+    return json.loads(json.dumps(fields, default=str))
 
 
 def _refuse_unknown(fields: Mapping[str, Any], known: list[str]) -> None:

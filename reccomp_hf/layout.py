@@ -76,7 +76,7 @@ class ImageLayout:
 
     def image_of_tile(self) -> Tensor:
         """(T,) int64 on the host."""
-        return torch.arange(len(self.tiles)).repeat_interleave(torch.tensor(self.tiles))
+        return torch.tensor([image for image, size in enumerate(self.tiles) for _ in range(size)])
 
     def kept(self, selection: TokenSelection) -> tuple[Tensor, Tensor]:
         """The placeholders whose patch is kept, and the newlines of rows that keep a patch: two (I, L) bool."""

@@ -104,6 +104,6 @@ def _floor(values: Tensor) -> Tensor:
     return values.floor().long()
 
 
-AUTHORS = RecoveryMethod(_select, _merge, scales_similarity=True, needs_text=True)
+AUTHORS = RecoveryMethod(_select, _merge, reads_text=True, needs_text=True, scales_similarity=True)
 
 __all__ = ["AUTHORS"]

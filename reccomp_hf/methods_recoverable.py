@@ -12,7 +12,7 @@ from .configuration_reccomp import TokenRecoveryConfig
 from .outliers import upper_outliers
 from .recovery import MergedTokens, RecoveryMethod, TokenSelection, VisualFeatures
 from .relevance import class_saliency
-from .selection import farthest_points, gather_rows, nonzero_first, squared_distances, top_mask
+from .selection import cluster_means, farthest_points, gather_rows, nonzero_first, squared_distances, top_mask
 
 
 def _select(features: VisualFeatures, config: TokenRecoveryConfig) -> TokenSelection:
@@ -48,7 +48,7 @@ def _select_budget(features: VisualFeatures, saliency: Tensor, config: TokenReco
     rest = features.per_image(features.valid, False)
     scores = features.per_image(_relative(saliency, features.valid) if max(features.tiles) > 1 else saliency, 0.0)
     similarity = scores if features.text_similarity is None else features.per_image(features.text_similarity, 0.0)
-    table = _split_table(
+    splits, table = _split_table(
         config.budget, config.text_share if has_text else 0, config.coverage_share, config.merged_tokens, patches
     )
     n_visual, n_text, n_coverage, n_merged = table.to(scores.device)[rest.sum(-1)].unbind(-1)
@@ -56,19 +56,18 @@ def _select_budget(features: VisualFeatures, saliency: Tensor, config: TokenReco
     rest = rest & ~visual
     text = top_mask(similarity, n_text, rest)
     rest = rest & ~text
-    steps = int(table[:, 2].max())
+    steps = max(split[2] for split in splits)
     coverage = torch.zeros_like(rest)
     if steps:
         distance = squared_distances(features.per_tile(visual | text), features.grid)
         coverage = farthest_points(features.per_image(distance, 0), rest, n_coverage, features.grid, steps)
     rest = rest & ~coverage
-    merged = _centres_per_tile(scores, rest, n_merged, int(table[:, 3].max()), features)
+    merged = _centres_per_tile(scores, rest, n_merged, max(split[3] for split in splits), features)
     rest = features.per_tile(rest)
     known = None
     if features.all_valid and max(features.tiles) == 1:
-        visual_count, text_count, coverage_count, merged_count = table[-1].tolist()
-        most = visual_count + text_count + coverage_count + merged_count
-        known = [most, merged_count, most * len(saliency)]
+        most, most_merged = sum(splits[-1]), splits[-1][3]
+        known = [most, most_merged, most * len(saliency)]
     return TokenSelection(
         visual_mask=features.per_tile(visual),
         text_mask=features.per_tile(text),
@@ -117,12 +116,13 @@ def budget_split(patches: int, budget: float, text_share: float, coverage_share:
     return [total - merged - coverage - text, text, coverage, merged]
 
 
-@functools.lru_cache(maxsize=64)
-def _split_table(budget: float, text_share: float, coverage_share: float, merged: int, patches: int) -> Tensor:
-    """`budget_split` for every number of valid patches: (patches + 1, 4) int64."""
-    return torch.tensor(
-        [budget_split(count, budget, text_share, coverage_share, merged) for count in range(patches + 1)]
-    )
+@functools.lru_cache(maxsize=64, typed=True)  # a budget of 1 is a token, one of 1.0 is all of them
+def _split_table(
+    budget: float, text_share: float, coverage_share: float, merged: int, patches: int
+) -> tuple[list[list[int]], Tensor]:
+    """`budget_split` for every number of valid patches, as a list and as (patches + 1, 4) int64 on the host."""
+    splits = [budget_split(count, budget, text_share, coverage_share, merged) for count in range(patches + 1)]
+    return splits, torch.tensor(splits)
 
 
 def _merge(
@@ -142,18 +142,10 @@ def _merge(
         nearest = torch.where(selection.centre_mask, selection.centre_mask.cumsum(-1) - 1, nearest)
         member = features.valid & ~selection.kept_mask & (selection.merged_counts > 0).unsqueeze(-1)
         cluster = torch.where(member, nearest, cluster)
-        in_cluster = cluster.unsqueeze(1) == slot[:, None]  # (B, M, N)
-        weights = in_cluster * selection.saliency.unsqueeze(1)
-        peak = weights.amax(-1, keepdim=True)
-        # Where the saliency of a whole cluster underflowed to 0 its token is a plain mean.
-        weights = torch.where(peak > 0, weights / peak, in_cluster.float())
-        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
-    states = features.hidden_states
-    precise = torch.promote_types(states.dtype, torch.float32)
-    tokens = (weights.to(precise) @ states.to(precise)).to(states.dtype)
+    tokens = cluster_means(features.hidden_states, cluster, selection.saliency, max_merged)
     return MergedTokens(tokens, centres, cluster)
 
 
-RECOVERABLE = RecoveryMethod(_select, _merge)
+RECOVERABLE = RecoveryMethod(_select, _merge, reads_text=True)
 
 __all__ = ["RECOVERABLE", "budget_split"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import compat, splicing
 from .checks import check_call, check_feature_layer, check_question, check_supported
@@ -23,7 +23,7 @@ from .recovery import (
     get_method,
     select_tokens,
 )
-from .recovery_modules import TokenRecoveryModules, build_recovery_modules
+from .recovery_modules import RecoveryModulesMixin
 from .relevance import class_query_and_keys, patch_embeddings, text_similarity
 from .selection import pack_rows
 
@@ -65,79 +65,11 @@ class _Read:
     rows_after: int
 
 
-class RecCompMixin:
+class RecCompMixin(RecoveryModulesMixin):
     """Token recovery for a stock LLaVA class, which stands next in the bases."""
 
-    # What the stock class brings along.
-    config: Any
-    model: Any
-    post_init: Any
     get_input_embeddings: Any
-    _modules: dict[str, Any]
-    token_recovery: TokenRecoveryModules | None
     output_class: type
-
-    def __init__(self, config: Any) -> None:
-        """Build the stock model, then the recovery modules if the config names a text encoder.
-
-        Raises:
-            ValueError: A vision tower or feature selection that has no class token to go by.
-        """
-        check_supported(config, config.token_recovery)
-        super().__init__(config)  # type: ignore[call-arg]
-        self.token_recovery = build_recovery_modules(config)
-        self._llava.vision_tower.requires_grad_(False)
-        self.post_init()
-
-    @property
-    def _llava(self) -> Any:
-        """The stock module that holds vision tower, projector and language model."""
-        return self if "vision_tower" in self._modules else self.model
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As the stock method, but weights that are missing from the checkpoint raise instead of being random.
-
-        Raises:
-            ValueError: The checkpoint lacks weights that the config asks for.
-        """
-        model, info = super().from_pretrained(  # type: ignore[misc]
-            *args, output_loading_info=True, **kwargs
-        )
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise ValueError(
-                f"The checkpoint lacks {len(missing)} weights of {cls.__name__}, which would be random: "
-                f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. A stock LLaVA becomes a checkpoint "
-                "of this class by reccomp_hf.convert(llava, clip, output)."
-            )
-        return (model, info) if output_loading_info else model
-
-    @staticmethod
-    def _fix_state_dict_key_on_load(key: str) -> tuple[str, bool]:
-        """Read vision towers that transformers 5.x wrote on 4.57 too."""
-        renamed = compat.rename_vision_key(key)
-        return renamed, renamed != key
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """All parameters, the frozen recovery modules' included."""
-        yield from super().named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
-        if recurse and self.token_recovery is not None:
-            for name, module in self.token_recovery.parts():
-                path = ".".join(filter(None, (prefix, "token_recovery", name)))
-                yield from module.named_parameters(path, recurse, remove_duplicate)
-
-    def named_buffers(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, Tensor]]:
-        """All buffers, the frozen recovery modules' included."""
-        yield from super().named_buffers(prefix, recurse, remove_duplicate)  # type: ignore[misc]
-        if recurse and self.token_recovery is not None:
-            for name, module in self.token_recovery.parts():
-                path = ".".join(filter(None, (prefix, "token_recovery", name)))
-                yield from module.named_buffers(path, recurse, remove_duplicate)
 
     def forward(
         self,
@@ -428,7 +360,8 @@ class RecCompMixin:
         return section
 
     def _reads_question(self, section: TokenRecoveryConfig) -> bool:
-        return self.token_recovery is not None and (section.budget is None or section.text_share > 0)
+        spends = section.budget is None or section.text_share > 0
+        return self.token_recovery is not None and spends and get_method(section.method).reads_text
 
 
 def _windows(recovery_input_ids: Tensor, recovery_attention_mask: Tensor | None) -> Tensor:

@@ -164,14 +164,16 @@ class RecoveryMethod:
     Args:
         select: Chooses patches without reading anything from the device.
         merge: Makes the merged tokens, given the largest number of them.
-        scales_similarity: Whether the text similarity is divided by the root of the projection width.
+        reads_text: Whether a question changes the choice.
         needs_text: Whether the method is undefined without a question.
+        scales_similarity: Whether the text similarity is divided by the root of the projection width.
     """
 
     select: Callable[[VisualFeatures, TokenRecoveryConfig], TokenSelection]
     merge: Callable[[VisualFeatures, TokenSelection, TokenRecoveryConfig, int], MergedTokens]
-    scales_similarity: bool = False
+    reads_text: bool = False
     needs_text: bool = False
+    scales_similarity: bool = False
 
 
 def get_method(name: str) -> RecoveryMethod:
@@ -181,9 +183,16 @@ def get_method(name: str) -> RecoveryMethod:
         ValueError: No such method.
     """
     from .methods_authors import AUTHORS
+    from .methods_baselines import BASE_TILE, POOLING_2X2, POOLING_3X3
     from .methods_recoverable import RECOVERABLE
 
-    methods = {"recoverable": RECOVERABLE, "authors": AUTHORS}
+    methods = {
+        "recoverable": RECOVERABLE,
+        "authors": AUTHORS,
+        "pooling_2x2": POOLING_2X2,
+        "pooling_3x3": POOLING_3X3,
+        "base_tile": BASE_TILE,
+    }
     if name not in methods:
         raise ValueError(f"Unknown token_recovery.method {name!r}; known methods are {', '.join(map(repr, methods))}.")
     return methods[name]

@@ -8,6 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from . import compat
+from .checks import check_supported
+
 
 class TokenRecoveryModules(nn.Module):
     """CLIP's text encoder and visual projection, frozen, which say how a question relates to a patch.
@@ -21,7 +24,6 @@ class TokenRecoveryModules(nn.Module):
         super().__init__()
         self.text_encoder = CLIPTextModelWithProjection(text_config)
         self.visual_projection = nn.Linear(vision_width, text_config.projection_dim, bias=False)
-        self.requires_grad_(False)
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -33,10 +35,6 @@ class TokenRecoveryModules(nn.Module):
                 memo.add(self)
             yield prefix, self
 
-    def parts(self) -> Iterator[tuple[str, nn.Module]]:
-        """The modules that `named_modules` does not show, with their names."""
-        yield from self.named_children()
-
     def embed_question(self, input_ids: Tensor) -> Tensor:
         """Embeddings pooled at the end-of-text token: (rows, windows, length) int64 -> (rows, windows, P).
 
@@ -47,7 +45,89 @@ class TokenRecoveryModules(nn.Module):
         return embeds.reshape(rows, windows, -1)
 
 
-def build_recovery_modules(config: Any) -> TokenRecoveryModules | None:
+class RecoveryModulesMixin:
+    """The recovery modules in a stock LLaVA class: built, loaded, counted, and kept frozen."""
+
+    # What the stock class brings along.
+    config: Any
+    model: Any
+    post_init: Any
+    _modules: dict[str, Any]
+    token_recovery: TokenRecoveryModules | None
+
+    def __init__(self, config: Any) -> None:
+        """Build the stock model, then the recovery modules if the config names a text encoder.
+
+        Raises:
+            ValueError: A vision tower or feature selection that has no class token to go by.
+        """
+        check_supported(config, config.token_recovery)
+        super().__init__(config)  # type: ignore[call-arg]
+        self.token_recovery = _build_recovery_modules(config)
+        self.post_init()
+        self._freeze()
+
+    @property
+    def _llava(self) -> Any:
+        """The stock module that holds vision tower, projector and language model."""
+        return self if "vision_tower" in self._modules else self.model
+
+    def _freeze(self) -> None:
+        """The choice of tokens has no gradient: the vision tower is trained on request, CLIP's text side never."""
+        for module in (
+            self._llava.vision_tower,
+            *([] if self.token_recovery is None else self.token_recovery.children()),
+        ):
+            module.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As the stock method, but weights that are missing from the checkpoint raise instead of being random.
+
+        Raises:
+            ValueError: The checkpoint lacks weights that the config asks for.
+        """
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            *args, output_loading_info=True, **kwargs
+        )
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ValueError(
+                f"The checkpoint lacks {len(missing)} weights of {cls.__name__}, which would be random: "
+                f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. A stock LLaVA becomes a checkpoint "
+                "of this class by reccomp_hf.convert(llava, clip, output)."
+            )
+        model._freeze()  # 5.x makes new parameters while it loads
+        return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _fix_state_dict_key_on_load(key: str) -> tuple[str, bool]:
+        """Read vision towers that transformers 5.x wrote on 4.57 too."""
+        renamed = compat.rename_vision_key(key)
+        return renamed, renamed != key
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters, the frozen recovery modules' included."""
+        yield from super().named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
+        if recurse and self.token_recovery is not None:
+            for name, module in self.token_recovery.named_children():
+                path = ".".join(filter(None, (prefix, "token_recovery", name)))
+                yield from module.named_parameters(path, recurse, remove_duplicate)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """All buffers, the frozen recovery modules' included."""
+        yield from super().named_buffers(prefix, recurse, remove_duplicate)  # type: ignore[misc]
+        if recurse and self.token_recovery is not None:
+            for name, module in self.token_recovery.named_children():
+                path = ".".join(filter(None, (prefix, "token_recovery", name)))
+                yield from module.named_buffers(path, recurse, remove_duplicate)
+
+
+def _build_recovery_modules(config: Any) -> TokenRecoveryModules | None:
     """The modules that a model config asks for; `None` for a visual-only model."""
     section = config.token_recovery.text_encoder_config
     if section is None:
@@ -55,4 +135,4 @@ def build_recovery_modules(config: Any) -> TokenRecoveryModules | None:
     return TokenRecoveryModules(CLIPTextConfig(**section), config.vision_config.hidden_size)
 
 
-__all__ = ["TokenRecoveryModules", "build_recovery_modules"]
+__all__ = ["RecoveryModulesMixin", "TokenRecoveryModules"]

@@ -45,9 +45,32 @@ def pack_rows(values: Tensor, counts: Tensor, total: int) -> Tensor:
     rows, width = values.shape[:2]
     if rows * width == total:
         return values.flatten(0, 1)
-    row = torch.arange(rows, device=counts.device).repeat_interleave(counts, output_size=total)
-    column = torch.arange(total, device=counts.device) - (counts.cumsum(0) - counts)[row]
+    entry, ends = torch.arange(total, device=counts.device), counts.cumsum(0)
+    row = torch.searchsorted(ends, entry, right=True)
+    column = entry - (ends - counts)[row]
     return values[row, column]
+
+
+def cluster_means(states: Tensor, cluster: Tensor, weights: Tensor, clusters: int) -> Tensor:
+    """Weighted mean of every cluster, in float32 at least; differentiable in `states`.
+
+    Args:
+        states: (B, N, C).
+        cluster: (B, N) int64, -1 for none.
+        weights: (B, N) float, not negative; where those of a whole cluster are 0 it gets the plain mean.
+        clusters: M.
+
+    Returns:
+        (B, M, C) in the dtype of `states`; 0 for an empty cluster.
+    """
+    with torch.no_grad():
+        member = cluster.unsqueeze(1) == torch.arange(clusters, device=cluster.device).unsqueeze(-1)  # (B, M, N)
+        shares = member * weights.unsqueeze(1)
+        peak = shares.amax(-1, keepdim=True)
+        shares = torch.where(peak > 0, shares / peak, member.to(shares.dtype))
+        shares = shares / shares.sum(-1, keepdim=True).clamp(min=1)
+    precise = torch.promote_types(states.dtype, torch.float32)
+    return (shares.to(precise) @ states.to(precise)).to(states.dtype)
 
 
 def squared_distances(mask: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -103,6 +126,7 @@ def farthest_points(distance: Tensor, candidates: Tensor, counts: Tensor, grid: 
 
 
 __all__ = [
+    "cluster_means",
     "farthest_points",
     "gather_rows",
     "nonzero_first",
