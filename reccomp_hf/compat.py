@@ -61,6 +61,11 @@ def extended_positions(position_ids: Tensor, length: int) -> Tensor:
     )
 
 
+def is_prefill(step: dict[str, Any]) -> bool:
+    """Whether what `prepare_inputs_for_generation` is given starts a sequence."""
+    return bool(step.get("is_first_iteration")) if IS_V5 else bool(step["cache_position"][0] == 0)
+
+
 def auto_model_for_vision2seq() -> Any:
     """`AutoModelForVision2Seq`, or what took its place on 5.x."""
     return auto_class("AutoModelForVision2Seq") or transformers.AutoModelForImageTextToText
@@ -78,6 +83,7 @@ __all__ = [
     "clip_vision_model",
     "default_max_length",
     "extended_positions",
+    "is_prefill",
     "register_key_renames",
     "rename_vision_key",
 ]

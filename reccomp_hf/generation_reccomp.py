@@ -33,6 +33,7 @@ class RecCompGenerationMixin(RecCompMixin):
         token_recovery: Mapping[str, Any] | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: Any = None,
         **kwargs: Any,
     ) -> Any:
         """As the stock method; with pictures, loss and logits are of the shortened sequence.
@@ -50,6 +51,7 @@ class RecCompGenerationMixin(RecCompMixin):
             token_recovery: Fields of the config section to override for this call.
             labels: (R, L) int64 for the uncut sequence; they are cut with it.
             logits_to_keep: As in the stock method.
+            mm_encoder_outputs: As in the stock method of transformers 5; what it holds is not compressed.
             **kwargs: Everything else that the stock method takes.
 
         Returns:
@@ -60,7 +62,8 @@ class RecCompGenerationMixin(RecCompMixin):
         """
         inputs: dict[str, Any] = {"input_ids": input_ids, "pixel_values": pixel_values, "image_sizes": image_sizes}
         inputs |= {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        inputs |= {"past_key_values": past_key_values, "labels": labels, "logits_to_keep": logits_to_keep, **kwargs}
+        inputs |= {"past_key_values": past_key_values, "labels": labels, "logits_to_keep": logits_to_keep}
+        inputs |= {"mm_encoder_outputs": mm_encoder_outputs, **kwargs}
         return self._compressed_forward(inputs, (recovery_input_ids, recovery_attention_mask), token_recovery)
 
     @torch.no_grad()
@@ -128,9 +131,10 @@ class RecCompGenerationMixin(RecCompMixin):
         """
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = compat.extended_positions(kwargs["position_ids"], input_ids.shape[1])
-        if kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None:
-            # Without a mask and a cache, 5.x takes gaps in the positions for packed sequences.
-            kwargs["attention_mask"] = torch.ones_like(input_ids)
+        if inputs_embeds is not None and input_ids.shape[1] > inputs_embeds.shape[1] and compat.is_prefill(kwargs):
+            # Prompt lookup proposes tokens before the prompt is read: they are read with it.
+            proposed = self.get_input_embeddings()(input_ids[:, inputs_embeds.shape[1] :])
+            inputs_embeds = torch.cat([inputs_embeds, proposed], dim=1)
         return super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -152,10 +156,10 @@ class RecCompGenerationMixin(RecCompMixin):
         """`max_length` and `min_length` of the shortened prompt, where somebody set them for the uncut one."""
 
         def setting(name: str, default: Any) -> Any:
-            for value in (kwargs.get(name), getattr(generation_config, name, None)):
-                if value is not None and value != default:
-                    return value
-            return getattr(self.generation_config, name, None)
+            if kwargs.get(name) is not None:
+                return kwargs[name]
+            value = getattr(generation_config, name, None)
+            return getattr(self.generation_config, name, None) if value in (None, default) else value
 
         lengths = {}
         longest, shortest = setting("max_length", compat.default_max_length()), setting("min_length", 0)

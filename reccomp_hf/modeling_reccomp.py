@@ -225,12 +225,14 @@ class RecCompMixin(RecoveryModulesMixin):
         token_recovery: Mapping[str, Any] | None,
     ) -> Any:
         """The stock `forward` on the shortened inputs, its output with the counts."""
-        section = self._section(token_recovery)
         inputs = {name: value for name, value in inputs.items() if value is not None}
         stock = super().forward  # type: ignore[misc]
-        if "pixel_values" not in inputs or not section.enabled:
-            if "inputs_embeds" in inputs and "pixel_values" not in inputs:
+        if "pixel_values" not in inputs:
+            if "inputs_embeds" in inputs:
                 inputs.pop("input_ids", None)  # what compress_inputs returns holds both
+            return stock(**inputs)
+        section = self._section(token_recovery)
+        if not section.enabled:
             return stock(**inputs)
         compressed = self._compress(inputs, question, section)
         output = stock(**{**compressed.inputs, "input_ids": None})
