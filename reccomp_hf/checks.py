@@ -75,7 +75,8 @@ def check_call(config: Any, section: TokenRecoveryConfig, inputs: Mapping[str, A
     if cache_length(inputs.get("past_key_values")):
         raise ValueError(
             "Pictures with a non-empty past_key_values: the cache holds the shortened prompt, so full-length "
-            "input_ids do not fit it. Pass only the new turn's ids without pictures, or start with an empty cache."
+            "input_ids do not fit it. Start without past_key_values, or go on by calling the model itself with the "
+            "new ids alone."
         )
     attention = getattr(config.get_text_config(), "_attn_implementation", None) or ""
     if section.position_ids == "original" and attention.startswith("flash"):

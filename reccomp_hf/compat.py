@@ -16,6 +16,17 @@ def clip_vision_model(tower: nn.Module) -> Any:
     return getattr(tower, "vision_model", tower)
 
 
+def parameter(module: nn.Module, name: str) -> Tensor:
+    """A parameter of a module, fetched from where accelerate offloaded it."""
+    value: Tensor = getattr(module, name)
+    if not value.is_meta:
+        return value
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        return getattr(module, name).clone()
+
+
 def register_key_renames(class_name: str, model_type: str) -> None:
     """Give a class the checkpoint renames of the stock class it extends.
 
@@ -84,6 +95,7 @@ __all__ = [
     "default_max_length",
     "extended_positions",
     "is_prefill",
+    "parameter",
     "register_key_renames",
     "rename_vision_key",
 ]

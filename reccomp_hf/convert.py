@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -91,7 +92,9 @@ def convert(
     fields = stock.config.to_dict()
     for name in ("model_type", "architectures", "transformers_version"):
         fields.pop(name, None)
-    model = build_model(model_class(config_class(token_recovery=section, **fields)), stock, clip_model)
+    with torch.device("meta"):  # its weights are the sources' own, so none are made here
+        model = model_class(config_class(token_recovery=section, **fields))
+    model = build_model(model, stock, clip_model)
     _publish(output, model, build_processor(processor_class, processor, clip_tokenizer, section))
     return output
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -110,7 +111,7 @@ class RecCompGenerationMixin(RecCompMixin):
         question = (recovery_input_ids, recovery_attention_mask)
         compressed = self._compress({"input_ids": prompt, **kwargs}, question, section)
         width = compressed.inputs["input_ids"].shape[1]
-        lengths = self._uncut_lengths(generation_config, kwargs, prompt.shape[1] - width)
+        generation_config, lengths = self._uncut_lengths(generation_config, kwargs, prompt.shape[1] - width)
         streamer = None if streamer is None else _PromptStreamer(streamer, prompt)
         output = stock(generation_config=generation_config, streamer=streamer, **{**compressed.inputs, **lengths})
         sequences = output if isinstance(output, Tensor) else output.sequences
@@ -149,11 +150,18 @@ class RecCompGenerationMixin(RecCompMixin):
         if continues and prompt is not None and bool((prompt == self.config.image_token_id).any()):
             raise ValueError(
                 "input_ids hold image placeholders, but past_key_values is not empty: the cache holds the "
-                "shortened prompt, so full-length input_ids do not fit it. Pass only the new turn's ids."
+                "shortened prompt, so full-length input_ids do not fit it. Start without past_key_values, or go on by "
+                "calling the model itself with the new ids alone."
             )
 
-    def _uncut_lengths(self, generation_config: Any, kwargs: Mapping[str, Any], cut: int) -> dict[str, int]:
-        """`max_length` and `min_length` of the shortened prompt, where somebody set them for the uncut one."""
+    def _uncut_lengths(
+        self, generation_config: Any, kwargs: Mapping[str, Any], cut: int
+    ) -> tuple[Any, dict[str, int]]:
+        """`max_length` and `min_length` for the shortened prompt, where somebody set them for the uncut one.
+
+        Returns:
+            The generation config, and keyword arguments for what it does not hold.
+        """
 
         def setting(name: str, default: Any) -> Any:
             if kwargs.get(name) is not None:
@@ -167,7 +175,12 @@ class RecCompGenerationMixin(RecCompMixin):
             lengths["max_length"] = longest - cut
         if setting("min_new_tokens", None) is None and shortest:
             lengths["min_length"] = max(shortest - cut, 0)
-        return lengths
+        if generation_config is None or lengths.keys() <= kwargs.keys():
+            return generation_config, lengths
+        generation_config = copy.deepcopy(generation_config)
+        for name in lengths.keys() - kwargs.keys():
+            setattr(generation_config, name, lengths.pop(name))
+        return generation_config, lengths
 
 
 class _PromptStreamer(BaseStreamer):

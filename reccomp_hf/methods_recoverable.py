@@ -94,7 +94,10 @@ def _centres_per_tile(scores: Tensor, rest: Tensor, counts: Tensor, most: int, f
     tiles = max(features.tiles)
     if tiles == 1:
         return counts
-    mass = scores.masked_fill(~rest, 0).unflatten(1, (tiles, -1)).sum(-1)  # (I, S)
+    # Relative saliency adds up to the number of valid patches, so tiles that keep nothing tie exactly.
+    valid = features.per_image(features.valid, False)
+    taken = scores.masked_fill(rest | ~valid, 0).unflatten(1, (tiles, -1)).sum(-1)  # (I, S)
+    mass = valid.unflatten(1, (tiles, -1)).sum(-1) - taken
     left = rest.unflatten(1, (tiles, -1)).sum(-1)
     seat = torch.arange(most, device=scores.device)
     averages = mass.unsqueeze(-1) / (seat + 1)  # (I, S, M)

@@ -211,9 +211,8 @@ class RecCompMixin(RecoveryModulesMixin):
         """Projected tokens of all images in the order of the prompt (tokens, D), and their places (I, length)."""
         packed = pack_rows(record.tokens, record.counts, read.sizes[2])
         features = self._llava.multi_modal_projector(packed)  # kept and merged tokens only
-        newline = getattr(self._llava, "image_newline", None)
-        if newline is not None:
-            features = torch.cat([features, newline.to(features).unsqueeze(0)])
+        if pictures.layout.has_newlines:
+            features = torch.cat([features, compat.parameter(self._llava, "image_newline").to(features).unsqueeze(0)])
         order, places = pictures.layout.sequence(pictures.selection, record, read.sizes, read.longest_image)
         counts = (pictures.token_counts + pictures.newline_counts).to(order.device)
         return features[pack_rows(order, counts, read.image_tokens)], places

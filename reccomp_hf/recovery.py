@@ -223,7 +223,7 @@ def recover_tokens(
         valid: (B, N) bool, `False` for patches that do not exist; `None` means that all do. A row with fewer valid
             patches than an int budget keeps all of them.
         tiles: Consecutive rows that each image has, where an image is cut into tiles: they share a fixed budget.
-            `None` takes every row for an image.
+            `None` takes every row for an image. An image with fewer patches than an int budget keeps all of them.
 
     Returns:
         A [`TokenRecoveryOutput`]; kept and merged tokens are differentiable in `hidden_states`, the choice is not.
@@ -278,7 +278,8 @@ def check_features(
     tiles = [1] * batch if tiles is None else tiles
     if sum(tiles) != batch:
         raise ValueError(f"tiles must add up to the {batch} rows of hidden_states, got {tiles}.")
-    check_budget(config, patches * max(tiles))
+    if max(tiles) == 1:  # an image of few tiles keeps all its patches where a budget is larger
+        check_budget(config, patches)
     if text_similarity is None and get_method(config.method).needs_text:
         raise ValueError(f"Method {config.method!r} needs a question: text_similarity is None.")
     return VisualFeatures(

@@ -1,0 +1,253 @@
+"""What cannot work is refused with a sentence that says so."""
+
+import pytest
+import tiny
+import torch
+import transformers
+from architectures import ROWS, each_architecture, generate
+from transformers import DynamicCache, SiglipVisionConfig
+
+from reccomp_hf import TokenRecoveryConfig
+
+SECTIONS = {
+    "near miss": ({"budgit": 8}, r"Unknown token_recovery field 'budgit'; did you mean 'budget'\?"),
+    "no near miss": ({"zzz": 1}, "Unknown token_recovery field 'zzz'; known fields are .*budget"),
+    "budget 0": ({"budget": 0}, r"budget must be null, an int >= 1 or a float in \(0, 1\], got 0"),
+    "budget 1.5": ({"budget": 1.5}, "budget must be .* got 1.5"),
+    "budget true": ({"budget": True}, "budget must be .* got True"),
+    "budget text": ({"budget": "64"}, "budget must be .* got '64'"),
+    "negative budget": ({"budget": -3}, "budget must be .* got -3"),
+    "text share": ({"text_share": 1.2}, r"text_share must be a number in \[0, 1\], got 1.2"),
+    "merged tokens": ({"merged_tokens": -1}, "merged_tokens must be an int >= 0, got -1"),
+    "neighbours": ({"outlier_neighbors": 0}, "outlier_neighbors must be an int >= 1, got 0"),
+    "relevance": ({"text_relevance": "first"}, "text_relevance must be 'last' or 'penultimate' or 'value'"),
+    "sign": ({"text_relevance_sign": 2}, "text_relevance_sign must be 1 or -1, got 2"),
+    "positions": ({"position_ids": "gaps"}, "position_ids must be 'compact' or 'original', got 'gaps'"),
+    "visual layer": ({"visual_layer": 0}, "visual_layer must be an int < 0, got 0"),
+    "enabled": ({"enabled": "no"}, "enabled must be true or false, got 'no'"),
+    "version": ({"version": 2}, "version must be 1, got 2; a newer section needs a newer reccomp_hf"),
+    "authors budget": ({"method": "authors", "budget": 64}, "'authors' .*needs budget=None, got 64"),
+    "authors positions": (
+        {"method": "authors", "position_ids": "original"},
+        "'authors' .*needs position_ids='compact', got 'original'",
+    ),
+    "text encoder": ({"text_encoder_config": {"model_type": "bert"}}, "model_type 'clip_text_model', got 'bert'"),
+}
+each_section = pytest.mark.parametrize(("fields", "message"), SECTIONS.values(), ids=SECTIONS)
+
+
+@each_section
+def test_sections(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TokenRecoveryConfig(**fields)
+
+
+@each_architecture
+@each_section
+def test_sections_of_a_model(architecture, fields, message):
+    with pytest.raises(ValueError, match=message):
+        architecture.config_class(token_recovery=fields)
+    model = architecture.compressed()
+    with pytest.raises(ValueError, match=message):
+        model(**architecture.encode(), token_recovery=fields)
+    with pytest.raises(ValueError, match=message):
+        generate(model, architecture.encode(), token_recovery=fields)
+    before = model.config.token_recovery
+    with pytest.raises(ValueError, match=message):
+        model.config.token_recovery = fields
+    assert model.config.token_recovery == before
+
+
+def test_presets():
+    with pytest.raises(ValueError, match="Unknown preset 'papers'; choose one of 'paper', 'authors', 'balanced'"):
+        TokenRecoveryConfig.from_preset("papers")
+    with pytest.raises(ValueError, match="did you mean 'coverage_share'"):
+        TokenRecoveryConfig.from_preset("balanced", coverage_shares=0.5)
+
+
+@each_architecture
+@pytest.mark.parametrize("value", [3, "paper", [1]], ids=str)
+def test_a_section_is_a_mapping(architecture, value):
+    for call in (
+        lambda: architecture.config_class(token_recovery=value),
+        lambda: architecture.compressed()(**architecture.encode(), token_recovery=value),
+    ):
+        with pytest.raises(ValueError, match=f"token_recovery must be a mapping of fields.*{type(value).__name__}"):
+            call()
+
+
+# Settings that only a model can refuse.
+MODEL_SETTINGS = {
+    "method": (
+        {"method": "magic"},
+        "Unknown token_recovery.method 'magic'; known methods are 'recoverable', 'authors'",
+    ),
+    "budget": ({"budget": 10_000}, r"budget is 10000, but an image has only \d+ patches"),
+    "visual layer": ({"visual_layer": -9}, "visual_layer is -9, but the vision tower has only 4 blocks"),
+}
+
+
+@each_architecture
+@pytest.mark.parametrize(("fields", "message"), MODEL_SETTINGS.values(), ids=MODEL_SETTINGS)
+def test_settings_beyond_the_model(architecture, fields, message):
+    with pytest.raises(ValueError, match=message):
+        architecture.build(**fields)
+    with pytest.raises(ValueError, match=message):
+        architecture.compressed()(**architecture.encode(), token_recovery=fields)
+
+
+@each_architecture
+def test_a_call_cannot_change_the_text_encoder(architecture):
+    other = {**architecture.text_config(), "num_hidden_layers": 1}
+    for setting in ({"text_encoder_config": other}, {"text_encoder_config": None}):
+        with pytest.raises(ValueError, match="text_encoder_config belongs to the weights"):
+            architecture.compressed()(**architecture.encode(), token_recovery=setting)
+
+
+CONFIGS = {
+    "layers": ({"vision_feature_layer": [-2, -1]}, r"vision_feature_layer must be one int below .* got \[-2, -1\]"),
+    "last layer": ({"vision_feature_layer": -1}, "vision_feature_layer must be one int below the last .* got -1"),
+    "class token": ({"vision_feature_select_strategy": "full"}, "select_strategy must be 'default' .* got 'full'"),
+}
+
+
+@each_architecture
+@pytest.mark.parametrize(("fields", "message"), CONFIGS.values(), ids=CONFIGS)
+def test_feature_selections(architecture, fields, message):
+    config = architecture.compressed().config.to_dict()
+    with pytest.raises(ValueError, match=message):
+        architecture.model_class(architecture.config_class(**{**config, **fields}))
+    for call in (
+        architecture.compressed(),
+        architecture.compressed().generate,
+        architecture.compressed().compress_inputs,
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(**architecture.encode(), **fields)
+
+
+@each_architecture
+def test_a_vision_tower_without_class_token(architecture):
+    config = architecture.compressed().config.to_dict()
+    config["vision_config"] = SiglipVisionConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    with pytest.raises(ValueError, match=r"class token; the vision tower is 'siglip_vision_model', which is not supp"):
+        architecture.model_class(architecture.config_class(**config))
+
+
+def calls(model):
+    """Everything that compresses."""
+    return model, model.compress_inputs, model.recover, model.generate
+
+
+def refused(architecture, batch, message, **kwargs):
+    for call in calls(architecture.compressed()):
+        with pytest.raises(ValueError, match=message):
+            call(**batch, **kwargs)
+
+
+@each_architecture
+def test_pictures_and_placeholders_that_do_not_fit(architecture):
+    both, one = architecture.encode(ROWS[1:2]), architecture.encode(ROWS[:1])
+    counts = r"prompts hold \d+ image placeholder tokens, \d+ image\(s\) need \d+"
+    pictures = ("pixel_values", "image_sizes")
+    refused(architecture, {**one, **{name: both[name] for name in pictures if name in both}}, counts)
+    refused(architecture, {**both, **{name: one[name] for name in pictures if name in one}}, counts)
+    words = architecture.encode(ROWS[2:3])
+    refused(architecture, {**words, **{name: one[name] for name in pictures if name in one}}, counts)
+
+
+@each_architecture
+def test_half_a_picture_in_a_row(architecture):
+    batch = architecture.encode([(tiny.SENTENCES[0], 1)] * 2)
+    ids, image = batch["input_ids"].clone(), architecture.compressed().config.image_token_id
+    slots = (ids[0] == image).nonzero().flatten()
+    ids[0, slots[:7]] = 9
+    ids[1, -7:] = image
+    refused(architecture, {**batch, "input_ids": ids}, r"Row 0 holds \d+ image placeholder tokens, which is no whole")
+
+
+@each_architecture
+def test_no_question(architecture):
+    batch = architecture.encode()
+    without = {name: value for name, value in batch.items() if not name.startswith("recovery")}
+    refused(architecture, without, "needs the question: recovery_input_ids is None")
+    mask = batch["recovery_attention_mask"].clone()
+    mask[1] = 0
+    refused(architecture, {**batch, "recovery_attention_mask": mask}, "Row 1 has an image but no question")
+    mask[1], mask[2] = 1, 0  # row 2 has no picture
+    architecture.compressed()(**{**batch, "recovery_attention_mask": mask})
+    architecture.compressed()(**without, token_recovery={"budget": 8, "text_share": 0.0})
+
+
+@each_architecture
+def test_questions_of_other_rows(architecture):
+    batch = architecture.encode()
+    for ids in (batch["recovery_input_ids"][:2], batch["recovery_input_ids"][:, 0]):
+        refused(
+            architecture,
+            {**batch, "recovery_input_ids": ids, "recovery_attention_mask": None},
+            r"recovery_input_ids must have shape \(rows, windows, length\) with 4 rows, got \(",
+        )
+
+
+@each_architecture
+def test_authors_needs_a_question(architecture):
+    config = architecture.compressed().config.to_dict()
+    config["token_recovery"] = {"method": "authors"}
+    model, batch = architecture.model_class(architecture.config_class(**config)), architecture.encode()
+    with pytest.raises(ValueError, match="'authors' needs a question"):
+        model(**batch)
+
+
+@torch.no_grad()
+@each_architecture
+def test_a_full_prompt_beside_a_filled_cache(architecture):
+    model, batch, cache = architecture.compressed(), architecture.encode(ROWS[:1]), DynamicCache()
+    model(**batch, past_key_values=cache, use_cache=True)
+    assert cache.get_seq_length() > 0
+    for call in (model, model.generate, model.compress_inputs):
+        with pytest.raises(ValueError, match=r"non-empty past_key_values: the cache holds the shortened prompt"):
+            call(**batch, past_key_values=cache)
+    prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with pytest.raises(ValueError, match=r"hold image placeholders, but past_key_values is not empty"):
+        model.generate(**prompt, past_key_values=cache)
+
+
+@each_architecture
+def test_assistants(architecture):
+    model, batch = architecture.compressed(), architecture.encode(ROWS[:1])
+    with pytest.raises(ValueError, match="assistant_model does not work on a compressed prompt"):
+        model.generate(**batch, assistant_model=architecture.shared_stock())
+
+
+@each_architecture
+def test_original_positions_under_flash_attention(architecture):
+    model, batch = architecture.build(position_ids="original"), architecture.encode()
+    model.config.get_text_config()._attn_implementation = "flash_attention_2"
+    for call in (model, model.generate, model.compress_inputs):
+        with pytest.raises(ValueError, match="'original' leaves gaps, which flash_attention_2 takes for packed"):
+            call(**batch)
+    model.compress_inputs(**batch, token_recovery={"position_ids": "compact"})
+
+
+@each_architecture
+def test_inputs_that_cannot_be_cut(architecture):
+    model, batch = architecture.compressed(), architecture.encode()
+    rows, length = batch["input_ids"].shape
+    square = torch.ones(rows, 1, length, length)
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    for call in (model, model.compress_inputs):
+        with pytest.raises(ValueError, match=rf"attention_mask must have the shape of input_ids \({rows}, {length}\)"):
+            call(**{**batch, "attention_mask": square})
+        with pytest.raises(ValueError, match="Pictures need input_ids with their placeholders, and no inputs_embeds"):
+            call(**batch, inputs_embeds=embeds)
+        with pytest.raises(ValueError, match="Pictures need input_ids with their placeholders"):
+            call(**{**batch, "input_ids": None})
+
+
+def test_other_families_are_no_source(tmp_path):
+    import reccomp_hf
+
+    text = transformers.LlamaForCausalLM(tiny.llava_config().text_config)
+    with pytest.raises(ValueError, match="llava must be of model_type 'llava' or 'llava_next', got 'llama'"):
+        reccomp_hf.convert(text, None, tmp_path / "new")
