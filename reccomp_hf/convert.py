@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,6 +25,7 @@ from .configuration_reccomp import LlavaNextRecCompConfig, LlavaRecCompConfig, T
 from .modeling_llava_next_reccomp import LlavaNextRecCompForConditionalGeneration
 from .modeling_llava_reccomp import LlavaRecCompForConditionalGeneration
 from .processing_reccomp import LlavaNextRecCompProcessor, LlavaRecCompProcessor
+from .recovery import get_method
 
 # Stock model type -> stock model, our config, our model, our processor.
 FAMILIES: dict[str, tuple[Any, Any, Any, Any]] = {
@@ -77,12 +79,15 @@ def convert(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder; name a new one or remove it.")
     section = TokenRecoveryConfig.from_preset(preset, **overrides)
-    model_type = (llava.config if isinstance(llava, PreTrainedModel) else AutoConfig.from_pretrained(llava)).model_type
-    if model_type not in FAMILIES:
-        raise ValueError(f"llava must be of model_type {' or '.join(map(repr, FAMILIES))}, got {model_type!r}.")
+    model_type = _model_type(llava, "llava", FAMILIES)
+    if clip is None and get_method(section.method).needs_text:
+        raise ValueError(f"Method {section.method!r} needs the question, and so a CLIP: clip is None.")
     stock_class, config_class, model_class, processor_class = FAMILIES[model_type]
     stock = _load(llava, stock_class, "llava")
-    clip_model = None if clip is None else _load(clip, CLIPModel, "clip")
+    clip_model = None
+    if clip is not None:
+        _model_type(clip, "clip", ("clip",))
+        clip_model = _load(clip, CLIPModel, "clip")
     if clip_model is not None:
         check_clip(stock.config.vision_config, clip_model.config)
         section = section.replace({"text_encoder_config": text_encoder_config(clip_model.config)})
@@ -164,6 +169,21 @@ def _text_weights(clip: CLIPModel) -> dict[str, Any]:
     return {
         f"{prefix}.{name}": value for prefix, module in modules.items() for name, value in module.state_dict().items()
     }
+
+
+def _model_type(source: Source, argument: str, known: Collection[str]) -> str:
+    """The model type of a source, which must be one of `known`."""
+    if isinstance(source, PreTrainedModel):
+        model_type = source.config.model_type
+    else:
+        name = os.fspath(source)
+        looks_like_a_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
+        if looks_like_a_path and not os.path.isdir(name):
+            raise FileNotFoundError(f"{argument}: there is no folder {name}.")
+        model_type = AutoConfig.from_pretrained(source).model_type
+    if model_type not in known:
+        raise ValueError(f"{argument} must be of model_type {' or '.join(map(repr, known))}, got {model_type!r}.")
+    return model_type
 
 
 def _load(source: Source, model_class: Any, argument: str) -> Any:

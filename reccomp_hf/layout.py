@@ -23,6 +23,7 @@ class ImageLayout:
         tiles: Tiles of each image; they are consecutive.
         lengths: Placeholders of each image.
         patches: N.
+        has_newlines: Whether rows of the picture end in a newline embedding.
     """
 
     slots: Tensor
@@ -30,12 +31,13 @@ class ImageLayout:
     tiles: list[int]
     lengths: list[int]
     patches: int
+    has_newlines: bool
 
     @classmethod
     def of_grids(cls, images: int, patches: int, device: torch.device) -> ImageLayout:
         """Every image is one tile whose patches stand in raster order."""
         slots = torch.arange(images * patches, device=device).view(images, patches)
-        return cls(slots, torch.zeros_like(slots), [1] * images, [patches] * images, patches)
+        return cls(slots, torch.zeros_like(slots), [1] * images, [patches] * images, patches, has_newlines=False)
 
     @classmethod
     def of_packed(cls, packed: list[Tensor], tiles: list[int], patches: int, device: torch.device) -> ImageLayout:
@@ -58,12 +60,8 @@ class ImageLayout:
             start += size
         padded = torch.nn.utils.rnn.pad_sequence(slots, batch_first=True, padding_value=PADDING)
         padded_rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return cls(padded.to(device), padded_rows.to(device), list(tiles), lengths, patches)
-
-    @property
-    def has_newlines(self) -> bool:
-        """Whether rows of the picture end in a newline embedding."""
-        return any(length != size * self.patches for length, size in zip(self.lengths, self.tiles, strict=True))
+        has_newlines = any(bool((order == NEWLINE).any()) for order in packed)
+        return cls(padded.to(device), padded_rows.to(device), list(tiles), lengths, patches, has_newlines)
 
     @property
     def valid(self) -> Tensor | None:

@@ -1,0 +1,211 @@
+"""What `reccomp-hf demo` does: the whole path from two stock checkpoints to answers, on a small trained model."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from PIL import Image, ImageOps
+
+from . import checkpoint_folder, draw_scene, questions
+
+DEFAULT_SEED = 1_000_000
+"""The first of `EVALUATION_SEEDS` whose five questions are answered right with 16 tokens and with all 144."""
+DEFAULT_BUDGET = 0.11  # of 144 tokens: 16
+PICTURE_QUESTIONS = ("How many objects are there?", "Is there a red circle?", "What color is the square?")
+
+Budget: TypeAlias = tuple[int | float | None]  # of one, since `None` is a budget too
+
+_MAX_NEW_TOKENS = 8  # the demo model's answers are one word
+_SMALLEST_SIDE = 8  # pixels; transformers takes an array of 3 rows for one of 3 channels
+_WIDEST_CELLS = (32, 10, 11, 13, 29)
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture and what is asked about it.
+
+    Attributes:
+        image: RGB picture.
+        source: What it is, for the reader.
+        questions: One or more.
+        expected: An answer for every question, `None` where nobody knows it.
+        seed: Of a drawn scene, `None` for a picture file.
+    """
+
+    image: Image.Image
+    source: str
+    questions: list[str]
+    expected: list[str | None]
+    seed: int | None
+
+
+def drawn_picture(seed: int | None = None, asked: list[str] | None = None) -> Picture:
+    """Draw the scene of a seed; its own five questions unless others are asked."""
+    seed = DEFAULT_SEED if seed is None else seed
+    scene = draw_scene(seed)
+    answers = {question.text: question.answer for question in questions(scene, seed)}
+    asked = _checked(asked) or list(answers)
+    objects = ", ".join(f"{item.color} {item.shape}" for item in scene.objects)
+    return Picture(scene.image, f"drawn scene {seed}: {objects}", asked, [answers.get(text) for text in asked], seed)
+
+
+def picture_file(path: str, asked: list[str] | None = None) -> Picture:
+    """Read a picture file of any size and mode.
+
+    Raises:
+        OSError: It is missing or cannot be read as a picture.
+    """
+    try:
+        with Image.open(path) as opened:
+            width, height = opened.size
+            # Palettes may hold transparency, which Pillow drops with a warning unless told so.
+            image = ImageOps.exif_transpose(opened.convert("RGBA" if opened.mode == "P" else "RGB")).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+        raise OSError(f"{path} cannot be read as a picture: {reason}") from error
+    if min(image.size) < _SMALLEST_SIDE:
+        image = image.resize((max(image.width, _SMALLEST_SIDE), max(image.height, _SMALLEST_SIDE)))
+    asked = _checked(asked) or list(PICTURE_QUESTIONS)
+    source = f"{path}, {width} x {height} pixels; the model sees its middle square at 96 x 96"
+    return Picture(image, source, asked, [None] * len(asked), None)
+
+
+def budget(text: str) -> Budget:
+    """Read a number of tokens, a share of them or "dynamic", for argparse."""
+    if text == "dynamic":
+        return (None,)
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return (number(text),)
+    raise argparse.ArgumentTypeError(f"expected a number of tokens, a share of them or 'dynamic', got {text!r}")
+
+
+def _checked(asked: list[str] | None) -> list[str] | None:
+    if asked and not all(text.strip() for text in asked):
+        raise ValueError("A question is empty: write --question TEXT.")
+    return asked
+
+
+@contextlib.contextmanager
+def checkpoint(preset: str, budget: Budget | None = None, output: str | None = None) -> Iterator[Path]:
+    """Convert the shipped checkpoints into a folder, which is gone afterwards unless it is `output`.
+
+    Without a budget the preset's own counts, but `DEFAULT_BUDGET` for "balanced".
+
+    Raises:
+        ValueError: An unknown preset, or settings that do not fit.
+        FileExistsError: The output folder holds something.
+    """
+    from ..convert import convert
+
+    if budget is None and preset == "balanced":
+        budget = (DEFAULT_BUDGET,)
+    overrides = {} if budget is None else {"budget": budget[0]}
+    with tempfile.TemporaryDirectory(prefix="reccomp-hf-demo-") as temporary:
+        folder = Path(output or Path(temporary) / "checkpoint")
+        yield convert(checkpoint_folder("llava"), checkpoint_folder("clip"), folder, preset, **overrides)
+
+
+def compare(folder: Path, picture: Picture) -> dict[str, Any]:
+    """Reload a checkpoint and ask everything with compression and without; plain values, see the keys."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(folder)
+    ask = pipeline("image-text-to-text", model=model, processor=processor)
+    turns = [[{"type": "image", "image": picture.image}, {"type": "text", "text": text}] for text in picture.questions]
+    chats = [[{"role": "user", "content": turn}] for turn in turns]
+    settings = {"max_new_tokens": _MAX_NEW_TOKENS, "do_sample": False}
+    answers = []
+    for extra in ({}, {"token_recovery": {"enabled": False}}):
+        replies = ask(text=chats, batch_size=len(chats), return_full_text=False, generate_kwargs={**settings, **extra})
+        answers.append([reply[0]["generated_text"].strip() for reply in replies])
+    prompts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+    inputs = processor(images=[picture.image] * len(chats), text=prompts, return_tensors="pt", padding=True)
+    counts = [_count(record) for record in model.recover(**inputs.to(model.device))]
+    rows = zip(picture.questions, picture.expected, *answers, counts, strict=True)
+    return {
+        "picture": picture.source,
+        "seed": picture.seed,
+        "budget": model.config.token_recovery.budget,
+        "answers": [
+            {"question": question, "expected": expected, "compressed": short, "uncompressed": full, "tokens": tokens}
+            for question, expected, short, full, tokens in rows
+        ],
+    }
+
+
+def _count(record: Any) -> dict[str, Any]:
+    """How many tokens stand for the picture, and why."""
+    patches, total = record.cluster.shape[1], int(record.counts.sum())
+    kept = {name: int(getattr(record, f"{name}_mask").sum()) for name in ("visual", "text", "coverage")}
+    merged = total - sum(kept.values())
+    return {**kept, "merged": merged, "total": total, "of": patches, "share": round(total / patches, 4)}
+
+
+def report(facts: dict[str, Any]) -> str:
+    """What `compare` found, as a table of at most 100 columns and a sentence in plain words."""
+    answers = facts["answers"]
+    known = any(answer["expected"] for answer in answers)
+    rows = [["question", "expected", "compressed", "uncompressed", f"visual tokens of {answers[0]['tokens']['of']}"]]
+    for answer in answers:
+        words = [answer["question"], answer["expected"] or "-", answer["compressed"], answer["uncompressed"]]
+        rows.append([*words, _sum(answer["tokens"])])
+    columns = [0, 1, 2, 3, 4] if known else [0, 2, 3, 4]
+    rows = [[row[column] for column in columns] for row in rows]
+    lines = _table(rows, [_WIDEST_CELLS[column] for column in columns])
+    lines += ["", "Tokens: salient in the picture + recovered for the question + spread for coverage + merged = total"]
+    lines += ["", *textwrap.wrap(_sentence(facts, known), 100)]
+    if facts["output"]:
+        lines += [f"Kept in {facts['output']}: the checkpoint" + ("." if facts["seed"] is None else " and scene.png.")]
+    lines += ["Next: README.md, and `reccomp-hf convert --help` for a LLaVA-1.5 or LLaVA-NeXT of your own."]
+    return "\n".join(lines)
+
+
+def _sum(tokens: dict[str, Any]) -> str:
+    parts = " + ".join(f"{tokens[name]:>2}" for name in ("visual", "text", "coverage", "merged"))
+    return f"{parts} = {tokens['total']:>2} ({tokens['share']:.0%})"
+
+
+def _table(rows: list[list[str]], widest: list[int]) -> list[str]:
+    """Rows as aligned lines; a cell that is too wide goes on below itself."""
+    cells = [[textwrap.wrap(cell, width) or [""] for cell, width in zip(row, widest, strict=True)] for row in rows]
+    widths = [max(len(line) for row in cells for line in row[column]) for column in range(len(widest))]
+    lines = []
+    for number, row in enumerate(cells):
+        for pieces in itertools.zip_longest(*row, fillvalue=""):
+            padded = (piece.ljust(width) for piece, width in zip(pieces, widths, strict=True))
+            lines.append("  ".join(padded).rstrip())
+        if number == 0:
+            lines.append("  ".join("-" * width for width in widths))
+    return lines
+
+
+def _sentence(facts: dict[str, Any], known: bool) -> str:
+    answers = facts["answers"]
+    totals, patches = [answer["tokens"]["total"] for answer in answers], answers[0]["tokens"]["of"]
+    number = f"{min(totals)}" if min(totals) == max(totals) else f"{min(totals)} to {max(totals)}"
+    share = sum(totals) / len(totals) / patches
+    same = sum(answer["compressed"] == answer["uncompressed"] for answer in answers)
+    sentence = (
+        f"Reading {number} of {patches} visual tokens ({share:.0%}), the compressed model gave the uncompressed "
+        f"model's answer to {same} of {len(answers)} questions"
+    )
+    if known:
+        asked = [answer for answer in answers if answer["expected"]]
+        right, full = (sum(a[name] == a["expected"] for a in asked) for name in ("compressed", "uncompressed"))
+        sentence += f", and the expected one to {right} of {len(asked)} (uncompressed: {full})"
+    if facts["seed"] is None:
+        return f"{sentence}. This small model knows drawn shapes only: of other pictures it understands nothing."
+    if known and facts["seed"] == DEFAULT_SEED and right == full == len(asked):
+        return f"{sentence}. This scene was picked because both do well on it; for others: --seed 1000001 and on."
+    return f"{sentence}."
