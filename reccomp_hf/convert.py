@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -26,6 +27,8 @@ from .modeling_llava_next_reccomp import LlavaNextRecCompForConditionalGeneratio
 from .modeling_llava_reccomp import LlavaRecCompForConditionalGeneration
 from .processing_reccomp import LlavaNextRecCompProcessor, LlavaRecCompProcessor
 from .recovery import get_method
+
+logger = logging.getLogger(__name__)
 
 # Stock model type -> stock model, our config, our model, our processor.
 FAMILIES: dict[str, tuple[Any, Any, Any, Any]] = {
@@ -65,14 +68,15 @@ def convert(
         output: Folder to write; it must not exist, or be empty.
         preset: Name of a preset, see [`TokenRecoveryConfig.from_preset`].
         processor: LLaVA's processor; by default it is loaded from where `llava` came from.
-        clip_tokenizer: CLIP's tokenizer; by default it is loaded from where `clip` came from.
+        clip_tokenizer: CLIP's tokenizer; by default it is loaded from where `clip` came from. A model that was built
+            in memory came from nowhere: without these two the folder holds the model alone, and a warning says so.
         **overrides: Fields of the `token_recovery` section.
 
     Returns:
         The folder. It appears whole or not at all. Weights keep their dtype.
 
     Raises:
-        ValueError: A CLIP or a LLaVA that does not fit, an unknown field, no processor to be found.
+        ValueError: A CLIP or a LLaVA that does not fit, an unknown field.
         FileExistsError: The output folder holds something.
     """
     output = Path(output)
@@ -91,16 +95,22 @@ def convert(
     if clip_model is not None:
         check_clip(stock.config.vision_config, clip_model.config)
         section = section.replace({"text_encoder_config": text_encoder_config(clip_model.config)})
-    processor = processor or AutoProcessor.from_pretrained(_origin(llava, "llava", "processor"))
+    processor = processor or _beside(llava, AutoProcessor)
     if clip is not None:
-        clip_tokenizer = clip_tokenizer or AutoTokenizer.from_pretrained(_origin(clip, "clip", "clip_tokenizer"))
+        clip_tokenizer = clip_tokenizer or _beside(clip, AutoTokenizer)
+    complete = processor is not None and (clip is None or clip_tokenizer is not None)
+    if not complete:
+        logger.warning(
+            f"{output} gets no processor: llava or clip is a model that was not loaded from a folder. Pass processor= "
+            "and clip_tokenizer=, or save a processor there yourself."
+        )
     fields = stock.config.to_dict()
     for name in ("model_type", "architectures", "transformers_version"):
         fields.pop(name, None)
     with torch.device("meta"):  # its weights are the sources' own, so none are made here
         model = model_class(config_class(token_recovery=section, **fields))
     model = build_model(model, stock, clip_model)
-    _publish(output, model, build_processor(processor_class, processor, clip_tokenizer, section))
+    _publish(output, model, build_processor(processor_class, processor, clip_tokenizer, section) if complete else None)
     return output
 
 
@@ -201,15 +211,10 @@ def _load(source: Source, model_class: Any, argument: str) -> Any:
     return model
 
 
-def _origin(source: Source, argument: str, wanted: str) -> str:
-    """Where a source's processor or tokenizer can be loaded from."""
-    origin = source.name_or_path if isinstance(source, PreTrainedModel) else os.fspath(source)
-    if not origin:
-        raise ValueError(
-            f"{argument} is a model that was not loaded from a folder, so there is no processor to take along: "
-            f"pass {wanted}=."
-        )
-    return origin
+def _beside(source: Source, auto: Any) -> Any:
+    """The processor or tokenizer that stands beside a source, `None` for a model that came from no folder."""
+    origin = source.name_or_path if isinstance(source, PreTrainedModel) else source
+    return auto.from_pretrained(origin) if origin else None
 
 
 def _publish(output: Path, model: PreTrainedModel, processor: Any) -> None:
@@ -218,7 +223,8 @@ def _publish(output: Path, model: PreTrainedModel, processor: Any) -> None:
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
         model.save_pretrained(staging)
-        processor.save_pretrained(staging)
+        if processor is not None:
+            processor.save_pretrained(staging)
         staging.chmod(0o755)
         if output.exists():
             output.rmdir()

@@ -1,7 +1,10 @@
-"""`reccomp-hf convert` says what is wrong with its sources, before anything is written."""
+"""Converting says what is wrong with its sources, before anything is written."""
 
 import pytest
+import tiny
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import reccomp_hf
 from reccomp_hf import cli
 from reccomp_hf.demo import checkpoint_folder
 
@@ -27,3 +30,23 @@ def test_the_authors_method_needs_a_clip(tmp_path, capsys):
     llava = str(checkpoint_folder("llava"))
     assert cli.main(["convert", llava, str(tmp_path / "out"), "--visual-only", "--preset", "authors"]) == 2
     assert "needs the question, and so a CLIP" in capsys.readouterr().err
+
+
+def test_models_built_in_memory_become_a_folder_without_a_processor(tmp_path, caplog):
+    stock = tiny.stock_llava()
+    clip = tiny.clip_model(vision_from=stock)
+    folder = reccomp_hf.convert(stock, clip, tmp_path / "bare")
+    assert "gets no processor" in caplog.text
+    assert not (folder / "processor_config.json").exists()
+    assert AutoModelForImageTextToText.from_pretrained(folder).token_recovery is not None
+
+
+def test_models_built_in_memory_take_the_processors_they_are_given(tmp_path):
+    stock = tiny.stock_llava()
+    clip, tokenizer = tiny.clip_model(vision_from=stock), tiny.clip_tokenizer()
+    folder = reccomp_hf.convert(
+        stock, clip, tmp_path / "whole", processor=tiny.stock_processor(), clip_tokenizer=tokenizer
+    )
+    assert (
+        AutoProcessor.from_pretrained(folder).recovery_tokenizer("red")["input_ids"] == tokenizer("red")["input_ids"]
+    )
