@@ -23,7 +23,7 @@ class ImageLayout:
         tiles: Tiles of each image; they are consecutive.
         lengths: Placeholders of each image.
         patches: N.
-        has_newlines: Whether rows of the picture end in a newline embedding.
+        has_newlines: Whether rows of the picture may end in a newline embedding.
     """
 
     slots: Tensor
@@ -60,8 +60,7 @@ class ImageLayout:
             start += size
         padded = torch.nn.utils.rnn.pad_sequence(slots, batch_first=True, padding_value=PADDING)
         padded_rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        has_newlines = any(bool((order == NEWLINE).any()) for order in packed)
-        return cls(padded.to(device), padded_rows.to(device), list(tiles), lengths, patches, has_newlines)
+        return cls(padded.to(device), padded_rows.to(device), list(tiles), lengths, patches, has_newlines=True)
 
     @property
     def valid(self) -> Tensor | None:
