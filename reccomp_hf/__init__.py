@@ -1,4 +1,4 @@
-"""Token recovery for LLaVA in transformers: read a tenth of the visual tokens, answer as before.
+"""Token recovery for LLaVA in transformers: models that read a fraction of their visual tokens.
 
 Importing this package registers its model types with transformers' Auto classes; nothing is patched.
 """

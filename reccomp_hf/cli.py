@@ -219,7 +219,9 @@ def _add_demo(commands: Any) -> None:
     )
     picture = command.add_mutually_exclusive_group()
     picture.add_argument("--image", metavar="FILE", help="a picture file instead of a drawn scene")
-    picture.add_argument("--seed", type=int, metavar="N", help="draw another scene: 1000000 to 1999999")
+    picture.add_argument(
+        "--seed", type=int, metavar="N", help="draw another scene; held-out ones are 1000000 to 1999999"
+    )
     command.add_argument("--question", nargs="+", action="extend", metavar="TEXT", help="what to ask")
     command.add_argument("--preset", choices=PRESETS, default="balanced", help="settings to start from (balanced)")
     command.add_argument(

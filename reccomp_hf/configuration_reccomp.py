@@ -179,6 +179,9 @@ class TokenRecoveryConfig:
 class _RecCompConfigMixin:
     """The `token_recovery` section of a model config: read, validated on assignment, written back."""
 
+    # What evaluation loops do not collect as predictions.
+    keys_to_ignore_at_inference = ("past_key_values", "image_hidden_states", "visual_token_counts", "newline_counts")
+
     token_recovery: TokenRecoveryConfig
 
     def __setattr__(self, name: str, value: Any) -> None:

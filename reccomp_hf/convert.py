@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from . import compat
 from .configuration_reccomp import LlavaNextRecCompConfig, LlavaRecCompConfig, TokenRecoveryConfig
 from .modeling_llava_next_reccomp import LlavaNextRecCompForConditionalGeneration
 from .modeling_llava_reccomp import LlavaRecCompForConditionalGeneration
@@ -82,6 +83,8 @@ def convert(
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder; name a new one or remove it.")
+    if "text_encoder_config" in overrides:
+        raise ValueError("text_encoder_config follows from clip; clip=None (--visual-only) makes a visual-only model.")
     section = TokenRecoveryConfig.from_preset(preset, **overrides)
     model_type = _model_type(llava, "llava", FAMILIES)
     if clip is None and get_method(section.method).needs_text:
@@ -94,6 +97,7 @@ def convert(
         clip_model = _load(clip, CLIPModel, "clip")
     if clip_model is not None:
         check_clip(stock.config.vision_config, clip_model.config)
+        check_same_tower(stock, clip_model)
         section = section.replace({"text_encoder_config": text_encoder_config(clip_model.config)})
     processor = processor or _beside(llava, AutoProcessor)
     if clip is not None:
@@ -157,6 +161,30 @@ def check_clip(vision: Any, clip: Any) -> None:
                 f"The CLIP does not fit LLaVA's vision tower: {name} is {theirs} in the CLIP and {ours} in LLaVA. "
                 "Use the CLIP that the tower came from (for LLaVA-1.5 openai/clip-vit-large-patch14-336)."
             )
+
+
+def check_same_tower(llava: PreTrainedModel, clip: CLIPModel) -> None:
+    """Compare LLaVA's vision tower with the CLIP's: equal is silent, a fine-tuned one a warning.
+
+    Raises:
+        ValueError: Weights so different that LLaVA's tower cannot come from this CLIP.
+    """
+    ours = compat.clip_vision_model(llava.model.vision_tower).state_dict()
+    theirs = compat.clip_vision_model(clip.vision_model).state_dict()
+    names = [name for name, value in ours.items() if value.ndim > 1]
+    pairs = [(ours[name].float().flatten(), theirs[name].float().flatten()) for name in names]
+    if all(torch.equal(*pair) for pair in pairs):
+        return
+    cosine = sum(torch.cosine_similarity(*pair, dim=0).item() for pair in pairs) / len(pairs)
+    if cosine < 0.5:
+        raise ValueError(
+            f"LLaVA's vision tower does not come from this CLIP: the mean cosine of their weights is {cosine:.2f}. "
+            "Use the CLIP that the tower came from, or clip=None (--visual-only)."
+        )
+    logger.warning(
+        f"LLaVA's vision tower differs from the CLIP's (mean cosine of their weights {cosine:.4f}): it was "
+        "fine-tuned, or is another CLIP's, so the text encoder may say less well which patches belong to the question."
+    )
 
 
 def text_encoder_config(clip: Any) -> dict[str, Any]:

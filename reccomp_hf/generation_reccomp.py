@@ -104,14 +104,19 @@ class RecCompGenerationMixin(RecCompMixin):
         if not section.enabled:
             kwargs["token_recovery"] = {"enabled": False}  # for the prefill's forward
         if kwargs.get("pixel_values") is None or not section.enabled:
-            return stock(inputs=prompt, generation_config=generation_config, streamer=streamer, **kwargs)
+            output = stock(inputs=prompt, generation_config=generation_config, streamer=streamer, **kwargs)
+            if not isinstance(output, Tensor):
+                output.visual_token_counts = output.newline_counts = None
+            return output
         if section.position_ids == "original" and kwargs.get("position_ids") is None:
             mask = kwargs.get("attention_mask")
             kwargs["position_ids"] = splicing.counted_positions(torch.ones_like(prompt) if mask is None else mask)
         question = (recovery_input_ids, recovery_attention_mask)
         compressed = self._compress({"input_ids": prompt, **kwargs}, question, section)
         width = compressed.inputs["input_ids"].shape[1]
-        generation_config, lengths = self._uncut_lengths(generation_config, kwargs, prompt.shape[1] - width)
+        generation_config, lengths = self._uncut_lengths(
+            generation_config, kwargs, prompt.shape[1], prompt.shape[1] - width
+        )
         streamer = None if streamer is None else _PromptStreamer(streamer, prompt)
         output = stock(generation_config=generation_config, streamer=streamer, **{**compressed.inputs, **lengths})
         sequences = output if isinstance(output, Tensor) else output.sequences
@@ -155,7 +160,7 @@ class RecCompGenerationMixin(RecCompMixin):
             )
 
     def _uncut_lengths(
-        self, generation_config: Any, kwargs: Mapping[str, Any], cut: int
+        self, generation_config: Any, kwargs: Mapping[str, Any], prompt_length: int, cut: int
     ) -> tuple[Any, dict[str, int]]:
         """`max_length` and `min_length` for the shortened prompt, where somebody set them for the uncut one.
 
@@ -172,6 +177,11 @@ class RecCompGenerationMixin(RecCompMixin):
         lengths = {}
         longest, shortest = setting("max_length", compat.default_max_length()), setting("min_length", 0)
         if setting("max_new_tokens", None) is None and longest not in (None, compat.default_max_length()):
+            if longest <= prompt_length:
+                raise ValueError(
+                    f"max_length is {longest}, but the prompt has {prompt_length} ids as it was passed, which is what "
+                    "max_length counts: write max_new_tokens instead."
+                )
             lengths["max_length"] = longest - cut
         if setting("min_new_tokens", None) is None and shortest:
             lengths["min_length"] = max(shortest - cut, 0)

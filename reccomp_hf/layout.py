@@ -34,20 +34,19 @@ class ImageLayout:
     has_newlines: bool
 
     @classmethod
-    def of_grids(cls, images: int, patches: int, device: torch.device) -> ImageLayout:
+    def of_grids(cls, images: int, patches: int) -> ImageLayout:
         """Every image is one tile whose patches stand in raster order."""
-        slots = torch.arange(images * patches, device=device).view(images, patches)
+        slots = torch.arange(images * patches).view(images, patches)
         return cls(slots, torch.zeros_like(slots), [1] * images, [patches] * images, patches, has_newlines=False)
 
     @classmethod
-    def of_packed(cls, packed: list[Tensor], tiles: list[int], patches: int, device: torch.device) -> ImageLayout:
+    def of_packed(cls, packed: list[Tensor], tiles: list[int], patches: int) -> ImageLayout:
         """From the order in which stock LLaVA-NeXT packs an image.
 
         Args:
             packed: For each image (length,) int64, the patch counted over the image's own tiles, or `NEWLINE`.
             tiles: Tiles of each image, the base tile first.
             patches: Patches of a tile.
-            device: Where the layout is needed.
         """
         lengths, start, slots, rows = [len(order) for order in packed], 0, [], []
         for order, size in zip(packed, tiles, strict=True):
@@ -60,7 +59,12 @@ class ImageLayout:
             start += size
         padded = torch.nn.utils.rnn.pad_sequence(slots, batch_first=True, padding_value=PADDING)
         padded_rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return cls(padded.to(device), padded_rows.to(device), list(tiles), lengths, patches, has_newlines=True)
+        return cls(padded, padded_rows, list(tiles), lengths, patches, has_newlines=True)
+
+    def to(self, device: torch.device) -> ImageLayout:
+        """The layout on another device."""
+        slots, rows = (index.to(device, non_blocking=True) for index in (self.slots, self.rows))
+        return dataclasses.replace(self, slots=slots, rows=rows)
 
     @property
     def valid(self) -> Tensor | None:
@@ -71,9 +75,10 @@ class ImageLayout:
         present[self.slots.clamp(min=-1).flatten()] = True  # newlines and padding fall on the last entry
         return present[:-1].view(-1, self.patches)
 
-    def image_of_tile(self) -> Tensor:
-        """(T,) int64 on the host."""
-        return torch.tensor([image for image, size in enumerate(self.tiles) for _ in range(size)])
+    def image_of_tile(self, device: torch.device) -> Tensor:
+        """(T,) int64."""
+        image = torch.tensor([image for image, size in enumerate(self.tiles) for _ in range(size)])
+        return image.to(device, non_blocking=True)
 
     def kept(self, selection: TokenSelection) -> tuple[Tensor, Tensor]:
         """The placeholders whose patch is kept, and the newlines of rows that keep a patch: two (I, L) bool."""
@@ -86,7 +91,7 @@ class ImageLayout:
         """Tokens and newlines of each image after the choice: two (I,) int64."""
         kept, newlines = self.kept(selection)
         merged = torch.zeros_like(kept[:, 0], dtype=torch.long)
-        image = self.image_of_tile().to(merged.device)
+        image = self.image_of_tile(merged.device)
         merged = merged.index_add(0, image, selection.merged_counts)
         return kept.sum(-1) + merged, newlines.sum(-1)
 
@@ -132,7 +137,7 @@ class ImageLayout:
         placed = torch.where(centre >= 0, slot_of[(tile * self.patches + centre).clamp(min=0)], 0)
         shape = (len(self.tiles), max(self.tiles), most)
         tile_of_image = torch.cat([torch.arange(size) for size in self.tiles])
-        seats = (self.image_of_tile().to(start.device), tile_of_image.to(start.device))
+        seats = (self.image_of_tile(start.device), tile_of_image.to(start.device, non_blocking=True))
         spread = [values.new_zeros(shape).index_put(seats, values) for values in (exists, start + token, placed)]
         return tuple(values.flatten(1) for values in spread)  # type: ignore[return-value]
 

@@ -41,7 +41,8 @@ def _merge_pooling(
 def _select_base_tile(features: VisualFeatures, config: TokenRecoveryConfig) -> TokenSelection:
     """The first tile of each image as it is, the others dropped."""
     none = torch.zeros_like(features.valid)
-    is_base = torch.tensor([tile == 0 for size in features.tiles for tile in range(size)], device=none.device)
+    is_base = torch.tensor([tile == 0 for size in features.tiles for tile in range(size)])
+    is_base = is_base.to(none.device, non_blocking=True)
     kept = features.valid & is_base.unsqueeze(-1)
     return TokenSelection(kept, none, none, none, torch.zeros_like(none.sum(-1)), _saliency(features, config))
 

@@ -48,10 +48,11 @@ def _select_budget(features: VisualFeatures, saliency: Tensor, config: TokenReco
     rest = features.per_image(features.valid, False)
     scores = features.per_image(_relative(saliency, features.valid) if max(features.tiles) > 1 else saliency, 0.0)
     similarity = scores if features.text_similarity is None else features.per_image(features.text_similarity, 0.0)
-    splits, table = _split_table(
+    splits = _split_table(
         config.budget, config.text_share if has_text else 0, config.coverage_share, config.merged_tokens, patches
     )
-    n_visual, n_text, n_coverage, n_merged = table.to(scores.device)[rest.sum(-1)].unbind(-1)
+    table = torch.tensor(splits).to(scores.device, non_blocking=True)
+    n_visual, n_text, n_coverage, n_merged = table[rest.sum(-1)].unbind(-1)
     visual = top_mask(scores, n_visual, rest)
     rest = rest & ~visual
     text = top_mask(similarity, n_text, rest)
@@ -122,10 +123,9 @@ def budget_split(patches: int, budget: float, text_share: float, coverage_share:
 @functools.lru_cache(maxsize=64, typed=True)  # a budget of 1 is a token, one of 1.0 is all of them
 def _split_table(
     budget: float, text_share: float, coverage_share: float, merged: int, patches: int
-) -> tuple[list[list[int]], Tensor]:
-    """`budget_split` for every number of valid patches, as a list and as (patches + 1, 4) int64 on the host."""
-    splits = [budget_split(count, budget, text_share, coverage_share, merged) for count in range(patches + 1)]
-    return splits, torch.tensor(splits)
+) -> list[list[int]]:
+    """`budget_split` for every number of valid patches, 0 to `patches`."""
+    return [budget_split(count, budget, text_share, coverage_share, merged) for count in range(patches + 1)]
 
 
 def _merge(

@@ -77,7 +77,7 @@ class _TiledMixin:
             index, sizes, config.vision_feature_select_strategy, image_newline=newline
         )
         packed = [order.squeeze(-1) for order in packed]
-        return pixel_values, ImageLayout.of_packed(packed, tiles, patches, pixel_values.device)
+        return pixel_values, ImageLayout.of_packed(packed, tiles, patches)
 
 
 class LlavaNextRecCompModel(_TiledMixin, RecCompMixin, LlavaNextModel):

@@ -25,7 +25,7 @@ from .recovery import (
 )
 from .recovery_modules import RecoveryModulesMixin
 from .relevance import class_query_and_keys, patch_embeddings, text_similarity
-from .selection import pack_rows
+from .selection import full_precision, pack_rows
 
 _Question: TypeAlias = "tuple[Tensor | None, Tensor | None]"  # recovery_input_ids, recovery_attention_mask
 
@@ -111,7 +111,8 @@ class RecCompMixin(RecoveryModulesMixin):
             recovery_attention_mask: (R, W, T), 0 for padding.
             image_sizes: (I, 2) height and width in pixels of every picture; LLaVA-NeXT only.
             token_recovery: Fields of the config section to override for this call.
-            **kwargs: Other outputs of the processor; not used.
+            **kwargs: `vision_feature_layer` and `vision_feature_select_strategy` as in stock LLaVA; other outputs of
+                the processor are not used.
 
         Returns:
             One [`TokenRecoveryOutput`] per picture, with B = 1, or a row per tile for LLaVA-NeXT.
@@ -121,7 +122,9 @@ class RecCompMixin(RecoveryModulesMixin):
         """
         section = self._section(token_recovery)
         question = (recovery_input_ids, recovery_attention_mask)
-        pictures = self._look(input_ids, pixel_values, image_sizes, question, section, None)
+        layer, strategy = kwargs.get("vision_feature_layer"), kwargs.get("vision_feature_select_strategy")
+        check_feature_layer(self.config, layer, strategy)
+        pictures = self._look(input_ids, pixel_values, image_sizes, question, section, layer)
         read = self._read(pictures, pictures.placeholders.per_row[:0])
         record = assemble_tokens(pictures.features, pictures.selection, section, read.sizes)
         return record.split(pictures.layout.tiles)
@@ -163,9 +166,12 @@ class RecCompMixin(RecoveryModulesMixin):
             ValueError: Placeholders, pictures or questions that do not fit.
         """
         section = self._section(token_recovery)
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs |= {"position_ids": position_ids}
         inputs |= {"labels": labels, "pixel_values": pixel_values, "image_sizes": image_sizes, **kwargs}
         if pixel_values is None or not section.enabled:
+            inputs |= {"recovery_input_ids": recovery_input_ids, "recovery_attention_mask": recovery_attention_mask}
+            inputs["token_recovery"] = token_recovery
             return {name: value for name, value in inputs.items() if value is not None}, None
         compressed = self._compress(inputs, (recovery_input_ids, recovery_attention_mask), section)
         return compressed.inputs, compressed.record
@@ -190,7 +196,7 @@ class RecCompMixin(RecoveryModulesMixin):
         new_ids = splicing.cut(input_ids, source, splicing.padding_id(input_ids, splice, _pad_token_id(self.config)))
         embeds = self.get_input_embeddings()(new_ids)
         features = features.to(embeds.device, embeds.dtype)
-        is_image = splicing.cut(placeholders.is_placeholder, source, 0).unsqueeze(-1)
+        is_image = splicing.cut(placeholders.is_placeholder, source, False).unsqueeze(-1).to(embeds.device)
         shortened = {
             **inputs,
             "input_ids": new_ids,
@@ -215,7 +221,7 @@ class RecCompMixin(RecoveryModulesMixin):
             features = torch.cat([features, compat.parameter(self._llava, "image_newline").to(features).unsqueeze(0)])
         order, places = pictures.layout.sequence(pictures.selection, record, read.sizes, read.longest_image)
         counts = (pictures.token_counts + pictures.newline_counts).to(order.device)
-        return features[pack_rows(order, counts, read.image_tokens)], places
+        return features[pack_rows(order, counts, read.image_tokens).to(features.device)], places
 
     def _compressed_forward(
         self,
@@ -226,25 +232,17 @@ class RecCompMixin(RecoveryModulesMixin):
         """The stock `forward` on the shortened inputs, its output with the counts."""
         inputs = {name: value for name, value in inputs.items() if value is not None}
         stock = super().forward  # type: ignore[misc]
-        if "pixel_values" not in inputs:
-            if "inputs_embeds" in inputs:
-                inputs.pop("input_ids", None)  # what compress_inputs returns holds both
-            return stock(**inputs)
-        section = self._section(token_recovery)
-        if not section.enabled:
-            return stock(**inputs)
+        if "pixel_values" not in inputs and "inputs_embeds" in inputs:
+            inputs.pop("input_ids", None)  # what compress_inputs returns holds both
+        if "pixel_values" not in inputs or not (section := self._section(token_recovery)).enabled:
+            output = stock(**inputs)
+            return self.output_class(**output) if isinstance(output, Mapping) else output
         compressed = self._compress(inputs, question, section)
         output = stock(**{**compressed.inputs, "input_ids": None})
         if not isinstance(output, Mapping):
             return output
-        return self.output_class(
-            **{
-                **output,
-                "image_hidden_states": compressed.image_features,
-                "visual_token_counts": compressed.token_counts,
-                "newline_counts": compressed.newline_counts,
-            }
-        )
+        counts = {"visual_token_counts": compressed.token_counts, "newline_counts": compressed.newline_counts}
+        return self.output_class(**{**output, **counts, "image_hidden_states": compressed.image_features})
 
     def _look(
         self,
@@ -260,8 +258,10 @@ class RecCompMixin(RecoveryModulesMixin):
             check_question(question[0], input_ids.shape[0])
         pixel_values, layout = self._layout(pixel_values, image_sizes)
         placeholders = splicing.map_placeholders(
-            input_ids == self.config.image_token_id, torch.tensor(layout.lengths, device=input_ids.device)
+            input_ids == self.config.image_token_id,
+            torch.tensor(layout.lengths).to(input_ids.device, non_blocking=True),
         )
+        row_of_tile = placeholders.row[layout.image_of_tile(input_ids.device)]
         states = self._vision_states(pixel_values)
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         missing = torch.zeros_like(placeholders.per_row, dtype=torch.bool)
@@ -271,15 +271,18 @@ class RecCompMixin(RecoveryModulesMixin):
             query, keys = class_query_and_keys(tower.encoder.layers[block], states[block])
             similarity = None
             if question[0] is not None and self._reads_question(section):
-                windows = _windows(question[0], question[1])
+                windows = _windows(question[0], question[1]).to(input_ids.device)
                 missing = (placeholders.per_row > 0) & ~windows.any(-1)
-                row_of_tile = placeholders.row[layout.image_of_tile().to(placeholders.row.device)]
                 similarity = self._text_similarity(states, question[0], windows, row_of_tile, section)
+        # The parts of a model may be on several devices: the choice is made where the chosen features are.
+        hidden_states = states[layer][:, 1:]
+        device = hidden_states.device
+        layout = layout.to(device)
         features = check_features(
-            states[layer][:, 1:],
-            query,
-            keys,
-            similarity,
+            hidden_states,
+            query.to(device),
+            keys.to(device),
+            None if similarity is None else similarity.to(device),
             section,
             num_heads=self.config.vision_config.num_attention_heads,
             grid=self._grid(pixel_values),
@@ -315,7 +318,7 @@ class RecCompMixin(RecoveryModulesMixin):
     def _layout(self, pixel_values: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, ImageLayout]:
         """Tiles (T, 3, H, W) of all pictures, and the placeholders that stand for their patches."""
         rows, columns = self._grid(pixel_values)
-        return pixel_values, ImageLayout.of_grids(len(pixel_values), rows * columns, pixel_values.device)
+        return pixel_values, ImageLayout.of_grids(len(pixel_values), rows * columns)
 
     def _vision_states(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """All hidden states of the vision tower, each (I, N + 1, C); no graph is built for a frozen tower."""
@@ -342,7 +345,10 @@ class RecCompMixin(RecoveryModulesMixin):
         )
         text = modules.embed_question(recovery_input_ids).to(patches.device)
         rows = rows.to(patches.device)
-        similarity = text_similarity(patches, text[rows], windows.to(rows.device)[rows], section.text_relevance_sign)
+        with full_precision(patches):
+            similarity = text_similarity(
+                patches, text[rows], windows.to(rows.device)[rows], section.text_relevance_sign
+            )
         scale = projection.out_features**0.5 if get_method(section.method).scales_similarity else 1
         return similarity / scale
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .configuration_reccomp import TokenRecoveryConfig
-from .selection import gather_rows, nonzero_first
+from .selection import full_precision, gather_rows, nonzero_first
 
 
 @dataclasses.dataclass
@@ -105,9 +105,8 @@ class VisualFeatures:
 
     def _rows(self, device: torch.device) -> Tensor:
         slots = max(self.tiles)
-        return torch.tensor(
-            [image * slots + tile for image, size in enumerate(self.tiles) for tile in range(size)], device=device
-        )
+        rows = [image * slots + tile for image, size in enumerate(self.tiles) for tile in range(size)]
+        return torch.tensor(rows).to(device, non_blocking=True)
 
 
 @dataclasses.dataclass
@@ -311,7 +310,8 @@ def check_budget(config: TokenRecoveryConfig, patches: int) -> None:
 @torch.no_grad()
 def select_tokens(features: VisualFeatures, config: TokenRecoveryConfig) -> TokenSelection:
     """The method's choice of patches; reads nothing from the device."""
-    return get_method(config.method).select(features, config)
+    with full_precision(features.keys):
+        return get_method(config.method).select(features, config)
 
 
 def assemble_tokens(
@@ -320,7 +320,8 @@ def assemble_tokens(
     """Gather the kept tokens, append the merged ones, and note where every patch went; `sizes` as read."""
     kept, patches = selection.kept_mask, features.valid.shape[1]
     max_tokens, max_merged, _ = sizes
-    merged = get_method(config.method).merge(features, selection, config, max_merged)
+    with full_precision(features.keys):
+        merged = get_method(config.method).merge(features, selection, config, max_merged)
     kept_counts, counts = kept.sum(-1, keepdim=True), selection.counts.unsqueeze(-1)  # (B, 1)
     slot = torch.arange(max_tokens, device=kept.device).expand(kept.shape[0], -1)  # (B, K)
     kept_places = nonzero_first(kept, max_tokens)

@@ -80,6 +80,13 @@ class RecoveryModulesMixin:
         ):
             module.requires_grad_(False)
 
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As the stock method for all parameters but CLIP's text side, which stays frozen."""
+        super().requires_grad_(requires_grad)  # type: ignore[misc]
+        for module in [] if self.token_recovery is None else self.token_recovery.children():
+            module.requires_grad_(False)
+        return self
+
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As the stock method, but weights that are missing from the checkpoint raise instead of being random.

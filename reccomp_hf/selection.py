@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
+
+
+def full_precision(values: Tensor) -> contextlib.AbstractContextManager[None]:
+    """No autocast on the device of the values: scores are float32 whatever the model runs in."""
+    kind = values.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def top_mask(scores: Tensor, counts: Tensor, candidates: Tensor) -> Tensor:
@@ -70,7 +78,8 @@ def cluster_means(states: Tensor, cluster: Tensor, weights: Tensor, clusters: in
         shares = torch.where(peak > 0, shares / peak, member.to(shares.dtype))
         shares = shares / shares.sum(-1, keepdim=True).clamp(min=1)
     precise = torch.promote_types(states.dtype, torch.float32)
-    return (shares.to(precise) @ states.to(precise)).to(states.dtype)
+    with full_precision(states):
+        return (shares.to(precise) @ states.to(precise)).to(states.dtype)
 
 
 def squared_distances(mask: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -128,6 +137,7 @@ def farthest_points(distance: Tensor, candidates: Tensor, counts: Tensor, grid: 
 __all__ = [
     "cluster_means",
     "farthest_points",
+    "full_precision",
     "gather_rows",
     "nonzero_first",
     "pack_rows",

@@ -148,7 +148,7 @@ def counted_positions(attention_mask: Tensor) -> Tensor:
 
 def cut(values: Tensor, source: Tensor, fill: int | Tensor) -> Tensor:
     """Take (R, L) values to the new slots (R, W); padding is `fill`."""
-    return values.gather(1, source.clamp(min=0)).masked_fill(source < 0, fill)
+    return torch.where(source < 0, fill, values.gather(1, source.clamp(min=0)))
 
 
 def compact_positions(position_ids: Tensor, splice: Splice, source: Tensor) -> Tensor:

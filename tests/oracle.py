@@ -1,4 +1,4 @@
-"""The method of DESIGN.md, section 2, as plain loops in float64: one image at a time, no vectorisation, no torch.
+"""The method as plain loops in float64: one image at a time, no vectorisation, no torch.
 
 The tests compare the package's vectorised code with what is written here. `config` is anything with the attributes of
 `TokenRecoveryConfig` that the method reads.

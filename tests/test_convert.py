@@ -2,6 +2,7 @@
 
 import pytest
 import tiny
+import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import reccomp_hf
@@ -50,3 +51,30 @@ def test_models_built_in_memory_take_the_processors_they_are_given(tmp_path):
     assert (
         AutoProcessor.from_pretrained(folder).recovery_tokenizer("red")["input_ids"] == tokenizer("red")["input_ids"]
     )
+
+
+def test_a_clip_that_the_tower_does_not_come_from_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"does not come from this CLIP: the mean cosine of their weights is -?0\.\d\d"
+    ):
+        reccomp_hf.convert(tiny.stock_llava(), tiny.clip_model(seed=5), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fine_tuned_tower_is_a_warning(tmp_path, caplog):
+    stock = tiny.stock_llava()
+    clip = tiny.clip_model(vision_from=stock)
+    with torch.no_grad():
+        next(clip.vision_model.parameters()).add_(0.01)
+        clip.vision_model.post_layernorm.weight.add_(0.01)  # vectors are not compared
+        for name, weight in clip.vision_model.named_parameters():
+            if name.endswith("fc1.weight"):
+                weight.add_(0.02 * torch.randn_like(weight) * weight.std())
+    reccomp_hf.convert(stock, clip, tmp_path / "tuned")
+    assert "was fine-tuned" in caplog.text
+    assert "mean cosine of their weights 0.99" in caplog.text or "weights 1.0000" in caplog.text
+
+
+def test_the_text_encoder_follows_from_the_clip(tmp_path):
+    with pytest.raises(ValueError, match="text_encoder_config follows from clip"):
+        reccomp_hf.convert(tiny.stock_llava(), tiny.clip_model(), tmp_path / "out", text_encoder_config=None)

@@ -105,7 +105,9 @@ def check_layout(model: Any, processor: LlavaNextProcessor, sizes: list[Size]) -
         start += tiles
     assert layout.slots.shape[1] == max(layout.lengths)
     assert torch.equal(layout.valid.flatten(), valid)
-    assert layout.image_of_tile().tolist() == [i for i, tiles in enumerate(layout.tiles) for _ in range(tiles)]
+    assert layout.image_of_tile(torch.device("cpu")).tolist() == [
+        i for i, tiles in enumerate(layout.tiles) for _ in range(tiles)
+    ]
     return layout
 
 
@@ -155,14 +157,14 @@ def test_lengths_are_what_the_real_processor_expands() -> None:
 
 def test_newlines_are_known_where_as_many_patches_are_unpadded() -> None:
     order = torch.tensor([0, 1, 2, 3, 6, 7, -1, 8, 9, -1, 10, 11, -1, 12, 13, -1])  # 16 slots of 4 tiles of 4 patches
-    layout = ImageLayout.of_packed([order], [4], 4, torch.device("cpu"))
+    layout = ImageLayout.of_packed([order], [4], 4)
     assert layout.has_newlines
     assert layout.valid is not None
     assert int(layout.valid.sum()) == 12
 
 
 def test_one_tile_without_a_grid_has_one_newline() -> None:
-    layout = ImageLayout.of_packed([torch.tensor([0, 1, 2, 3, NEWLINE])], [1], 4, torch.device("cpu"))
+    layout = ImageLayout.of_packed([torch.tensor([0, 1, 2, 3, NEWLINE])], [1], 4)
     assert layout.has_newlines
     assert layout.rows.tolist() == [[0] * 5]
     assert layout.valid.tolist() == [[True] * 4]

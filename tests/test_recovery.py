@@ -1,4 +1,4 @@
-"""recover_tokens against the plain loop in oracle.py, and the promises of DESIGN.md, section 2, one by one."""
+"""recover_tokens against the plain loop in oracle.py."""
 
 from __future__ import annotations
 
