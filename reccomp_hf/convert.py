@@ -95,13 +95,11 @@ def convert(
     if clip is not None:
         _model_type(clip, "clip", ("clip",))
         clip_model = _load(clip, CLIPModel, "clip")
-    if clip_model is not None:
         check_clip(stock.config.vision_config, clip_model.config)
         check_same_tower(stock, clip_model)
         section = section.replace({"text_encoder_config": text_encoder_config(clip_model.config)})
-    processor = processor or _beside(llava, AutoProcessor)
-    if clip is not None:
         clip_tokenizer = clip_tokenizer or _beside(clip, AutoTokenizer)
+    processor = processor or _beside(llava, AutoProcessor)
     complete = processor is not None and (clip is None or clip_tokenizer is not None)
     if not complete:
         logger.warning(

@@ -13,7 +13,6 @@ from torch.nn.functional import normalize
 from .configuration_reccomp import TokenRecoveryConfig
 from .outliers import local_outlier_factor
 from .recovery import MergedTokens, RecoveryMethod, TokenSelection, VisualFeatures
-from .relevance import class_saliency
 from .selection import nonzero_first, top_mask
 
 NEIGHBORS_MERGED = 32
@@ -21,7 +20,7 @@ TEXT_WEIGHT = 50
 
 
 def _select(features: VisualFeatures, config: TokenRecoveryConfig) -> TokenSelection:
-    saliency = class_saliency(features.class_query, features.keys, 1, "joint", features.valid)
+    saliency = features.saliency("joint")
     valid, size = features.valid, features.valid.sum(-1)
     visual_share = _outlier_share(saliency, config.outlier_neighbors, config, valid)
     visual = top_mask(saliency, _floor(size * visual_share), valid)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .configuration_reccomp import TokenRecoveryConfig
 from .recovery import MergedTokens, RecoveryMethod, TokenSelection, VisualFeatures
-from .relevance import class_saliency
 from .selection import cluster_means, nonzero_first
 
 
@@ -23,7 +22,7 @@ def _select_pooling(side: int, features: VisualFeatures, config: TokenRecoveryCo
     lowest = lowest.scatter_reduce(1, cell.expand_as(index), index.masked_fill(~features.valid, beyond), "amin")
     centres = features.valid & (lowest.gather(1, cell.expand_as(index)) == index)
     known = [cells, cells, cells * len(none)] if features.all_valid else None
-    return TokenSelection(none, none, none, centres, centres.sum(-1), _saliency(features, config), known)
+    return TokenSelection(none, none, none, centres, centres.sum(-1), features.saliency(config.visual_heads), known)
 
 
 def _merge_pooling(
@@ -44,7 +43,9 @@ def _select_base_tile(features: VisualFeatures, config: TokenRecoveryConfig) -> 
     is_base = torch.tensor([tile == 0 for size in features.tiles for tile in range(size)])
     is_base = is_base.to(none.device, non_blocking=True)
     kept = features.valid & is_base.unsqueeze(-1)
-    return TokenSelection(kept, none, none, none, torch.zeros_like(none.sum(-1)), _saliency(features, config))
+    return TokenSelection(
+        kept, none, none, none, torch.zeros_like(none.sum(-1)), features.saliency(config.visual_heads)
+    )
 
 
 def _merge_nothing(
@@ -64,10 +65,6 @@ def _cells(side: int, features: VisualFeatures) -> Tensor:
 def _cell_count(side: int, features: VisualFeatures) -> int:
     rows, columns = features.grid
     return -(-rows // side) * -(-columns // side)
-
-
-def _saliency(features: VisualFeatures, config: TokenRecoveryConfig) -> Tensor:
-    return class_saliency(features.class_query, features.keys, features.num_heads, config.visual_heads, features.valid)
 
 
 def _pooling(side: int) -> RecoveryMethod:

@@ -11,16 +11,12 @@ from torch import Tensor
 from .configuration_reccomp import TokenRecoveryConfig
 from .outliers import upper_outliers
 from .recovery import MergedTokens, RecoveryMethod, TokenSelection, VisualFeatures
-from .relevance import class_saliency
 from .selection import cluster_means, farthest_points, gather_rows, nonzero_first, squared_distances, top_mask
 
 
 def _select(features: VisualFeatures, config: TokenRecoveryConfig) -> TokenSelection:
-    saliency = class_saliency(
-        features.class_query, features.keys, features.num_heads, config.visual_heads, features.valid
-    )
     select = _select_dynamic if config.budget is None else _select_budget
-    return select(features, saliency, config)
+    return select(features, features.saliency(config.visual_heads), config)
 
 
 def _select_dynamic(features: VisualFeatures, saliency: Tensor, config: TokenRecoveryConfig) -> TokenSelection:
@@ -45,16 +41,19 @@ def _select_budget(features: VisualFeatures, saliency: Tensor, config: TokenReco
     An image's tiles compete: saliency counts relative to the mean of its tile.
     """
     has_text, patches = features.text_similarity is not None, features.valid.shape[1] * max(features.tiles)
-    rest = features.per_image(features.valid, False)
+    valid = features.per_image(features.valid, False)
     scores = features.per_image(_relative(saliency, features.valid) if max(features.tiles) > 1 else saliency, 0.0)
     similarity = scores if features.text_similarity is None else features.per_image(features.text_similarity, 0.0)
     splits = _split_table(
         config.budget, config.text_share if has_text else 0, config.coverage_share, config.merged_tokens, patches
     )
+    uniform = features.all_valid and max(features.tiles) == 1
+    splits = splits[-1:] if uniform else splits
+    row = torch.zeros_like(valid[:, 0], dtype=torch.long) if uniform else valid.sum(-1)
     table = torch.tensor(splits).to(scores.device, non_blocking=True)
-    n_visual, n_text, n_coverage, n_merged = table[rest.sum(-1)].unbind(-1)
-    visual = top_mask(scores, n_visual, rest)
-    rest = rest & ~visual
+    n_visual, n_text, n_coverage, n_merged = table[row].unbind(-1)
+    visual = top_mask(scores, n_visual, valid)
+    rest = valid & ~visual
     text = top_mask(similarity, n_text, rest)
     rest = rest & ~text
     steps = max(split[2] for split in splits)
@@ -63,12 +62,10 @@ def _select_budget(features: VisualFeatures, saliency: Tensor, config: TokenReco
         distance = squared_distances(features.per_tile(visual | text), features.grid)
         coverage = farthest_points(features.per_image(distance, 0), rest, n_coverage, features.grid, steps)
     rest = rest & ~coverage
-    merged = _centres_per_tile(scores, rest, n_merged, max(split[3] for split in splits), features)
+    most_merged = max(split[3] for split in splits)
+    merged = _centres_per_tile(scores, valid, rest, n_merged, most_merged, features)
     rest = features.per_tile(rest)
-    known = None
-    if features.all_valid and max(features.tiles) == 1:
-        most, most_merged = sum(splits[-1]), splits[-1][3]
-        known = [most, most_merged, most * len(saliency)]
+    most = sum(splits[-1])
     return TokenSelection(
         visual_mask=features.per_tile(visual),
         text_mask=features.per_tile(text),
@@ -76,7 +73,7 @@ def _select_budget(features: VisualFeatures, saliency: Tensor, config: TokenReco
         centre_mask=top_mask(saliency, merged, rest),
         merged_counts=merged,
         saliency=saliency,
-        known_sizes=known,
+        known_sizes=[most, most_merged, most * len(saliency)] if uniform else None,
     )
 
 
@@ -86,7 +83,9 @@ def _relative(saliency: Tensor, valid: Tensor) -> Tensor:
     return saliency / total.clamp(min=torch.finfo(saliency.dtype).tiny) * valid.sum(-1, keepdim=True)
 
 
-def _centres_per_tile(scores: Tensor, rest: Tensor, counts: Tensor, most: int, features: VisualFeatures) -> Tensor:
+def _centres_per_tile(
+    scores: Tensor, valid: Tensor, rest: Tensor, counts: Tensor, most: int, features: VisualFeatures
+) -> Tensor:
     """How many of an image's merged tokens each tile gets: (T,) int64.
 
     In proportion to the saliency that remains in it, by highest averages (D'Hondt), and no more than its remaining
@@ -96,7 +95,6 @@ def _centres_per_tile(scores: Tensor, rest: Tensor, counts: Tensor, most: int, f
     if tiles == 1:
         return counts
     # Relative saliency adds up to the number of valid patches, so tiles that keep nothing tie exactly.
-    valid = features.per_image(features.valid, False)
     taken = scores.masked_fill(rest | ~valid, 0).unflatten(1, (tiles, -1)).sum(-1)  # (I, S)
     mass = valid.unflatten(1, (tiles, -1)).sum(-1) - taken
     left = rest.unflatten(1, (tiles, -1)).sum(-1)

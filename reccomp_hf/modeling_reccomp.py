@@ -122,9 +122,7 @@ class RecCompMixin(RecoveryModulesMixin):
         """
         section = self._section(token_recovery)
         question = (recovery_input_ids, recovery_attention_mask)
-        layer, strategy = kwargs.get("vision_feature_layer"), kwargs.get("vision_feature_select_strategy")
-        check_feature_layer(self.config, layer, strategy)
-        pictures = self._look(input_ids, pixel_values, image_sizes, question, section, layer)
+        pictures = self._look(input_ids, pixel_values, image_sizes, question, section, self._feature_layer(kwargs))
         read = self._read(pictures, pictures.placeholders.per_row[:0])
         record = assemble_tokens(pictures.features, pictures.selection, section, read.sizes)
         return record.split(pictures.layout.tiles)
@@ -167,8 +165,13 @@ class RecCompMixin(RecoveryModulesMixin):
         """
         section = self._section(token_recovery)
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        inputs |= {"position_ids": position_ids}
-        inputs |= {"labels": labels, "pixel_values": pixel_values, "image_sizes": image_sizes, **kwargs}
+        inputs |= {
+            "position_ids": position_ids,
+            "labels": labels,
+            "pixel_values": pixel_values,
+            "image_sizes": image_sizes,
+            **kwargs,
+        }
         if pixel_values is None or not section.enabled:
             inputs |= {"recovery_input_ids": recovery_input_ids, "recovery_attention_mask": recovery_attention_mask}
             inputs["token_recovery"] = token_recovery
@@ -182,8 +185,7 @@ class RecCompMixin(RecoveryModulesMixin):
         check_call(self.config, section, inputs)
         input_ids, labels, position_ids = (inputs.pop(name, None) for name in ("input_ids", "labels", "position_ids"))
         attention_mask, pixel_values = inputs.pop("attention_mask", None), inputs.pop("pixel_values")
-        layer, strategy = (inputs.pop(f"vision_feature_{name}", None) for name in ("layer", "select_strategy"))
-        check_feature_layer(self.config, layer, strategy)
+        layer = self._feature_layer(inputs)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         pictures = self._look(input_ids, pixel_values, inputs.pop("image_sizes", None), question, section, layer)
         placeholders = pictures.placeholders
@@ -251,7 +253,7 @@ class RecCompMixin(RecoveryModulesMixin):
         image_sizes: Tensor | None,
         question: _Question,
         section: TokenRecoveryConfig,
-        vision_feature_layer: int | None,
+        vision_feature_layer: int,
     ) -> _Pictures:
         """Run the vision tower and choose tokens; for LLaVA-1.5 nothing is read from the device."""
         if self._reads_question(section):
@@ -263,7 +265,6 @@ class RecCompMixin(RecoveryModulesMixin):
         )
         row_of_tile = placeholders.row[layout.image_of_tile(input_ids.device)]
         states = self._vision_states(pixel_values)
-        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         missing = torch.zeros_like(placeholders.per_row, dtype=torch.bool)
         with torch.no_grad():
             tower = compat.clip_vision_model(self._llava.vision_tower)
@@ -275,7 +276,7 @@ class RecCompMixin(RecoveryModulesMixin):
                 missing = (placeholders.per_row > 0) & ~windows.any(-1)
                 similarity = self._text_similarity(states, question[0], windows, row_of_tile, section)
         # The parts of a model may be on several devices: the choice is made where the chosen features are.
-        hidden_states = states[layer][:, 1:]
+        hidden_states = states[vision_feature_layer][:, 1:]
         device = hidden_states.device
         layout = layout.to(device)
         features = check_features(
@@ -351,6 +352,12 @@ class RecCompMixin(RecoveryModulesMixin):
             )
         scale = projection.out_features**0.5 if get_method(section.method).scales_similarity else 1
         return similarity / scale
+
+    def _feature_layer(self, inputs: dict[str, Any]) -> int:
+        """The hidden state that the projector reads; takes a call's own choice out of its inputs."""
+        layer, strategy = (inputs.pop(f"vision_feature_{name}", None) for name in ("layer", "select_strategy"))
+        check_feature_layer(self.config, layer, strategy)
+        return self.config.vision_feature_layer if layer is None else layer
 
     def _grid(self, pixel_values: Tensor) -> tuple[int, int]:
         patch = self.config.vision_config.patch_size

@@ -7,6 +7,7 @@ patches, the question recovers further ones, and what remains is clustered and m
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .configuration_reccomp import TokenRecoveryConfig
+from .relevance import class_saliency
 from .selection import full_precision, gather_rows, nonzero_first
 
 
@@ -90,23 +92,29 @@ class VisualFeatures:
     all_valid: bool
     tiles: list[int]
 
+    def saliency(self, heads: str) -> Tensor:
+        """(B, N) float32 attention of the class token, see [`class_saliency`]."""
+        return class_saliency(self.class_query, self.keys, self.num_heads, heads, self.valid)
+
     def per_image(self, values: Tensor, fill: float) -> Tensor:
         """Scores of an image's tiles side by side, `fill` where it has fewer: (B, N) -> (I, S * N)."""
         images, slots = len(self.tiles), max(self.tiles)
         if slots == 1:
             return values
         grouped = values.new_full((images * slots, values.shape[1]), fill)
-        return grouped.index_copy(0, self._rows(values.device), values).view(images, -1)
+        return grouped.index_copy(0, self._rows, values).view(images, -1)
 
     def per_tile(self, values: Tensor) -> Tensor:
         """The inverse of `per_image`: (I, S * X) -> (B, X)."""
         images, slots = len(self.tiles), max(self.tiles)
-        return values if slots == 1 else values.view(images * slots, -1)[self._rows(values.device)]
+        return values if slots == 1 else values.view(images * slots, -1)[self._rows]
 
-    def _rows(self, device: torch.device) -> Tensor:
+    @functools.cached_property
+    def _rows(self) -> Tensor:
+        """(B,) int64, where each tile stands among the images' slots."""
         slots = max(self.tiles)
         rows = [image * slots + tile for image, size in enumerate(self.tiles) for tile in range(size)]
-        return torch.tensor(rows).to(device, non_blocking=True)
+        return torch.tensor(rows).to(self.valid.device, non_blocking=True)
 
 
 @dataclasses.dataclass

@@ -74,17 +74,22 @@ class RecoveryModulesMixin:
 
     def _freeze(self) -> None:
         """The choice of tokens has no gradient: the vision tower is trained on request, CLIP's text side never."""
-        for module in (
-            self._llava.vision_tower,
-            *([] if self.token_recovery is None else self.token_recovery.children()),
-        ):
+        self._llava.vision_tower.requires_grad_(False)
+        self._freeze_text_side()
+
+    def _freeze_text_side(self) -> None:
+        for _, module in self._text_side(""):
             module.requires_grad_(False)
+
+    def _text_side(self, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that `named_modules` does not show, with their paths."""
+        for name, module in [] if self.token_recovery is None else self.token_recovery.named_children():
+            yield ".".join(filter(None, (prefix, "token_recovery", name))), module
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """As the stock method for all parameters but CLIP's text side, which stays frozen."""
         super().requires_grad_(requires_grad)  # type: ignore[misc]
-        for module in [] if self.token_recovery is None else self.token_recovery.children():
-            module.requires_grad_(False)
+        self._freeze_text_side()
         return self
 
     @classmethod
@@ -118,20 +123,16 @@ class RecoveryModulesMixin:
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """All parameters, the frozen recovery modules' included."""
         yield from super().named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
-        if recurse and self.token_recovery is not None:
-            for name, module in self.token_recovery.named_children():
-                path = ".".join(filter(None, (prefix, "token_recovery", name)))
-                yield from module.named_parameters(path, recurse, remove_duplicate)
+        for path, module in self._text_side(prefix) if recurse else ():
+            yield from module.named_parameters(path, recurse, remove_duplicate)
 
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
         """All buffers, the frozen recovery modules' included."""
         yield from super().named_buffers(prefix, recurse, remove_duplicate)  # type: ignore[misc]
-        if recurse and self.token_recovery is not None:
-            for name, module in self.token_recovery.named_children():
-                path = ".".join(filter(None, (prefix, "token_recovery", name)))
-                yield from module.named_buffers(path, recurse, remove_duplicate)
+        for path, module in self._text_side(prefix) if recurse else ():
+            yield from module.named_buffers(path, recurse, remove_duplicate)
 
 
 def _build_recovery_modules(config: Any) -> TokenRecoveryModules | None:
