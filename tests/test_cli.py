@@ -16,9 +16,11 @@ from transformers.utils import logging
 
 import reccomp_hf
 from reccomp_hf import cli, inspection
+from reccomp_hf.commands import COMMANDS as COMMAND_MODULES
+from reccomp_hf.commands import common, info
 from reccomp_hf.demo import EVALUATION_SEEDS, checkpoint_folder, command
 
-COMMANDS = ("demo", "convert", "info")
+COMMANDS = tuple(module.__name__.rpartition(".")[2] for module in COMMAND_MODULES)
 COUNTS = ("visual", "text", "coverage", "merged")
 LONG_QUESTION = "Is there a red circle anywhere near the upper left corner of this picture of mine?"
 
@@ -207,7 +209,7 @@ def test_info_of_a_hub_repository_downloads_no_weights(run, converted, monkeypat
     ],
 )
 def test_set_takes_json_or_a_word(text, pair):
-    assert cli._setting(text) == pair
+    assert common.setting(text) == pair
 
 
 # ---- errors --------------------------------------------------------------------------------------------------------
@@ -290,7 +292,7 @@ def test_an_unexpected_error_is_one_line_that_says_so(error, monkeypatch, tmp_pa
     def broken(*_):
         raise KeyError("first\nsecond")
 
-    monkeypatch.setattr(inspection, "describe", broken)
+    monkeypatch.setattr(info, "describe", broken)
     assert error("info", tmp_path).startswith("unexpected KeyError: ")
 
 
@@ -298,7 +300,7 @@ def test_interruption_is_no_traceback(run, monkeypatch, tmp_path):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inspection, "describe", interrupted)
+    monkeypatch.setattr(info, "describe", interrupted)
     assert run("info", tmp_path) == (130, "", "reccomp-hf: interrupted\n")
 
 

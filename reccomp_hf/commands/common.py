@@ -1,0 +1,85 @@
+"""What the commands share: how one is declared, how it reads settings, and how it speaks."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+def add_command(commands: Any, run: Callable[..., None], summary: str, description: str, *examples: str) -> Any:
+    """Declare a command that is called as its module is, with its help, and return its parser."""
+    name = run.__module__.rpartition(".")[2]
+    command = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog="\n".join(["example:", *(f"  reccomp-hf {name}{example}" for example in examples)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    debug = "show the traceback of an error"
+    command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=debug)
+    command.set_defaults(run=run)
+    return command
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """`field=value` as a pair; the value is JSON, or else a string."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"expected field=value, got {text!r}")
+    with contextlib.suppress(json.JSONDecodeError):
+        return name, json.loads(value)
+    return name, value
+
+
+def section_lines(facts: dict[str, Any]) -> list[str]:
+    """The section for a reader."""
+    encoder, settings = facts["token_recovery"]["text_encoder_config"], dict(facts["settings"])
+    reads = (
+        f"CLIP's, {encoder.get('max_position_embeddings', 77)} tokens at a time" if encoder else "none: visual only"
+    )
+    method = settings.pop("method")
+    fields = [f"{name} {json.dumps(value)}" for name, value in settings.items()]
+    return [
+        line("model type", facts["model_type"]),
+        line("method", method),
+        line("settings", ", ".join(fields) or "the defaults"),
+        line("question encoder", reads),
+        line("visual tokens", facts["tokens_per_image"]["note"]),
+    ]
+
+
+def line(name: str, value: str) -> str:
+    """A name and its value, wrapped for a terminal."""
+    return textwrap.fill(f"  {name.replace('_', ' '):<20}{value}", 100, subsequent_indent=" " * 22)
+
+
+@contextlib.contextmanager
+def quiet(progress_bars: bool = False) -> Iterator[None]:
+    """Keep transformers' remarks, and its progress bars unless they are wanted, out of what a command says."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not progress_bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def say(*lines: str) -> None:
+    """Write lines to stdout."""
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()
+
+
+__all__ = ["add_command", "line", "quiet", "say", "section_lines", "setting"]
