@@ -12,6 +12,7 @@ from .outliers import local_outlier_factor
 from .processing_reccomp import LlavaNextRecCompProcessor, LlavaRecCompProcessor
 from .recovery import TokenRecoveryOutput, recover_tokens
 from .registration import register
+from .visualization import plot_recovery
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "TokenRecoveryOutput",
     "convert",
     "local_outlier_factor",
+    "plot_recovery",
     "recover_tokens",
     "register",
 ]

@@ -7,6 +7,7 @@ from typing import Any
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
+from transformers.utils import is_accelerate_available
 
 IS_V5 = Version(transformers.__version__) >= Version("5.0.0.dev0")
 
@@ -21,10 +22,12 @@ def parameter(module: nn.Module, name: str) -> Tensor:
     value: Tensor = getattr(module, name)
     if not value.is_meta:
         return value
-    from accelerate.utils import align_module_device
+    if is_accelerate_available():  # who put it there; the condition keeps it no requirement of a checkpoint's own code
+        from accelerate.utils import align_module_device
 
-    with align_module_device(module):
-        return getattr(module, name).clone()
+        with align_module_device(module):
+            return getattr(module, name).clone()
+    raise RuntimeError(f"{name} is on the meta device and accelerate is not installed: the weight was never loaded.")
 
 
 def register_key_renames(class_name: str, model_type: str) -> None:

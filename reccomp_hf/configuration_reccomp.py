@@ -5,10 +5,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import LlavaConfig, LlavaNextConfig, PretrainedConfig
+
+from .remote_code import model_auto_map
+
+logger = logging.getLogger(__name__)
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The paper's method with this package's reading of it; the count of tokens adapts to the picture.
@@ -26,6 +32,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+NEED_A_BUDGET = ("random", "pooling")
+"""Methods for comparison that know no count of their own."""
+
 CHOICES = {
     "text_relevance": ("last", "penultimate", "value"),
     "text_relevance_sign": (1, -1),
@@ -42,7 +51,8 @@ class TokenRecoveryConfig:
         version: Layout of the section; 1.
         enabled: `False` gives bit for bit the stock model.
         method: `"recoverable"` (the paper's method), `"authors"` (its released code), or for comparison
-            `"pooling_2x2"`, `"pooling_3x3"` (means of the grid's cells) and `"base_tile"` (LLaVA-NeXT).
+            `"random"`, `"pooling"` (means of the grid's cells, as many as the budget says), `"pooling_2x2"`,
+            `"pooling_3x3"` and `"base_tile"` (LLaVA-NeXT).
         budget: `None` lets the number of tokens adapt to the picture; an `int` is the exact number of tokens of an
             image; a `float` in (0, 1] is the share of the image's patches.
         text_share: Share in [0, 1] of the kept tokens of a fixed budget that the question chooses.
@@ -165,7 +175,12 @@ class TokenRecoveryConfig:
             )
 
     def _validate_combination(self) -> None:
-        needed: dict[str, Any] = {} if self.method == "recoverable" else {"budget": None}
+        if self.method in NEED_A_BUDGET and self.budget is None:
+            raise ValueError(
+                f"method {self.method!r} needs a budget, got null; write an int >= 1 or a float in (0, 1]."
+            )
+        takes_a_budget = self.method == "recoverable" or self.method in NEED_A_BUDGET
+        needed: dict[str, Any] = {} if takes_a_budget else {"budget": None}
         if self.method == "authors":
             needed["position_ids"] = "compact"  # its extra token has no place
         for name, value in needed.items():
@@ -179,6 +194,7 @@ class TokenRecoveryConfig:
 class _RecCompConfigMixin:
     """The `token_recovery` section of a model config: read, validated on assignment, written back."""
 
+    _auto_class = "AutoConfig"  # save_pretrained copies this file and what it imports
     # What evaluation loops do not collect as predictions.
     keys_to_ignore_at_inference = ("past_key_values", "image_hidden_states", "visual_token_counts", "newline_counts")
 
@@ -192,10 +208,40 @@ class _RecCompConfigMixin:
         super().__setattr__(name, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """The stock dictionary with the section as plain JSON values."""
+        """The stock dictionary with the section as plain JSON values, and the classes that `auto_map` names."""
         output = super().to_dict()  # type: ignore[misc]
         output["token_recovery"] = self.token_recovery.to_dict()
+        # A checkpoint that was loaded from the Hub names its repository there; the code is written anew.
+        output["auto_map"] = {**(output.get("auto_map") or {}), **model_auto_map(output["model_type"])}
         return output
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read config.json; a stock LLaVA's is taken for a visual-only model of ours, with a warning.
+
+        Raises:
+            ValueError: It belongs to another kind of model.
+        """
+        fields, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        stock_type = super().model_type  # type: ignore[misc]
+        model_type = fields.get("model_type", cls.model_type)  # type: ignore[attr-defined]
+        if model_type == stock_type:
+            fields = {**fields, "model_type": cls.model_type}  # type: ignore[attr-defined]
+            fields.pop("architectures", None)
+            if not (fields.get("token_recovery") or {}).get("text_encoder_config"):
+                logger.warning(
+                    f"{pretrained_model_name_or_path} is a stock {stock_type!r} checkpoint, read as visual-only: "
+                    "without CLIP's text encoder the question has no say in which visual tokens are kept. To add "
+                    "it: reccomp_hf.convert(llava, clip, output), or `reccomp-hf convert LLAVA CLIP OUT`."
+                )
+        elif model_type != cls.model_type:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a checkpoint of model_type {model_type!r}; {cls.__name__} reads "
+                f"{cls.model_type!r} and stock {stock_type!r}."  # type: ignore[attr-defined]
+            )
+        return fields, unused
 
 
 class LlavaRecCompConfig(_RecCompConfigMixin, LlavaConfig):

@@ -2,138 +2,162 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Collection
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
-import torch
-from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoProcessor,
-    AutoTokenizer,
-    CLIPModel,
-    LlavaForConditionalGeneration,
-    LlavaNextForConditionalGeneration,
-    PreTrainedModel,
-)
+from transformers import AutoProcessor, AutoTokenizer, CLIPModel, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
-from . import compat
-from .configuration_reccomp import LlavaNextRecCompConfig, LlavaRecCompConfig, TokenRecoveryConfig
-from .modeling_llava_next_reccomp import LlavaNextRecCompForConditionalGeneration
-from .modeling_llava_reccomp import LlavaRecCompForConditionalGeneration
-from .processing_reccomp import LlavaNextRecCompProcessor, LlavaRecCompProcessor
-from .recovery import get_method
+from .cards import license_of, write_card
+from .configuration_reccomp import TokenRecoveryConfig
+from .conversion import shards
+from .conversion.checks import check_keys, check_same_tower, check_text_side
+from .conversion.plan import FAMILIES, Plan, Source, check_model_type, plan_conversion
+from .conversion.proof import prove, prove_processor
+from .conversion.shards import DTYPES
+from .remote_code import write_remote_code
 
 logger = logging.getLogger(__name__)
 
-# Stock model type -> stock model, our config, our model, our processor.
-FAMILIES: dict[str, tuple[Any, Any, Any, Any]] = {
-    "llava": (
-        LlavaForConditionalGeneration,
-        LlavaRecCompConfig,
-        LlavaRecCompForConditionalGeneration,
-        LlavaRecCompProcessor,
-    ),
-    "llava_next": (
-        LlavaNextForConditionalGeneration,
-        LlavaNextRecCompConfig,
-        LlavaNextRecCompForConditionalGeneration,
-        LlavaNextRecCompProcessor,
-    ),
-}
+AnySource: TypeAlias = str | os.PathLike[str] | PreTrainedModel
 
-Source: TypeAlias = str | os.PathLike[str] | PreTrainedModel
+
+class Conversion(NamedTuple):
+    """What a conversion did.
+
+    Attributes:
+        folder: The new checkpoint.
+        proof: What was proven of it before it got its name, as a sentence.
+    """
+
+    folder: Path
+    proof: str
 
 
 def convert(
-    llava: Source,
-    clip: Source | None,
+    llava: AnySource,
+    clip: AnySource | None,
     output: str | os.PathLike[str],
     preset: str = "paper",
     *,
     processor: Any = None,
     clip_tokenizer: Any = None,
+    dtype: str | None = None,
+    force: bool = False,
     **overrides: Any,
 ) -> Path:
     """Write a folder that `AutoModelForImageTextToText` and `AutoProcessor` load as a compressed LLaVA.
 
+    LLaVA's weight files are copied as they are, shard by shard, and one more file holds what comes from the CLIP, so
+    that a model of any size needs the memory of about one shard.
+
     Args:
-        llava: A stock LLaVA-1.5 or LLaVA-NeXT: a folder, a Hub id or the loaded model with its head.
-        clip: The CLIP whose vision tower LLaVA uses: a folder, a Hub id or a loaded `CLIPModel`. `None` makes a
-            visual-only checkpoint.
+        llava: A stock LLaVA-1.5 or LLaVA-NeXT: a folder, a Hub id, `org/name@revision`, or the loaded model with its
+            head.
+        clip: The CLIP whose vision tower LLaVA uses, as a folder, a Hub id or a loaded `CLIPModel`; `"auto"` takes
+            the one of OpenAI's that has the tower's sizes. `None` makes a visual-only checkpoint.
         output: Folder to write; it must not exist, or be empty.
         preset: Name of a preset, see [`TokenRecoveryConfig.from_preset`].
         processor: LLaVA's processor; by default it is loaded from where `llava` came from.
         clip_tokenizer: CLIP's tokenizer; by default it is loaded from where `clip` came from. A model that was built
             in memory came from nowhere: without these two the folder holds the model alone, and a warning says so.
+        dtype: `"float32"`, `"float16"` or `"bfloat16"` to cast the weights; by default they stay as they are.
+        force: Take a CLIP whose vision tower has nothing in common with LLaVA's.
         **overrides: Fields of the `token_recovery` section.
 
     Returns:
-        The folder. It appears whole or not at all. Weights keep their dtype.
+        The folder. It appears whole and proven or not at all: before it gets its name, its keys and shapes, its bytes,
+        and what its vision tower, projector, text side and choice of tokens compute are compared with the sources.
 
     Raises:
-        ValueError: A CLIP or a LLaVA that does not fit, an unknown field.
+        ValueError: A CLIP or a LLaVA that does not fit or is not whole, an unknown field.
         FileExistsError: The output folder holds something.
+        OSError: A source cannot be had, or the disk is full.
+        RuntimeError: The new checkpoint is not what its sources are.
     """
-    output = Path(output)
+    settings = {"processor": processor, "clip_tokenizer": clip_tokenizer, "dtype": dtype, "force": force}
+    return convert_and_prove(llava, clip, output, preset, **settings, **overrides).folder
+
+
+def convert_and_prove(
+    llava: AnySource,
+    clip: AnySource | None,
+    output: str | os.PathLike[str],
+    preset: str = "paper",
+    *,
+    processor: Any = None,
+    clip_tokenizer: Any = None,
+    dtype: str | None = None,
+    force: bool = False,
+    repo: str | None = None,
+    **overrides: Any,
+) -> Conversion:
+    """As [`convert`], and say what was proven; `repo` is the Hub id that the model card names."""
+    output = Path(output).expanduser()
+    check_output(output)
+    section = section_of(preset, overrides)
+    processor = processor or _beside_model(llava, AutoProcessor)
+    clip_tokenizer = clip_tokenizer or _beside_model(clip, AutoTokenizer)
+    with _work_folder(output) as work:
+        clip_name = None if clip is None else _on_disk(clip, "clip", work)
+        plan = plan_conversion(_on_disk(llava, "llava", work), clip_name, section, dtype=dtype)
+        if not isinstance(llava, PreTrainedModel):
+            processor = processor or AutoProcessor.from_pretrained(plan.llava.folder, trust_remote_code=False)
+        if plan.clip is not None and not isinstance(clip, PreTrainedModel):
+            folder = plan.clip.folder
+            clip_tokenizer = clip_tokenizer or AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if processor is None or (plan.clip is not None and clip_tokenizer is None):
+            processor = None
+            logger.warning(
+                f"{output} gets no processor: llava or clip is a model that was not loaded from a folder. Pass "
+                "processor= and clip_tokenizer=, or save a processor there yourself."
+            )
+        else:
+            processor = build_processor(plan, processor, clip_tokenizer)
+        staging = work / "new" / output.name  # the card takes its title from the folder's name
+        proof = _write(plan, staging, work, processor, force)
+        # Only a Hub id's first place is the LLaVA's.
+        base_model = plan.hub_ids if plan.llava.hub_id else None
+        write_card(staging, base_model=base_model, license=license_of(plan.llava.folder), repo=repo)
+        if output.exists():
+            output.rmdir()
+        staging.rename(output)
+    return Conversion(output, proof)
+
+
+def check_output(output: Path) -> None:
+    """Refuse an output folder that holds something.
+
+    Raises:
+        FileExistsError: It does.
+    """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder; name a new one or remove it.")
-    if "text_encoder_config" in overrides:
-        raise ValueError("text_encoder_config follows from clip; clip=None (--visual-only) makes a visual-only model.")
-    section = TokenRecoveryConfig.from_preset(preset, **overrides)
-    model_type = _model_type(llava, "llava", FAMILIES)
-    if clip is None and get_method(section.method).needs_text:
-        raise ValueError(f"Method {section.method!r} needs the question, and so a CLIP: clip is None.")
-    stock_class, config_class, model_class, processor_class = FAMILIES[model_type]
-    stock = _load(llava, stock_class, "llava")
-    clip_model = None
-    if clip is not None:
-        _model_type(clip, "clip", ("clip",))
-        clip_model = _load(clip, CLIPModel, "clip")
-        check_clip(stock.config.vision_config, clip_model.config)
-        check_same_tower(stock, clip_model)
-        section = section.replace({"text_encoder_config": text_encoder_config(clip_model.config)})
-        clip_tokenizer = clip_tokenizer or _beside(clip, AutoTokenizer)
-    processor = processor or _beside(llava, AutoProcessor)
-    complete = processor is not None and (clip is None or clip_tokenizer is not None)
-    if not complete:
-        logger.warning(
-            f"{output} gets no processor: llava or clip is a model that was not loaded from a folder. Pass processor= "
-            "and clip_tokenizer=, or save a processor there yourself."
-        )
-    fields = stock.config.to_dict()
-    for name in ("model_type", "architectures", "transformers_version"):
-        fields.pop(name, None)
-    with torch.device("meta"):  # its weights are the sources' own, so none are made here
-        model = model_class(config_class(token_recovery=section, **fields))
-    model = build_model(model, stock, clip_model)
-    _publish(output, model, build_processor(processor_class, processor, clip_tokenizer, section) if complete else None)
-    return output
+    if output.is_symlink() or os.path.ismount(output) or (output.exists() and output.samefile(Path.cwd())):
+        raise FileExistsError(f"{output} is a link, a mount point or the current folder; name a new folder.")
 
 
-def build_model(model: PreTrainedModel, stock: PreTrainedModel, clip: CLIPModel | None) -> PreTrainedModel:
-    """Give a new compressed model the stock model's weights and CLIP's text side; every weight is accounted for.
+def section_of(preset: str, overrides: dict[str, Any]) -> TokenRecoveryConfig:
+    """The preset with single fields overridden; the text encoder is the CLIP's.
 
     Raises:
-        RuntimeError: A weight of the new model that neither source has, or the other way round.
+        ValueError: An unknown preset or field, a value that is impossible.
     """
-    weights = dict(stock.state_dict())
-    if clip is not None:
-        weights |= {f"token_recovery.{name}": value for name, value in _text_weights(clip).items()}
-    model.load_state_dict(weights, strict=True, assign=True)
-    model.generation_config = stock.generation_config
-    return model.eval()
+    if "text_encoder_config" in overrides:
+        raise ValueError("text_encoder_config follows from clip; clip=None (--visual-only) makes a visual-only model.")
+    return TokenRecoveryConfig.from_preset(preset, **overrides)
 
 
-def build_processor(processor_class: Any, stock: Any, clip_tokenizer: Any, section: TokenRecoveryConfig) -> Any:
+def build_processor(plan: Plan, stock: Any, clip_tokenizer: Any) -> Any:
     """The stock processor with the question's tokenizer."""
-    encoder = section.text_encoder_config
-    return processor_class(
+    encoder = plan.config.token_recovery.text_encoder_config
+    return plan.family.processor_class(
         image_processor=stock.image_processor,
         tokenizer=stock.tokenizer,
         patch_size=stock.patch_size,
@@ -141,123 +165,111 @@ def build_processor(processor_class: Any, stock: Any, clip_tokenizer: Any, secti
         chat_template=stock.chat_template,
         image_token=stock.image_token,
         num_additional_image_tokens=stock.num_additional_image_tokens,
-        recovery_tokenizer=clip_tokenizer,
+        recovery_tokenizer=None if encoder is None else clip_tokenizer,
         recovery_max_length=None if encoder is None else encoder["max_position_embeddings"],
     )
 
 
-def check_clip(vision: Any, clip: Any) -> None:
-    """Refuse a CLIP whose vision tower cannot be the one that LLaVA uses.
-
-    Raises:
-        ValueError: Another width, patch size, image size or number of blocks.
-    """
-    for name in ("hidden_size", "patch_size", "image_size", "num_hidden_layers"):
-        ours, theirs = getattr(vision, name), getattr(clip.vision_config, name)
-        if ours != theirs:
-            raise ValueError(
-                f"The CLIP does not fit LLaVA's vision tower: {name} is {theirs} in the CLIP and {ours} in LLaVA. "
-                "Use the CLIP that the tower came from (for LLaVA-1.5 openai/clip-vit-large-patch14-336)."
-            )
-
-
-def check_same_tower(llava: PreTrainedModel, clip: CLIPModel) -> None:
-    """Compare LLaVA's vision tower with the CLIP's: equal is silent, a fine-tuned one a warning.
-
-    Raises:
-        ValueError: Weights so different that LLaVA's tower cannot come from this CLIP.
-    """
-    ours = compat.clip_vision_model(llava.model.vision_tower).state_dict()
-    theirs = compat.clip_vision_model(clip.vision_model).state_dict()
-    names = [name for name, value in ours.items() if value.ndim > 1]
-    pairs = [(ours[name].float().flatten(), theirs[name].float().flatten()) for name in names]
-    if all(torch.equal(*pair) for pair in pairs):
-        return
-    cosine = sum(torch.cosine_similarity(*pair, dim=0).item() for pair in pairs) / len(pairs)
-    if cosine < 0.5:
-        raise ValueError(
-            f"LLaVA's vision tower does not come from this CLIP: the mean cosine of their weights is {cosine:.2f}. "
-            "Use the CLIP that the tower came from, or clip=None (--visual-only)."
-        )
-    logger.warning(
-        f"LLaVA's vision tower differs from the CLIP's (mean cosine of their weights {cosine:.4f}): it was "
-        "fine-tuned, or is another CLIP's, so the text encoder may say less well which patches belong to the question."
-    )
-
-
-def text_encoder_config(clip: Any) -> dict[str, Any]:
-    """The text encoder's config, with the projection width that CLIP keeps at its top level."""
-    config = clip.text_config.to_diff_dict()
-    config["projection_dim"] = clip.projection_dim
-    config["model_type"] = "clip_text_model"
-    for name in ("dtype", "torch_dtype", "transformers_version"):
-        config.pop(name, None)
-    return config
-
-
-def _text_weights(clip: CLIPModel) -> dict[str, Any]:
-    """CLIP's text side under the names of `CLIPTextModelWithProjection`, and the visual projection."""
-    modules: dict[str, nn.Module] = {
-        "text_encoder.text_model": clip.text_model,
-        "text_encoder.text_projection": clip.text_projection,
-        "visual_projection": clip.visual_projection,
-    }
-    return {
-        f"{prefix}.{name}": value for prefix, module in modules.items() for name, value in module.state_dict().items()
-    }
-
-
-def _model_type(source: Source, argument: str, known: Collection[str]) -> str:
-    """The model type of a source, which must be one of `known`."""
-    if isinstance(source, PreTrainedModel):
-        model_type = source.config.model_type
-    else:
-        name = os.fspath(source)
-        looks_like_a_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
-        if looks_like_a_path and not os.path.isdir(name):
-            raise FileNotFoundError(f"{argument}: there is no folder {name}.")
-        model_type = AutoConfig.from_pretrained(source).model_type
-    if model_type not in known:
-        raise ValueError(f"{argument} must be of model_type {' or '.join(map(repr, known))}, got {model_type!r}.")
-    return model_type
-
-
-def _load(source: Source, model_class: Any, argument: str) -> Any:
-    if isinstance(source, PreTrainedModel):
-        model = source
-        if not isinstance(model, model_class):
-            raise ValueError(f"{argument} must be a {model_class.__name__}, got {type(model).__name__}.")
-        return model
-    model, info = model_class.from_pretrained(source, dtype="auto", output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(
-            f"{source} is no complete {model_class.__name__}: {len(info['missing_keys'])} weights are missing, "
-            f"{', '.join(sorted(info['missing_keys'])[:3])} among them."
-        )
-    return model
-
-
-def _beside(source: Source, auto: Any) -> Any:
-    """The processor or tokenizer that stands beside a source, `None` for a model that came from no folder."""
-    origin = source.name_or_path if isinstance(source, PreTrainedModel) else source
-    return auto.from_pretrained(origin) if origin else None
-
-
-def _publish(output: Path, model: PreTrainedModel, processor: Any) -> None:
-    """Write beside the output folder, then move into place."""
+@contextlib.contextmanager
+def _work_folder(output: Path) -> Iterator[Path]:
+    """A folder beside the output, so that a rename publishes; it is gone afterwards, come what may."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    prefix, suffix = f".{output.name}-", ".converting"
+    for left in output.parent.glob(f"{prefix}*{suffix}"):
+        logger.warning(f"{left} is of another conversion, killed or still running. Nothing of it is used; remove it.")
+    work = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=output.parent))
     try:
-        model.save_pretrained(staging)
-        if processor is not None:
-            processor.save_pretrained(staging)
-        staging.chmod(0o755)
-        if output.exists():
-            output.rmdir()
-        staging.rename(output)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
-__all__ = ["convert"]
+def _on_disk(source: AnySource, argument: str, work: Path) -> str | os.PathLike[str]:
+    """A source as a name; a model in memory is saved first."""
+    if not isinstance(source, PreTrainedModel):
+        return source
+    check_model_type(source.config, argument)
+    model_class = FAMILIES[source.config.model_type].stock_class if argument == "llava" else CLIPModel
+    if not isinstance(source, model_class):
+        raise ValueError(f"{argument} must be a {model_class.__name__}, got {type(source).__name__}.")
+    source.save_pretrained(work / argument)
+    return work / argument
+
+
+def _beside_model(source: AnySource | None, auto: Any) -> Any:
+    """The processor or tokenizer of the folder that a loaded model came from, `None` where it came from none."""
+    if isinstance(source, PreTrainedModel) and source.name_or_path:
+        return auto.from_pretrained(source.name_or_path)
+    return None
+
+
+def _write(plan: Plan, staging: Path, work: Path, processor: Any, force: bool) -> str:
+    """Write the checkpoint and prove it; returns what was proven."""
+    llava = _fetch(plan.llava, plan.family.stock_class, work / "llava_safetensors")
+    clip = None if plan.clip is None else _fetch(plan.clip, CLIPModel, work / "clip_safetensors")
+    llava_weights = llava.folder, llava.known_headers
+    if plan.llava.headers is None:
+        check_keys(llava_weights[1], plan.family.stock_class, llava.config, llava.name)
+    if clip is not None:
+        check_text_side(clip.known_headers, clip.name)
+        check_same_tower(llava_weights, (clip.folder, clip.known_headers), force=force)
+    staging.mkdir(parents=True)
+    proof = _write_weights(plan, llava, clip, staging)
+    plan.config.architectures = [plan.family.model_class.__name__]
+    plan.config.save_pretrained(staging)
+    if (plan.llava.folder / "generation_config.json").is_file():
+        shutil.copyfile(plan.llava.folder / "generation_config.json", staging / "generation_config.json")
+    if processor is not None:
+        processor.save_pretrained(staging)
+        prove_processor(staging, processor)
+    check_keys(shards.read_headers(staging), plan.family.model_class, plan.config, "the new checkpoint")
+    clip_folder = None if clip is None else clip.folder
+    proof += f"; {prove(staging, plan.family.model_class, plan.config, llava_weights, clip_folder)}."
+    write_remote_code(staging)
+    return proof
+
+
+def _fetch(source: Source, model_class: Any, scratch: Path) -> Source:
+    """A source whose weights are safetensors on this disk; PyTorch's own files are read into memory for it."""
+    source = source.downloaded()
+    if source.headers is not None:
+        return source
+    if not any(source.folder.glob("pytorch_model*.bin")):
+        raise ValueError(f"{source.name} has no weights: neither model*.safetensors nor pytorch_model*.bin.")
+    model, info = model_class.from_pretrained(source.folder, dtype="auto", output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{source.name} is no complete {model_class.__name__}: {len(missing)} weights are missing, "
+            f"{', '.join(missing[:3])} among them."
+        )
+    model.save_pretrained(scratch)
+    return source._replace(folder=scratch, headers=shards.read_headers(scratch))
+
+
+def _write_weights(plan: Plan, llava: Source, clip: Source | None, staging: Path) -> str:
+    """Copy LLaVA's shards, write CLIP's text side into one more, and compare the copies."""
+    dtype = None if plan.dtype is None else DTYPES[plan.dtype]
+    sources = [llava.folder / name for name in sorted({header.file for header in llava.known_headers.values()})]
+    names = shards.shard_names(len(sources) + (clip is not None))
+    size, free = sum(path.stat().st_size for path in sources), shutil.disk_usage(staging).free
+    needed = llava.nbytes(plan.dtype) + (0 if clip is None else clip.nbytes(plan.dtype))
+    if needed > free:
+        raise OSError(
+            f"The disk of {staging} has {free / 1e9:.1f} GB free; the checkpoint needs {needed / 1e9:.1f} GB."
+        )
+    pairs = [(source, staging / name) for source, name in zip(sources, names, strict=False)]
+    with transformers_logging.tqdm(total=2 * size, unit="B", unit_scale=True, desc="Copying weights") as bar:
+        for source, target in pairs:
+            shards.copy_shard(source, target, dtype, bar.update)
+        bar.set_description("Checking the copies")
+        for source, target in pairs:
+            shards.check_copy(source, target, dtype, bar.update)
+    if clip is not None:
+        text_side = shards.text_side_tensors(clip.folder, clip.known_headers, dtype)
+        shards.write_shard(text_side, staging / names[-1])
+    shards.write_index(staging)
+    files = f"{len(sources)} weight file{'s' if len(sources) > 1 else ''} of LLaVA"
+    return f"{files} {'byte for byte' if dtype is None else f'cast to {plan.dtype}, tensor by tensor'}"
+
+
+__all__ = ["Conversion", "convert", "convert_and_prove"]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from . import compat, splicing
 from .checks import cache_length
+from .compat import default_max_length, extended_positions, is_prefill
 from .modeling_reccomp import RecCompMixin
+from .splicing import counted_positions
 
 
 class RecCompGenerationMixin(RecCompMixin):
@@ -110,7 +111,7 @@ class RecCompGenerationMixin(RecCompMixin):
             return output
         if section.position_ids == "original" and kwargs.get("position_ids") is None:
             mask = kwargs.get("attention_mask")
-            kwargs["position_ids"] = splicing.counted_positions(torch.ones_like(prompt) if mask is None else mask)
+            kwargs["position_ids"] = counted_positions(torch.ones_like(prompt) if mask is None else mask)
         question = (recovery_input_ids, recovery_attention_mask)
         compressed = self._compress({"input_ids": prompt, **kwargs}, question, section)
         width = compressed.inputs["input_ids"].shape[1]
@@ -136,8 +137,8 @@ class RecCompGenerationMixin(RecCompMixin):
         `inputs_embeds` is named because the stock `generate` looks for it in the signature.
         """
         if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = compat.extended_positions(kwargs["position_ids"], input_ids.shape[1])
-        if inputs_embeds is not None and input_ids.shape[1] > inputs_embeds.shape[1] and compat.is_prefill(kwargs):
+            kwargs["position_ids"] = extended_positions(kwargs["position_ids"], input_ids.shape[1])
+        if inputs_embeds is not None and input_ids.shape[1] > inputs_embeds.shape[1] and is_prefill(kwargs):
             # Prompt lookup proposes tokens before the prompt is read: they are read with it.
             proposed = self.get_input_embeddings()(input_ids[:, inputs_embeds.shape[1] :])
             inputs_embeds = torch.cat([inputs_embeds, proposed], dim=1)
@@ -175,8 +176,8 @@ class RecCompGenerationMixin(RecCompMixin):
             return getattr(self.generation_config, name, None) if value in (None, default) else value
 
         lengths = {}
-        longest, shortest = setting("max_length", compat.default_max_length()), setting("min_length", 0)
-        if setting("max_new_tokens", None) is None and longest not in (None, compat.default_max_length()):
+        longest, shortest = setting("max_length", default_max_length()), setting("min_length", 0)
+        if setting("max_new_tokens", None) is None and longest not in (None, default_max_length()):
             if longest <= prompt_length:
                 raise ValueError(
                     f"max_length is {longest}, but the prompt has {prompt_length} ids as it was passed, which is what "

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import AutoConfig
 
 from .configuration_reccomp import LlavaNextRecCompConfig, TokenRecoveryConfig
+from .demo import CHECKPOINTS, checkpoint_folder
+from .hub import resolve
 from .recovery import check_features, get_method, select_tokens
 
 # Where a weight belongs, by a piece of its name; what has none of these is the language model's.
@@ -25,18 +26,14 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 
 def folder_of(name: str) -> Path:
-    """The folder of that name, or what the Hub's repository of that name holds besides weights.
+    """The folder of that name, a shipped checkpoint's, or what the Hub's repository holds besides weights.
 
     Raises:
-        OSError: It is neither.
+        OSError: It is neither, or the Hub cannot be reached.
     """
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja"]))
-    except Exception as error:  # the Hub's client raises errors of many libraries
-        reason = "it is a file" if Path(name).exists() else type(error).__name__
-        raise OSError(f"{name} is no folder, and not on the Hub, or the Hub cannot be reached ({reason}).") from error
+    if name in CHECKPOINTS and not Path(name).is_dir():
+        return checkpoint_folder(name)
+    return resolve(name, weights=False)
 
 
 def describe(folder: Path, name: str) -> dict[str, Any]:

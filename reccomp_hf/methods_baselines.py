@@ -1,4 +1,4 @@
-"""Comparison settings that look at no score: average pooling of the grid, and LLaVA-NeXT's base tile alone."""
+"""Comparison settings that look at no score: chance, average pooling of the grid, and LLaVA-NeXT's base tile alone."""
 
 from __future__ import annotations
 
@@ -8,33 +8,173 @@ import torch
 from torch import Tensor
 
 from .configuration_reccomp import TokenRecoveryConfig
+from .methods_recoverable import budget_split
 from .recovery import MergedTokens, RecoveryMethod, TokenSelection, VisualFeatures
-from .selection import cluster_means, nonzero_first
+from .selection import cluster_means, nonzero_first, positions, top_mask
+
+_FINGERPRINT_BITS = 48
+_LONGEST_CELL = 2  # of a pooled grid: length over width, in patches
+
+# ---- random --------------------------------------------------------------------------------------------------------
 
 
-def _select_pooling(side: int, features: VisualFeatures, config: TokenRecoveryConfig) -> TokenSelection:
-    """Every cell of side x side patches becomes its mean; its first patch stands for it."""
+def _select_random(features: VisualFeatures, config: TokenRecoveryConfig) -> TokenSelection:
+    """So many patches as the budget says, drawn without regard to what they show."""
     none = torch.zeros_like(features.valid)
-    cell = _cells(side, features)
-    index = torch.arange(cell.shape[0], device=cell.device).expand_as(none)
-    beyond, cells = cell.shape[0], _cell_count(side, features)
-    lowest = index.new_full((len(index), cells), beyond)
-    lowest = lowest.scatter_reduce(1, cell.expand_as(index), index.masked_fill(~features.valid, beyond), "amin")
-    centres = features.valid & (lowest.gather(1, cell.expand_as(index)) == index)
-    known = [cells, cells, cells * len(none)] if features.all_valid else None
-    return TokenSelection(none, none, none, centres, centres.sum(-1), features.saliency(config.visual_heads), known)
+    valid = features.per_image(features.valid, False)
+    uniform = features.all_valid and max(features.tiles) == 1
+    table = _count_table(config.budget, valid.shape[1])
+    # How many patches are valid is known on the device alone.
+    counts = torch.tensor([table[-1]] * len(valid) if uniform else table).to(valid.device, non_blocking=True)
+    counts = counts if uniform else counts[valid.sum(-1)]
+    kept = features.per_tile(top_mask(features.per_image(_noise(features), 0.0), counts, valid))
+    return TokenSelection(
+        visual_mask=kept,
+        text_mask=none,
+        coverage_mask=none,
+        centre_mask=none,
+        merged_counts=torch.zeros_like(kept.sum(-1)),
+        saliency=features.saliency(config.visual_heads),
+        known_sizes=[table[-1], 0, table[-1] * len(none)] if uniform else None,
+    )
+
+
+def _noise(features: VisualFeatures) -> Tensor:
+    """(B, N) float32, uniform in [0, 1): a hash of the tile's features, of its place in the image and of the patch.
+
+    The features enter by comparisons of two patches in a channel, which rounding does not turn round in float32: a
+    picture has the same noise in every batch. In half precision features, and so the noise, may depend on the batch.
+    """
+    states, device = features.hidden_states.detach(), features.valid.device
+    _, patches, width = states.shape
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(2**31, (3, _FINGERPRINT_BITS), generator=generator)
+    first, second, channel = (draws % torch.tensor([[patches], [patches], [width]])).to(device, non_blocking=True)
+    bits = states[:, first, channel] > states[:, second, channel]  # (B, bits)
+    weights = (torch.ones(_FINGERPRINT_BITS, dtype=torch.int64) << torch.arange(_FINGERPRINT_BITS)).to(
+        device, non_blocking=True
+    )
+    place = torch.tensor([tile for size in features.tiles for tile in range(size)]).to(device, non_blocking=True)
+    seed = _scrambled((bits * weights).sum(-1) + _scrambled(place))  # (B,)
+    mixed = _scrambled(seed.unsqueeze(-1) + torch.arange(patches, device=device))
+    return (mixed & 0xFFFFFF).float() / 2**24
+
+
+def _scrambled(values: Tensor) -> Tensor:
+    """Hash of every int64: two rounds of shift, exclusive or and multiplication, which wraps round."""
+    for factor in (-7046029254386353131, -4417276706812531889):  # odd, with irregular bits
+        values = (values ^ ((values >> 31) & 0x1FFFFFFFF)) * factor
+    return values ^ ((values >> 29) & 0x7FFFFFFFF)
+
+
+def _count(budget: float | None, patches: int) -> int:
+    """Tokens that a budget gives an image of so many patches; the config makes sure that there is a budget."""
+    return patches if budget is None else sum(budget_split(patches, budget, 0, 0, 0))
+
+
+@functools.lru_cache(maxsize=64, typed=True)  # a budget of 1 is a token, one of 1.0 is all of them
+def _count_table(budget: float | None, patches: int) -> list[int]:
+    """`_count` for 0 to so many patches."""
+    return [_count(budget, count) for count in range(patches + 1)]
+
+
+# ---- pooling -------------------------------------------------------------------------------------------------------
+
+
+def _select_pooling(side: int | None, features: VisualFeatures, config: TokenRecoveryConfig) -> TokenSelection:
+    """Every cell of the grid becomes its mean; its first patch stands for it."""
+    none = torch.zeros_like(features.valid)
+    cell = _cells(side, features, config)
+    index, beyond = positions(cell), cell.shape[1]
+    lowest = index.new_full(index.shape, beyond)
+    lowest = lowest.scatter_reduce(1, cell, index.masked_fill(~features.valid, beyond), "amin")
+    centres = features.valid & (lowest.gather(1, cell) == index)
+    saliency, known = features.saliency(config.visual_heads), None
+    if features.all_valid and max(features.tiles) == 1:
+        rows, columns = _shape(side, features.grid, config.budget)
+        known = [rows * columns, rows * columns, rows * columns * len(none)]
+    return TokenSelection(none, none, none, centres, centres.sum(-1), saliency, known)
 
 
 def _merge_pooling(
-    side: int, features: VisualFeatures, selection: TokenSelection, config: TokenRecoveryConfig, max_merged: int
+    side: int | None,
+    features: VisualFeatures,
+    selection: TokenSelection,
+    config: TokenRecoveryConfig,
+    max_merged: int,
 ) -> MergedTokens:
-    cell = _cells(side, features).expand_as(features.valid)
+    cell = _cells(side, features, config)
     rank = selection.centre_mask.cumsum(-1) - 1
-    of_cell = rank.new_zeros((len(rank), _cell_count(side, features)))
+    of_cell = torch.zeros_like(rank)
     of_cell = of_cell.scatter_reduce(1, cell, rank.masked_fill(~selection.centre_mask, -1), "amax", include_self=False)
     cluster = of_cell.gather(1, cell).masked_fill(~features.valid, -1)
     tokens = cluster_means(features.hidden_states, cluster, torch.ones_like(selection.saliency), max_merged)
     return MergedTokens(tokens, nonzero_first(selection.centre_mask, max_merged), cluster)
+
+
+def _cells(side: int | None, features: VisualFeatures, config: TokenRecoveryConfig) -> Tensor:
+    """(B, N) int64, the cell that each patch belongs to; cells are counted row by row."""
+    (rows, columns), device = features.grid, features.valid.device
+    patch = torch.arange(rows * columns, device=device)
+    row, column = patch // columns, patch % columns
+    if side is not None:
+        return (row // side * -(-columns // side) + column // side).expand_as(features.valid)
+    if isinstance(config.budget, float) or (max(features.tiles) == 1 and features.all_valid):
+        cell_rows, cell_columns = _shape(side, features.grid, config.budget)
+        return (row * cell_rows // rows * cell_columns + column * cell_columns // columns).expand_as(features.valid)
+    # An int is spent evenly over all tiles of an image; how many patches those have is known on the device alone.
+    patches = features.per_image(features.valid, False).sum(-1, keepdim=True)  # (I, 1)
+    table = torch.tensor(_shape_table(features.grid, config.budget or 1, max(features.tiles)))
+    shape = table.to(device, non_blocking=True)[patches.expand(-1, max(features.tiles))]  # (I, S, 2)
+    down, across = (features.per_tile(size) for size in shape.unbind(-1))  # (B, 1) each
+    return row * down // rows * across + column * across // columns
+
+
+def _shape(side: int | None, grid: tuple[int, int], budget: float | None) -> tuple[int, int]:
+    """Rows and columns of cells on a whole grid."""
+    if side is not None:
+        return -(-grid[0] // side), -(-grid[1] // side)
+    return cell_grid(grid, _count(budget, grid[0] * grid[1]))
+
+
+@functools.lru_cache(maxsize=4096)
+def cell_grid(grid: tuple[int, int], budget: int) -> tuple[int, int]:
+    """Rows and columns of the cells that a grid of patches is pooled to, as near to the budget as sensible cells come.
+
+    A cell may be twice as long as it is wide (longer where a side of the grid stays as it is). Of those, the number
+    of cells next to the budget is taken, then the squarest cells, then the fewest rows: 16 of 12 x 12 patches become
+    4 x 4 cells, 8 become 2 x 4, and 14 become 3 x 5.
+
+    Args:
+        grid: (rows, columns) of patches.
+        budget: Wanted number of cells, at least 1.
+
+    Returns:
+        (rows, columns) of cells; no more than the grid has.
+    """
+
+    def length(down: int, across: int) -> float:
+        height, width = grid[0] / down, grid[1] / across
+        return max(height, width) / min(height, width)
+
+    shapes = [(down, across) for down in range(1, grid[0] + 1) for across in range(1, grid[1] + 1)]
+    sensible = [
+        shape for shape in shapes if length(*shape) <= _LONGEST_CELL or shape[0] == grid[0] or shape[1] == grid[1]
+    ]
+    return min(sensible, key=lambda shape: (abs(shape[0] * shape[1] - budget), length(*shape), shape))
+
+
+@functools.lru_cache(maxsize=16)
+def _shape_table(grid: tuple[int, int], budget: int, tiles: int) -> list[tuple[int, int]]:
+    """Cells of each tile for every number of patches that an image of up to so many tiles can have."""
+    area = grid[0] * grid[1]
+    wanted = [
+        min(area, max(1, (2 * budget * area // max(patches, 1) + 1) // 2)) for patches in range(tiles * area + 1)
+    ]
+    return [cell_grid(grid, cells) for cells in wanted]
+
+
+# ---- the base tile -------------------------------------------------------------------------------------------------
 
 
 def _select_base_tile(features: VisualFeatures, config: TokenRecoveryConfig) -> TokenSelection:
@@ -55,23 +195,12 @@ def _merge_nothing(
     return MergedTokens(features.hidden_states[:, :0], dropped[:, :0], dropped)
 
 
-def _cells(side: int, features: VisualFeatures) -> Tensor:
-    """(N,) int64, the cell that each patch of the grid belongs to."""
-    rows, columns = features.grid
-    patch = torch.arange(rows * columns, device=features.valid.device)
-    return patch // columns // side * -(-columns // side) + patch % columns // side
-
-
-def _cell_count(side: int, features: VisualFeatures) -> int:
-    rows, columns = features.grid
-    return -(-rows // side) * -(-columns // side)
-
-
-def _pooling(side: int) -> RecoveryMethod:
+def _pooling(side: int | None) -> RecoveryMethod:
     return RecoveryMethod(functools.partial(_select_pooling, side), functools.partial(_merge_pooling, side))
 
 
-POOLING_2X2, POOLING_3X3 = _pooling(2), _pooling(3)
+RANDOM = RecoveryMethod(_select_random, _merge_nothing)
+POOLING, POOLING_2X2, POOLING_3X3 = _pooling(None), _pooling(2), _pooling(3)
 BASE_TILE = RecoveryMethod(_select_base_tile, _merge_nothing)
 
-__all__ = ["BASE_TILE", "POOLING_2X2", "POOLING_3X3"]
+__all__ = ["BASE_TILE", "POOLING", "POOLING_2X2", "POOLING_3X3", "RANDOM", "cell_grid"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 from torch import LongTensor, Tensor
@@ -13,11 +14,24 @@ from transformers.models.llava_next.modeling_llava_next import (
     image_size_to_num_patches,
 )
 
-from . import compat
+from .compat import register_key_renames
 from .configuration_reccomp import LlavaNextRecCompConfig
 from .generation_reccomp import RecCompGenerationMixin
 from .layout import NEWLINE, ImageLayout
 from .modeling_reccomp import RecCompMixin
+
+if TYPE_CHECKING:  # transformers 4.57 takes out of a local folder only the files that this one names itself
+    from .checks import check_supported  # noqa: F401
+    from .methods_authors import AUTHORS  # noqa: F401
+    from .methods_baselines import POOLING_2X2  # noqa: F401
+    from .methods_recoverable import RECOVERABLE  # noqa: F401
+    from .outliers import upper_outliers  # noqa: F401
+    from .recovery import get_method  # noqa: F401
+    from .recovery_modules import RecoveryModulesMixin  # noqa: F401
+    from .relevance import class_saliency  # noqa: F401
+    from .remote_code import model_auto_map  # noqa: F401
+    from .selection import pack_rows  # noqa: F401
+    from .splicing import plan_splice  # noqa: F401
 
 
 @dataclasses.dataclass
@@ -85,6 +99,8 @@ class LlavaNextRecCompModel(_TiledMixin, RecCompMixin, LlavaNextModel):
 
     config_class = LlavaNextRecCompConfig
     output_class = LlavaNextRecCompModelOutputWithPast
+    _auto_class = "AutoModel"  # save_pretrained copies this file and what it imports
+    _keys_to_ignore_on_load_unexpected = ["lm_head"]
 
 
 class LlavaNextRecCompForConditionalGeneration(_TiledMixin, RecCompGenerationMixin, LlavaNextForConditionalGeneration):
@@ -92,10 +108,11 @@ class LlavaNextRecCompForConditionalGeneration(_TiledMixin, RecCompGenerationMix
 
     config_class = LlavaNextRecCompConfig
     output_class = LlavaNextRecCompCausalLMOutputWithPast
+    _auto_class = "AutoModelForImageTextToText"  # save_pretrained copies this file and what it imports
 
 
 # Here and not in the package's __init__: with trust_remote_code this file alone is imported.
-compat.register_key_renames("LlavaNextRecCompForConditionalGeneration", "llava_next")
-compat.register_key_renames("LlavaNextRecCompModel", "LlavaNextModel")
+register_key_renames("LlavaNextRecCompForConditionalGeneration", "llava_next")
+register_key_renames("LlavaNextRecCompModel", "LlavaNextModel")
 
 __all__ = ["LlavaNextRecCompForConditionalGeneration", "LlavaNextRecCompModel"]

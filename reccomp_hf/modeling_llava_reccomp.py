@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from torch import LongTensor
 from transformers import LlavaForConditionalGeneration, LlavaModel
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 
-from . import compat
+from .compat import register_key_renames
 from .configuration_reccomp import LlavaRecCompConfig
 from .generation_reccomp import RecCompGenerationMixin
 from .modeling_reccomp import RecCompMixin
+
+if TYPE_CHECKING:  # transformers 4.57 takes out of a local folder only the files that this one names itself
+    from .checks import check_supported  # noqa: F401
+    from .layout import ImageLayout  # noqa: F401
+    from .methods_authors import AUTHORS  # noqa: F401
+    from .methods_baselines import POOLING_2X2  # noqa: F401
+    from .methods_recoverable import RECOVERABLE  # noqa: F401
+    from .outliers import upper_outliers  # noqa: F401
+    from .recovery import get_method  # noqa: F401
+    from .recovery_modules import RecoveryModulesMixin  # noqa: F401
+    from .relevance import class_saliency  # noqa: F401
+    from .remote_code import model_auto_map  # noqa: F401
+    from .selection import pack_rows  # noqa: F401
+    from .splicing import plan_splice  # noqa: F401
 
 
 @dataclasses.dataclass
@@ -47,6 +62,8 @@ class LlavaRecCompModel(RecCompMixin, LlavaModel):
 
     config_class = LlavaRecCompConfig
     output_class = LlavaRecCompModelOutputWithPast
+    _auto_class = "AutoModel"  # save_pretrained copies this file and what it imports
+    _keys_to_ignore_on_load_unexpected = ["lm_head"]
 
 
 class LlavaRecCompForConditionalGeneration(RecCompGenerationMixin, LlavaForConditionalGeneration):
@@ -54,10 +71,11 @@ class LlavaRecCompForConditionalGeneration(RecCompGenerationMixin, LlavaForCondi
 
     config_class = LlavaRecCompConfig
     output_class = LlavaRecCompCausalLMOutputWithPast
+    _auto_class = "AutoModelForImageTextToText"  # save_pretrained copies this file and what it imports
 
 
 # Here and not in the package's __init__: with trust_remote_code this file alone is imported.
-compat.register_key_renames("LlavaRecCompForConditionalGeneration", "llava")
-compat.register_key_renames("LlavaRecCompModel", "LlavaModel")
+register_key_renames("LlavaRecCompForConditionalGeneration", "llava")
+register_key_renames("LlavaRecCompModel", "LlavaModel")
 
 __all__ = ["LlavaRecCompForConditionalGeneration", "LlavaRecCompModel"]

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from . import compat, splicing
 from .checks import check_call, check_feature_layer, check_question, check_supported
+from .compat import clip_vision_model, parameter
 from .configuration_reccomp import TokenRecoveryConfig
 from .layout import ImageLayout
 from .recovery import (
@@ -26,6 +26,16 @@ from .recovery import (
 from .recovery_modules import RecoveryModulesMixin
 from .relevance import class_query_and_keys, patch_embeddings, text_similarity
 from .selection import full_precision, pack_rows
+from .splicing import (
+    PlaceholderMap,
+    check_placeholders,
+    compact_positions,
+    cut,
+    map_placeholders,
+    original_positions,
+    padding_id,
+    plan_splice,
+)
 
 _Question: TypeAlias = "tuple[Tensor | None, Tensor | None]"  # recovery_input_ids, recovery_attention_mask
 
@@ -37,7 +47,7 @@ class _Pictures:
     features: VisualFeatures
     selection: TokenSelection
     layout: ImageLayout
-    placeholders: splicing.PlaceholderMap
+    placeholders: PlaceholderMap
     missing_question: Tensor  # (R,) bool
     token_counts: Tensor  # (I,) int64
     newline_counts: Tensor  # (I,) int64
@@ -165,13 +175,8 @@ class RecCompMixin(RecoveryModulesMixin):
         """
         section = self._section(token_recovery)
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        inputs |= {
-            "position_ids": position_ids,
-            "labels": labels,
-            "pixel_values": pixel_values,
-            "image_sizes": image_sizes,
-            **kwargs,
-        }
+        inputs |= {"position_ids": position_ids, "labels": labels, "pixel_values": pixel_values}
+        inputs |= {"image_sizes": image_sizes, **kwargs}
         if pixel_values is None or not section.enabled:
             inputs |= {"recovery_input_ids": recovery_input_ids, "recovery_attention_mask": recovery_attention_mask}
             inputs["token_recovery"] = token_recovery
@@ -189,30 +194,30 @@ class RecCompMixin(RecoveryModulesMixin):
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         pictures = self._look(input_ids, pixel_values, inputs.pop("image_sizes", None), question, section, layer)
         placeholders = pictures.placeholders
-        splice = splicing.plan_splice(placeholders, attention_mask, pictures.token_counts + pictures.newline_counts)
+        splice = plan_splice(placeholders, attention_mask, pictures.token_counts + pictures.newline_counts)
         read = self._read(pictures, splice.sizes)
         # Padding that every row has stays, so that cutting nothing changes nothing.
         source = splice.source(input_ids.shape[1] - read.rows_before + read.rows_after)
         record = assemble_tokens(pictures.features, pictures.selection, section, read.sizes)
         features, places = self._image_features(pictures, record, read)
-        new_ids = splicing.cut(input_ids, source, splicing.padding_id(input_ids, splice, _pad_token_id(self.config)))
+        new_ids = cut(input_ids, source, padding_id(input_ids, splice, _pad_token_id(self.config)))
         embeds = self.get_input_embeddings()(new_ids)
         features = features.to(embeds.device, embeds.dtype)
-        is_image = splicing.cut(placeholders.is_placeholder, source, False).unsqueeze(-1).to(embeds.device)
+        is_image = cut(placeholders.is_placeholder, source, False).unsqueeze(-1).to(embeds.device)
         shortened = {
             **inputs,
             "input_ids": new_ids,
             "inputs_embeds": embeds.masked_scatter(is_image, features),
-            "attention_mask": splicing.cut(attention_mask, source, 0),
+            "attention_mask": cut(attention_mask, source, 0),
         }
         if labels is not None:
-            shortened["labels"] = splicing.cut(labels, source, -100)
+            shortened["labels"] = cut(labels, source, -100)
         if section.position_ids == "original":
-            shortened["position_ids"] = splicing.original_positions(
+            shortened["position_ids"] = original_positions(
                 position_ids, placeholders, places.to(source.device), source
             )
         elif position_ids is not None:
-            shortened["position_ids"] = splicing.compact_positions(position_ids, splice, source)
+            shortened["position_ids"] = compact_positions(position_ids, splice, source)
         return _Compressed(shortened, record, features, pictures.token_counts, pictures.newline_counts)
 
     def _image_features(self, pictures: _Pictures, record: TokenRecoveryOutput, read: _Read) -> tuple[Tensor, Tensor]:
@@ -220,16 +225,13 @@ class RecCompMixin(RecoveryModulesMixin):
         packed = pack_rows(record.tokens, record.counts, read.sizes[2])
         features = self._llava.multi_modal_projector(packed)  # kept and merged tokens only
         if pictures.layout.has_newlines:
-            features = torch.cat([features, compat.parameter(self._llava, "image_newline").to(features).unsqueeze(0)])
+            features = torch.cat([features, parameter(self._llava, "image_newline").to(features).unsqueeze(0)])
         order, places = pictures.layout.sequence(pictures.selection, record, read.sizes, read.longest_image)
         counts = (pictures.token_counts + pictures.newline_counts).to(order.device)
         return features[pack_rows(order, counts, read.image_tokens).to(features.device)], places
 
     def _compressed_forward(
-        self,
-        inputs: dict[str, Any],
-        question: _Question,
-        token_recovery: Mapping[str, Any] | None,
+        self, inputs: dict[str, Any], question: _Question, token_recovery: Mapping[str, Any] | None
     ) -> Any:
         """The stock `forward` on the shortened inputs, its output with the counts."""
         inputs = {name: value for name, value in inputs.items() if value is not None}
@@ -259,7 +261,7 @@ class RecCompMixin(RecoveryModulesMixin):
         if self._reads_question(section):
             check_question(question[0], input_ids.shape[0])
         pixel_values, layout = self._layout(pixel_values, image_sizes)
-        placeholders = splicing.map_placeholders(
+        placeholders = map_placeholders(
             input_ids == self.config.image_token_id,
             torch.tensor(layout.lengths).to(input_ids.device, non_blocking=True),
         )
@@ -267,7 +269,7 @@ class RecCompMixin(RecoveryModulesMixin):
         states = self._vision_states(pixel_values)
         missing = torch.zeros_like(placeholders.per_row, dtype=torch.bool)
         with torch.no_grad():
-            tower = compat.clip_vision_model(self._llava.vision_tower)
+            tower = clip_vision_model(self._llava.vision_tower)
             block = section.visual_layer % len(tower.encoder.layers)
             query, keys = class_query_and_keys(tower.encoder.layers[block], states[block])
             similarity = None
@@ -303,7 +305,7 @@ class RecCompMixin(RecoveryModulesMixin):
             wanted += [pictures.selection.sizes, torch.stack([lengths.max(), lengths.sum()])]
         values = torch.cat([value.to(per_row.device) for value in wanted]).tolist()
         rows = len(per_row)
-        splicing.check_placeholders(values[:rows], pictures.layout.lengths)
+        check_placeholders(values[:rows], pictures.layout.lengths)
         missing, numbers = values[rows : 2 * rows], values[2 * rows :]
         if any(missing):
             raise ValueError(
@@ -324,7 +326,7 @@ class RecCompMixin(RecoveryModulesMixin):
     def _vision_states(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """All hidden states of the vision tower, each (I, N + 1, C); no graph is built for a frozen tower."""
         tower = self._llava.vision_tower
-        frozen = not any(parameter.requires_grad for parameter in tower.parameters())
+        frozen = not any(weight.requires_grad for weight in tower.parameters())
         with torch.no_grad() if frozen else contextlib.nullcontext():
             return tower(pixel_values, output_hidden_states=True).hidden_states
 
@@ -337,7 +339,7 @@ class RecCompMixin(RecoveryModulesMixin):
         section: TokenRecoveryConfig,
     ) -> Tensor:
         """(I, N) similarity of every picture's patches with the question of its row."""
-        tower, modules = compat.clip_vision_model(self._llava.vision_tower), self.token_recovery
+        tower, modules = clip_vision_model(self._llava.vision_tower), self.token_recovery
         if modules is None:
             raise ValueError("This checkpoint is visual-only: token_recovery.text_encoder_config is null.")
         projection = modules.visual_projection

@@ -36,6 +36,8 @@ _FIRST_TEXT, _ANSWER_TEXT, _SECOND_TEXT = "firstquestionsentinel", "answersentin
 class RecCompProcessorMixin(ProcessorMixin):
     """What both processors share: the recovery tokenizer, its files, and the question of every row."""
 
+    _auto_class = "AutoProcessor"  # save_pretrained copies this file
+
     def __init__(
         self,
         image_processor: Any = None,
@@ -67,6 +69,7 @@ class RecCompProcessorMixin(ProcessorMixin):
         self.recovery_max_length = _recovery_length(recovery_tokenizer, recovery_max_length)
         self._recovery_tokenizer = recovery_tokenizer
         self._question_markers: dict[str, tuple[str, str] | None] = {}
+        self.auto_map = {"AutoProcessor": f"processing_reccomp.{type(self).__name__}"}
 
     @classmethod
     def get_attributes(cls) -> list[str]:

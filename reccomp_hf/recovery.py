@@ -29,10 +29,10 @@ class TokenRecoveryOutput:
     Args:
         tokens: (B, K, C), the kept patches in raster order, then the merged tokens; right-padded with zeros.
         counts: (B,) int64, tokens of each image.
-        visual_mask: (B, N) bool, patches kept for their saliency.
+        visual_mask: (B, N) bool, patches kept for their saliency; by `random` and `base_tile`, all that are kept.
         text_mask: (B, N) bool, patches recovered for the question.
         coverage_mask: (B, N) bool, patches kept to cover the image evenly.
-        centre_mask: (B, N) bool, patches around which the rest was merged.
+        centre_mask: (B, N) bool, patches around which the rest was merged; of a pooled cell the first patch.
         cluster: (B, N) int64, index in `tokens` that a patch went into; -1 where it was dropped.
         places: (B, K) int64, raster index of the patch that a token stands for (the centre of a merged one); -1 for
             padding and for a token that has no place.
@@ -190,12 +190,14 @@ def get_method(name: str) -> RecoveryMethod:
         ValueError: No such method.
     """
     from .methods_authors import AUTHORS
-    from .methods_baselines import BASE_TILE, POOLING_2X2, POOLING_3X3
+    from .methods_baselines import BASE_TILE, POOLING, POOLING_2X2, POOLING_3X3, RANDOM
     from .methods_recoverable import RECOVERABLE
 
     methods = {
         "recoverable": RECOVERABLE,
         "authors": AUTHORS,
+        "random": RANDOM,
+        "pooling": POOLING,
         "pooling_2x2": POOLING_2X2,
         "pooling_3x3": POOLING_3X3,
         "base_tile": BASE_TILE,

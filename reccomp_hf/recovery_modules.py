@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from . import compat
 from .checks import check_supported
+from .compat import rename_vision_key
 
 
 class TokenRecoveryModules(nn.Module):
@@ -115,7 +115,7 @@ class RecoveryModulesMixin:
     @staticmethod
     def _fix_state_dict_key_on_load(key: str) -> tuple[str, bool]:
         """Read vision towers that transformers 5.x wrote on 4.57 too."""
-        renamed = compat.rename_vision_key(key)
+        renamed = rename_vision_key(key)
         return renamed, renamed != key
 
     def named_parameters(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from . import compat
+from .compat import auto_class
 from .configuration_reccomp import LlavaNextRecCompConfig, LlavaRecCompConfig
 from .modeling_llava_next_reccomp import LlavaNextRecCompForConditionalGeneration, LlavaNextRecCompModel
 from .modeling_llava_reccomp import LlavaRecCompForConditionalGeneration, LlavaRecCompModel
 from .processing_reccomp import LlavaNextRecCompProcessor, LlavaRecCompProcessor
+from .remote_code import HEAD_CLASSES
 
-HEAD_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForMultimodalLM")
 MODELS: tuple[tuple[type, type, type, type], ...] = (
     (LlavaRecCompConfig, LlavaRecCompForConditionalGeneration, LlavaRecCompModel, LlavaRecCompProcessor),
     (
@@ -36,7 +36,7 @@ def register() -> None:
         AutoConfig.register(model_type, config)  # raises where the model type is taken
         AutoModel.register(config, base_model, exist_ok=True)
         AutoProcessor.register(config, processor, exist_ok=True)
-        for auto in filter(None, map(compat.auto_class, HEAD_CLASSES)):
+        for auto in filter(None, map(auto_class, HEAD_CLASSES)):
             auto.register(config, head_model, exist_ok=True)
 
 

@@ -37,6 +37,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "visual": {"budget": 16, "text_share": 0.0},
     "penultimate": {"text_relevance": "penultimate", "text_relevance_sign": -1, "visual_layer": -2},
     "authors": {"method": "authors"},
+    "random": {"method": "random", "budget": 24},
+    "pooling": {"method": "pooling", "budget": 0.16, "position_ids": "original"},
 }
 OF_THE_STOCK_CONFIG = ("model_type", "architectures", "transformers_version")
 

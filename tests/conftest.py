@@ -1,26 +1,40 @@
-"""Every test runs offline: hub clients are told so, and a connection that leaves the machine's own sockets raises."""
+"""Every test runs offline: hub clients are told so, and a connection that leaves the machine's own sockets raises.
+
+The one exception is the `hub` fixture, a server in the test's own process.
+"""
 
 import os
 import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)  # tests look at them
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("suite")
+
+OPEN_PORTS: set[int] = set()
+"""Ports of 127.0.0.1 on which a server of this process listens."""
 
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refuse every connection that is not a local AF_UNIX socket."""
+    """Refuse every connection that is neither a local AF_UNIX socket nor the `hub` fixture's."""
 
     def guarded(original: str):
         connect = getattr(socket.socket, original)
 
-        def call(self: socket.socket, address: object) -> object:
-            if self.family != getattr(socket, "AF_UNIX", None):
+        def call(self: socket.socket, address: Any) -> object:
+            ours = self.family == socket.AF_INET and address[0] == "127.0.0.1" and address[1] in OPEN_PORTS
+            if not ours and self.family != getattr(socket, "AF_UNIX", None):
                 raise RuntimeError(f"tests must not use the network; got a connection to {address!r}")
             return connect(self, address)
 
@@ -28,3 +42,18 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("connect", "connect_ex"):
         monkeypatch.setattr(socket.socket, name, guarded(name))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """A Hub of our own that the client takes for the real one, with an empty cache, logged in as "me"."""
+    import fake_hub
+    import hub_client
+
+    with fake_hub.FakeHub() as server:
+        OPEN_PORTS.add(server.port)
+        hub_client.point_at(monkeypatch, server.url, tmp_path / "hf-home")
+        yield server
+        hub_client.forget_connections()
+        OPEN_PORTS.discard(server.port)
+    assert not server.mistakes, server.mistakes[0]

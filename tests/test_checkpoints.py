@@ -189,7 +189,7 @@ def test_convert_keeps_what_is_in_the_output_folder(architecture, tmp_path, fold
 
 
 @each_architecture
-@pytest.mark.parametrize("part", ["model_class", "processor_class"])
+@pytest.mark.parametrize("part", ["config_class", "processor_class"])
 def test_convert_leaves_nothing_behind_when_it_fails(architecture, part, tmp_path, folders, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError("no space left")

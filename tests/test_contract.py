@@ -44,8 +44,8 @@ def test_a_row_of_a_batch_is_its_single_run(architecture, setting, side):
     assert batch["recovery_input_ids"].shape[1] > 1  # a row has a question of several windows
     records = model.recover(**batch, token_recovery=setting)
     assert len(records) == PICTURES
-    assert all(record.visual_mask.any() for record in records)
-    if setting.get("text_share") != 0:
+    assert all(record.visual_mask.any() for record in records) or setting.get("method") == "pooling"
+    if setting.get("text_share") != 0 and setting.get("method") not in ("random", "pooling"):
         assert all(record.text_mask.any() for record in records)
     if "budget" not in setting:
         assert len({int(record.counts.sum()) for record in records}) > 1

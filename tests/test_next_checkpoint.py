@@ -51,7 +51,8 @@ def test_the_config_keeps_what_decides_the_layout(folders, tmp_path):
     assert written[0]["token_recovery"] == written[1]["token_recovery"]
     batch = encode(MIXED)
     with torch.no_grad():
-        assert torch.equal(model(**batch).logits, again(**batch).logits)
+        # Not bitwise: weights are views of their files, whose headers differ in length, and kernels see alignment.
+        torch.testing.assert_close(model(**batch).logits, again(**batch).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_the_processor_counts_as_upstream(folders):

@@ -7,8 +7,10 @@ import contextlib
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
+
+from ..quiet import quiet
 
 
 def add_command(commands: Any, run: Callable[..., None], summary: str, description: str, *examples: str) -> Any:
@@ -56,24 +58,9 @@ def section_lines(facts: dict[str, Any]) -> list[str]:
 
 def line(name: str, value: str) -> str:
     """A name and its value, wrapped for a terminal."""
-    return textwrap.fill(f"  {name.replace('_', ' '):<20}{value}", 100, subsequent_indent=" " * 22)
-
-
-@contextlib.contextmanager
-def quiet(progress_bars: bool = False) -> Iterator[None]:
-    """Keep transformers' remarks, and its progress bars unless they are wanted, out of what a command says."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if not progress_bars:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    text = f"  {name.replace('_', ' '):<20}{value}"
+    # A path stays in one piece, to be copied.
+    return textwrap.fill(text, 100, subsequent_indent=" " * 22, break_on_hyphens=False, break_long_words=False)
 
 
 def say(*lines: str) -> None:

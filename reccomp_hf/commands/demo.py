@@ -7,23 +7,29 @@ import json
 from typing import Any
 
 from ..configuration_reccomp import PRESETS
+from ..demo import CHECKPOINTS
 from ..demo import command as demo
 from .common import add_command, quiet, say
+from .models import check_kept, check_picture, load
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
+    check_kept(arguments.image, arguments.output)
+    fields = demo.settings(arguments.preset, arguments.budget)
     if arguments.image is None:
         picture = demo.drawn_picture(arguments.seed, arguments.question)
     else:
         picture = demo.picture_file(arguments.image, arguments.question)
-    with quiet(), demo.checkpoint(arguments.preset, arguments.budget, arguments.output) as folder:
+    with quiet():
+        model, processor = load(arguments.model, fields, device="cpu")
         if not arguments.json:
             say(f"Picture: {picture.source}")
-            say(f"Model:   this package's small LLaVA and CLIP, preset {arguments.preset}; nothing is downloaded", "")
-        facts = {"preset": arguments.preset, "output": arguments.output, **demo.compare(folder, picture)}
-        if arguments.output and picture.seed is not None:
-            picture.image.save(folder / "scene.png")
+            say(f"Model:   {arguments.model}, preset {arguments.preset}; nothing is downloaded", "")
+        found, records = demo.compare(model, processor, picture)
+        facts = {"model": arguments.model, "preset": arguments.preset, "method": fields["method"], **found}
+        facts["output"] = arguments.output
+        demo.draw(facts, picture, records, processor, arguments.output)
     say(json.dumps(facts, indent=2) if arguments.json else demo.report(facts))
 
 
@@ -33,8 +39,8 @@ def register(commands: Any) -> None:
         commands,
         run,
         "try it: a small trained model, with and without compression",
-        "Converts the small checkpoints of this package, reloads the result and asks it about a drawn scene\n"
-        "or a picture of yours, with compression and without. Takes seconds and downloads nothing.",
+        "Asks the small model of this package about a drawn scene or a picture of yours, with compression\n"
+        "and without, and draws what it read for each question. Takes seconds and downloads nothing.",
         "",
         " --seed 1000007 --budget 32",
         ' --image photo.jpg --question "Is there a red circle?"',
@@ -52,7 +58,19 @@ def register(commands: Any) -> None:
         metavar="N|SHARE|dynamic",
         help="tokens per image, or their share, or as many as the picture asks for (balanced: 0.11, else dynamic)",
     )
-    command.add_argument("--output", metavar="FOLDER", help="keep the converted checkpoint and the drawn scene here")
+    command.add_argument(
+        "--model",
+        default=CHECKPOINTS[0],
+        metavar="NAME",
+        help=f"{' or '.join(CHECKPOINTS)} (its CLIP trained on whole pictures only), or a folder ({CHECKPOINTS[0]})",
+    )
+    command.add_argument(
+        "--output",
+        type=check_picture,
+        default=demo.DEFAULT_OUTPUT,
+        metavar="FILE",
+        help=f"where to draw what was read ({demo.DEFAULT_OUTPUT})",
+    )
     command.add_argument("--json", action="store_true", help="print one JSON object")
 
 

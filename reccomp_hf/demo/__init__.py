@@ -2,22 +2,22 @@
 
 from pathlib import Path
 
+from .scene_questions import NUMBER_WORDS, QUESTION_KINDS, Question, questions
 from .scenes import (
     COLORS,
     EVALUATION_SEEDS,
     IMAGE_SIZE,
-    NUMBER_WORDS,
-    QUESTION_KINDS,
+    LETTERS,
     SHAPES,
+    SIGN,
     TRAIN_SEEDS,
-    Question,
+    VALIDATION_SEEDS,
     Scene,
     SceneObject,
     draw_scene,
-    questions,
 )
 
-CHECKPOINTS = ("clip", "llava", "clip_global_only")
+CHECKPOINTS = ("demo", "demo-global")
 """Names that `checkpoint_folder` knows; `checkpoints/README.md` says what each one is."""
 
 
@@ -25,8 +25,8 @@ def checkpoint_folder(name: str) -> Path:
     """Return the folder of a shipped checkpoint, ready for `from_pretrained`.
 
     Args:
-        name: "llava" (a stock LLaVA with its processor), "clip" (the CLIP whose vision tower that LLaVA uses, with its
-            tokenizer and image processor) or "clip_global_only" (a control: a CLIP trained on whole pictures only).
+        name: "demo" (its CLIP was told where the objects are, so that patches and texts go well together) or
+            "demo-global" (its CLIP was trained on whole pictures and texts only, as published CLIPs are).
 
     Returns:
         An existing folder.
@@ -51,10 +51,13 @@ __all__ = [
     "COLORS",
     "EVALUATION_SEEDS",
     "IMAGE_SIZE",
+    "LETTERS",
     "NUMBER_WORDS",
     "QUESTION_KINDS",
     "SHAPES",
+    "SIGN",
     "TRAIN_SEEDS",
+    "VALIDATION_SEEDS",
     "Question",
     "Scene",
     "SceneObject",

@@ -1,4 +1,4 @@
-"""What `reccomp-hf demo` does: the whole path from two stock checkpoints to answers, on a small trained model."""
+"""What `reccomp-hf demo` does: questions about a picture, with compression and without, to a small trained model."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
-import tempfile
 import textwrap
-from collections.abc import Iterator
-from pathlib import Path
+import time
 from typing import Any, TypeAlias
 
+import torch
 from PIL import Image, ImageOps
 
-from . import checkpoint_folder, draw_scene, questions
+from ..configuration_reccomp import TokenRecoveryConfig
+from ..recovery import TokenRecoveryOutput
+from ..visualization import plot_recovery
+from . import draw_scene, questions
 
+DEFAULT_OUTPUT = "reccomp-demo.png"
 DEFAULT_SEED = 1_000_000
-"""The first of `EVALUATION_SEEDS` whose five questions are answered right with 16 tokens and with all 144."""
+"""The first of `EVALUATION_SEEDS` whose questions are all answered right with 16 tokens and with all 144."""
 DEFAULT_BUDGET = 0.11  # of 144 tokens: 16
 PICTURE_QUESTIONS = ("How many objects are there?", "Is there a red circle?", "What color is the square?")
 
@@ -48,7 +51,7 @@ class Picture:
 
 
 def drawn_picture(seed: int | None = None, asked: list[str] | None = None) -> Picture:
-    """Draw the scene of a seed; its own five questions unless others are asked."""
+    """Draw the scene of a seed; its own questions unless others are asked."""
     seed = DEFAULT_SEED if seed is None else seed
     scene = draw_scene(seed)
     answers = {question.text: question.answer for question in questions(scene, seed)}
@@ -94,59 +97,76 @@ def _checked(asked: list[str] | None) -> list[str] | None:
     return asked
 
 
-@contextlib.contextmanager
-def checkpoint(preset: str, budget: Budget | None = None, output: str | None = None) -> Iterator[Path]:
-    """Convert the shipped checkpoints into a folder, which is gone afterwards unless it is `output`.
-
-    Without a budget the preset's own counts, but `DEFAULT_BUDGET` for "balanced".
+def settings(preset: str, budget: Budget | None = None) -> dict[str, Any]:
+    """Fields of a preset for a checkpoint's section; "balanced" has `DEFAULT_BUDGET` unless another is given.
 
     Raises:
-        ValueError: An unknown preset, or settings that do not fit.
-        FileExistsError: The output folder holds something.
+        ValueError: An unknown preset, or a budget that does not fit.
     """
-    from ..convert import convert
-
     if budget is None and preset == "balanced":
         budget = (DEFAULT_BUDGET,)
     overrides = {} if budget is None else {"budget": budget[0]}
-    with tempfile.TemporaryDirectory(prefix="reccomp-hf-demo-") as temporary:
-        folder = Path(output or Path(temporary) / "checkpoint")
-        yield convert(checkpoint_folder("llava"), checkpoint_folder("clip"), folder, preset, **overrides)
+    fields = TokenRecoveryConfig.from_preset(preset, **overrides).to_dict()
+    return {name: value for name, value in fields.items() if name != "text_encoder_config"}  # it is the weights'
 
 
-def compare(folder: Path, picture: Picture) -> dict[str, Any]:
-    """Reload a checkpoint and ask everything with compression and without; plain values, see the keys."""
-    import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+@torch.no_grad()
+def compare(model: Any, processor: Any, picture: Picture) -> tuple[dict[str, Any], list[TokenRecoveryOutput]]:
+    """Ask everything with compression and without.
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(folder)
-    ask = pipeline("image-text-to-text", model=model, processor=processor)
-    turns = [[{"type": "image", "image": picture.image}, {"type": "text", "text": text}] for text in picture.questions]
-    chats = [[{"role": "user", "content": turn}] for turn in turns]
-    settings = {"max_new_tokens": _MAX_NEW_TOKENS, "do_sample": False}
-    answers = []
-    for extra in ({}, {"token_recovery": {"enabled": False}}):
-        replies = ask(text=chats, batch_size=len(chats), return_full_text=False, generate_kwargs={**settings, **extra})
-        answers.append([reply[0]["generated_text"].strip() for reply in replies])
-    prompts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-    inputs = processor(images=[picture.image] * len(chats), text=prompts, return_tensors="pt", padding=True)
-    counts = [_count(record) for record in model.recover(**inputs.to(model.device))]
-    rows = zip(picture.questions, picture.expected, *answers, counts, strict=True)
-    return {
+    Returns:
+        Plain values, see the keys, and what was done with the picture for each question.
+    """
+    turns = [[{"type": "image"}, {"type": "text", "text": text}] for text in picture.questions]
+    prompts = [
+        processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True)
+        for turn in turns
+    ]
+    inputs = processor(
+        images=[picture.image] * len(prompts), text=prompts, padding=True, padding_side="left", return_tensors="pt"
+    ).to(model.device, model.dtype)
+    answers, seconds = [], []
+    for override in ({}, {"enabled": False}):
+        options = {"max_new_tokens": _MAX_NEW_TOKENS, "do_sample": False, "token_recovery": override}
+        model.generate(**inputs, **options)  # what a first call costs is nobody's answer
+        began = time.perf_counter()
+        ids = model.generate(**inputs, **options)
+        seconds.append(round((time.perf_counter() - began) / len(prompts), 5))
+        replies = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers.append([reply.strip() for reply in replies])
+    records = model.recover(**inputs)
+    rows = zip(picture.questions, picture.expected, *answers, map(_count, records), strict=True)
+    facts = {
         "picture": picture.source,
         "seed": picture.seed,
         "budget": model.config.token_recovery.budget,
+        "seconds_per_question": dict(zip(("compressed", "uncompressed"), seconds, strict=True)),
         "answers": [
             {"question": question, "expected": expected, "compressed": short, "uncompressed": full, "tokens": tokens}
             for question, expected, short, full, tokens in rows
         ],
     }
+    return facts, records
 
 
-def _count(record: Any) -> dict[str, Any]:
+def draw(
+    facts: dict[str, Any], picture: Picture, records: list[TokenRecoveryOutput], processor: Any, path: str
+) -> None:
+    """Write the picture under each question, with marks, to a file."""
+    answers = [
+        f"{answer['compressed'] or 'nothing'} (reading all: {answer['uncompressed'] or 'nothing'})"
+        for answer in facts["answers"]
+    ]
+    method = facts["method"]
+    figure = plot_recovery(
+        picture.image, records, processor=processor, questions=picture.questions, answers=answers, method=method
+    )
+    figure.savefig(path)
+
+
+def _count(record: TokenRecoveryOutput) -> dict[str, Any]:
     """How many tokens stand for the picture, and why."""
-    patches, total = record.cluster.shape[1], int(record.counts.sum())
+    patches, total = record.cluster.numel(), int(record.counts.sum())
     kept = {name: int(getattr(record, f"{name}_mask").sum()) for name in ("visual", "text", "coverage")}
     merged = total - sum(kept.values())
     return {**kept, "merged": merged, "total": total, "of": patches, "share": round(total / patches, 4)}
@@ -165,8 +185,9 @@ def report(facts: dict[str, Any]) -> str:
     lines = _table(rows, [_WIDEST_CELLS[column] for column in columns])
     lines += ["", "Tokens: salient in the picture + recovered for the question + spread for coverage + merged = total"]
     lines += ["", *textwrap.wrap(_sentence(facts, known), 100)]
-    if facts["output"]:
-        lines += [f"Kept in {facts['output']}: the checkpoint" + ("." if facts["seed"] is None else " and scene.png.")]
+    times = {name: f"{1000 * seconds:.1f} ms" for name, seconds in facts["seconds_per_question"].items()}
+    lines += [f"Time per question here: {times['compressed']} compressed, {times['uncompressed']} uncompressed."]
+    lines += [f"Wrote {facts['output']}: the picture under each question, with the patches that were read."]
     lines += ["Next: README.md, and `reccomp-hf convert --help` for a LLaVA-1.5 or LLaVA-NeXT of your own."]
     return "\n".join(lines)
 

@@ -1,21 +1,21 @@
-"""Synthetic scenes and questions for the demo checkpoints.
+"""Synthetic scenes for the demo checkpoints.
 
 A scene is a 96 x 96 RGB picture of two to five objects on a cluttered background. The objects of one scene have
-pairwise distinct colors and pairwise distinct shapes, so that a color or a shape alone identifies an object. The
-distribution is the one that the demo checkpoints were trained on, without the handwritten digits that half of the
-training objects carried.
+pairwise distinct colors, so that a color alone identifies an object. Up to two of them are signs, each with a letter
+to read; the others have pairwise distinct shapes.
 
 Every scene is a function of its seed alone. The objects are equal on every machine; pixels may differ by a grey level
 or two between releases of Pillow, which rasterises and resamples the shapes.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
 from dataclasses import dataclass
-from functools import cache
-from math import cos, pi, sin
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from .stencils import LETTERS, SHAPES, SIGN, letter_opacity, shape_opacity
 
 IMAGE_SIZE = 96
 """Width and height of a scene, in pixels."""
@@ -36,22 +36,23 @@ TRAIN_SEEDS = range(0, 1_000_000)
 """Seeds of scenes that a demo model may be trained on."""
 
 EVALUATION_SEEDS = range(1_000_000, 2_000_000)
-"""Seeds of scenes for evaluation only. The shipped checkpoints saw neither range: theirs came from another stream."""
+"""Seeds of scenes for evaluation only."""
 
-QUESTION_KINDS = ("color", "shape", "exist", "count")
-NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five")
+VALIDATION_SEEDS = range(2_000_000, 3_000_000)
+"""Seeds of scenes for watching a training run: neither trained on nor used for a reported number."""
 
 _OBJECT_COUNTS = (2, 5)  # lowest and highest number of objects
-_OBJECT_SIZES = (20, 22, 24, 26)  # side of an object's box, pixels
-_ROTATIONS = (-12, -6, 0, 6, 12)  # degrees, counter-clockwise
+_SIGN_COUNTS = (0, 1, 1, 2)  # equally likely, but at least one object of a scene is no sign
+_OBJECT_SIZES = (22, 24, 26, 28, 30)  # side of an object's box, pixels
+_SIGN_SIZES = (26, 28, 30)  # a letter is three quarters as high: 20 to 23 pixels
+_ROTATIONS = (-12, -6, 0, 6, 12)  # degrees, counter-clockwise; a sign hangs straight
+_DARK_INK, _LIGHT_INK = 10, 250  # grey levels of a letter
+_DARKEST_BOARD = 120  # grey level of a board's color from which on its letter is dark
 _COLOR_JITTER = 12.0  # standard deviation per channel of an object, grey levels
 _PIXEL_NOISE = 7.0  # standard deviation per pixel and channel, grey levels
 _PLACEMENT_ATTEMPTS = 100
 
-_CANVAS = 128  # shapes are drawn at this size (pixels), then rotated and scaled down
-_RADIUS = _CANVAS / 2 - 4
-
-_SCENE_STREAM, _QUESTION_STREAM = 11, 12  # first words of the seeds, so that scenes and questions draw independently
+_SCENE_STREAM = 11  # first word of the seed, so that scenes and questions draw independently
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,13 @@ class SceneObject:
         color: A key of `COLORS`.
         shape: An entry of `SHAPES`.
         box: (x, y, size) in pixels: left edge, upper edge, and the side of the square that the object fills.
+        letter: An entry of `LETTERS` if the shape is `SIGN`, else None.
     """
 
     color: str
     shape: str
     box: tuple[int, int, int]
+    letter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,28 +78,12 @@ class Scene:
 
     Attributes:
         image: RGB picture of `IMAGE_SIZE` x `IMAGE_SIZE` pixels.
-        objects: Two to five objects with distinct colors, distinct shapes and boxes that do not overlap.
+        objects: Two to five objects with distinct colors and boxes that do not overlap. At least one is no sign, at
+            most two are, and come first; the others have distinct shapes.
     """
 
     image: Image.Image
     objects: tuple[SceneObject, ...]
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question about a scene with its one-word answer.
-
-    Attributes:
-        text: The question as the demo LLaVA was trained on it.
-        answer: A color, a shape, "yes" or "no", or a number word, in lower case.
-        kind: An entry of `QUESTION_KINDS`.
-        object_index: Index in `Scene.objects` of the object that the answer depends on; None for a count and a "no".
-    """
-
-    text: str
-    answer: str
-    kind: str
-    object_index: int | None
 
 
 def draw_scene(seed: int) -> Scene:
@@ -111,7 +98,7 @@ def draw_scene(seed: int) -> Scene:
     Raises:
         ValueError: If `seed` is negative.
     """
-    rng = _generator(_SCENE_STREAM, seed)
+    rng = generator(_SCENE_STREAM, seed)
     canvas = _background(rng)  # (96, 96, 3), float grey levels
     objects = _arrange_objects(rng)
     for item in objects:
@@ -120,79 +107,44 @@ def draw_scene(seed: int) -> Scene:
     return Scene(Image.fromarray(_to_uint8(canvas)), objects)
 
 
-def questions(scene: Scene, seed: int) -> list[Question]:
-    """Ask five questions about a scene: a color, a shape, an existence ("yes"), an existence ("no") and the count.
-
-    Args:
-        scene: The scene to ask about.
-        seed: Non-negative integer that chooses the objects asked about, each uniformly. At least seven in ten of
-            the objects asked about in vain share their color or their shape with an object of the scene.
-
-    Returns:
-        The questions in the order named above.
+def generator(stream: int, seed: int) -> np.random.Generator:
+    """Random numbers that depend on a seed and on what they are drawn for.
 
     Raises:
         ValueError: If `seed` is negative.
     """
-    rng = _generator(_QUESTION_STREAM, seed)
-    objects = scene.objects
-    asked_color, asked_shape, asked_present, decoy = (int(index) for index in rng.integers(len(objects), size=4))
-    present = objects[asked_present]
-    absent_color, absent_shape = _absent_pair(objects, objects[decoy], rng)
-    return [
-        Question(f"What color is the {objects[asked_color].shape}?", objects[asked_color].color, "color", asked_color),
-        Question(
-            f"What shape is the {objects[asked_shape].color} object?", objects[asked_shape].shape, "shape", asked_shape
-        ),
-        Question(_existence_text(present.color, present.shape), "yes", "exist", asked_present),
-        Question(_existence_text(absent_color, absent_shape), "no", "exist", None),
-        Question("How many objects are there?", NUMBER_WORDS[len(objects)], "count", None),
-    ]
-
-
-def _generator(stream: int, seed: int) -> np.random.Generator:
     if seed < 0:
         raise ValueError(f"A seed must be a non-negative integer, but got {seed}. Take one from EVALUATION_SEEDS.")
     return np.random.default_rng([stream, seed])
-
-
-def _existence_text(color: str, shape: str) -> str:
-    article = "an" if color[0] in "aeiou" else "a"
-    return f"Is there {article} {color} {shape}?"
-
-
-def _absent_pair(objects: tuple[SceneObject, ...], decoy: SceneObject, rng: np.random.Generator) -> tuple[str, str]:
-    """Draw a color and a shape that no object combines: 35 % keep the decoy's color, 35 % its shape."""
-    present = {(item.color, item.shape) for item in objects}
-    while True:
-        keep = rng.random()
-        color = decoy.color if keep < 0.35 else list(COLORS)[rng.integers(len(COLORS))]
-        shape = decoy.shape if 0.35 <= keep < 0.7 else SHAPES[rng.integers(len(SHAPES))]
-        if (color, shape) not in present:
-            return color, shape
 
 
 # ---- where the objects stand ---------------------------------------------------------------------------------------
 
 
 def _arrange_objects(rng: np.random.Generator) -> tuple[SceneObject, ...]:
-    """Choose colors, shapes and places. A scene that is full before its last object has one object less."""
+    """Choose colors, shapes, letters and places. A scene that is full before its last object has fewer objects."""
     lowest, highest = _OBJECT_COUNTS
     count = int(rng.integers(lowest, highest + 1))
+    signs = min(_SIGN_COUNTS[rng.integers(len(_SIGN_COUNTS))], count - 1)
     colors = rng.permutation(list(COLORS))[:count]
-    shapes = rng.permutation(SHAPES)[:count]
+    plain = [shape for shape in SHAPES if shape != SIGN]
+    shapes = [SIGN] * signs + list(rng.permutation(plain)[: count - signs])
     objects: list[SceneObject] = []
     for color, shape in zip(colors, shapes, strict=True):
-        box = _free_box([item.box for item in objects], rng)
+        sizes = _SIGN_SIZES if shape == SIGN else _OBJECT_SIZES
+        box = _free_box([item.box for item in objects], sizes, rng)
         if box is None:
             break
-        objects.append(SceneObject(str(color), str(shape), box))
+        letter = LETTERS[rng.integers(len(LETTERS))] if shape == SIGN else None
+        objects.append(SceneObject(str(color), str(shape), box, letter))
     return tuple(objects)
 
 
-def _free_box(taken: list[tuple[int, int, int]], rng: np.random.Generator) -> tuple[int, int, int] | None:
+def _free_box(
+    taken: list[tuple[int, int, int]], sizes: tuple[int, ...], rng: np.random.Generator
+) -> tuple[int, int, int] | None:
     for _ in range(_PLACEMENT_ATTEMPTS):
-        size = _OBJECT_SIZES[rng.integers(len(_OBJECT_SIZES))]
+        size = sizes[rng.integers(len(sizes))]
         x, y = (int(value) for value in rng.integers(0, IMAGE_SIZE - size + 1, size=2))
         if not any(_overlap((x, y, size), other) for other in taken):
             return x, y, size
@@ -210,20 +162,18 @@ def _overlap(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
 def _paint(canvas: np.ndarray, item: SceneObject, rng: np.random.Generator) -> None:
     """Blend an object into `canvas` (height, width, 3) in place."""
     x, y, size = item.box
-    rotation = _ROTATIONS[rng.integers(len(_ROTATIONS))]
-    opacity = _opacity(item.shape, size, rotation)[..., None]  # (size, size, 1)
+    rotation = 0 if item.shape == SIGN else _ROTATIONS[rng.integers(len(_ROTATIONS))]
     color = np.clip(np.array(COLORS[item.color]) + rng.normal(0.0, _COLOR_JITTER, 3), 0, 255)
     region = canvas[y : y + size, x : x + size]
-    region += opacity * (color - region)
+    region += shape_opacity(item.shape, size, rotation)[..., None] * (color - region)
+    if item.letter is not None:
+        region += letter_opacity(item.letter, size)[..., None] * (_ink(item.color) - region)
 
 
-@cache
-def _opacity(shape: str, size: int, rotation: int) -> np.ndarray:
-    """Mask (size, size) of a shape, 0 outside to 1 inside."""
-    stencil = Image.new("L", (_CANVAS, _CANVAS), 0)
-    _STENCILS[shape](ImageDraw.Draw(stencil))
-    stencil = stencil.rotate(rotation, Image.Resampling.BICUBIC).resize((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(stencil, dtype=np.float64) / 255
+def _ink(board: str) -> int:
+    """Grey level of a letter that stands out from a board."""
+    red, green, blue = COLORS[board]
+    return _DARK_INK if 0.299 * red + 0.587 * green + 0.114 * blue >= _DARKEST_BOARD else _LIGHT_INK
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
@@ -261,62 +211,17 @@ def _to_uint8(levels: np.ndarray) -> np.ndarray:
     return np.clip(levels, 0, 255).astype(np.uint8)
 
 
-# ---- stencils: coordinates run from -1 to 1 in both directions, y downwards ---------------------------------------
-
-
-def _at(*coordinates: float) -> list[float]:
-    return [_CANVAS / 2 + _RADIUS * value for value in coordinates]
-
-
-def _circle(draw: ImageDraw.ImageDraw) -> None:
-    draw.ellipse(_at(-1, -1, 1, 1), fill=255)
-
-
-def _square(draw: ImageDraw.ImageDraw) -> None:
-    draw.rectangle(_at(-0.85, -0.85, 0.85, 0.85), fill=255)
-
-
-def _triangle(draw: ImageDraw.ImageDraw) -> None:
-    draw.polygon(_at(0, -1, 1, 0.85, -1, 0.85), fill=255)
-
-
-def _star(draw: ImageDraw.ImageDraw) -> None:
-    corners: list[float] = []
-    for index in range(10):
-        reach, angle = (1.08, 0.46)[index % 2], index * pi / 5
-        corners += [reach * sin(angle), -reach * cos(angle)]
-    draw.polygon(_at(*corners), fill=255)
-
-
-def _cross(draw: ImageDraw.ImageDraw) -> None:
-    draw.rectangle(_at(-0.34, -1, 0.34, 1), fill=255)
-    draw.rectangle(_at(-1, -0.34, 1, 0.34), fill=255)
-
-
-def _ring(draw: ImageDraw.ImageDraw) -> None:
-    draw.ellipse(_at(-1, -1, 1, 1), fill=255)
-    draw.ellipse(_at(-0.58, -0.58, 0.58, 0.58), fill=0)
-
-
-def _diamond(draw: ImageDraw.ImageDraw) -> None:
-    draw.polygon(_at(0, -1.05, 0.72, 0, 0, 1.05, -0.72, 0), fill=255)
-
-
-def _heart(draw: ImageDraw.ImageDraw) -> None:
-    draw.ellipse(_at(-1, -0.9, 0.04, 0.14), fill=255)
-    draw.ellipse(_at(-0.04, -0.9, 1, 0.14), fill=255)
-    draw.polygon(_at(-0.93, -0.12, 0.93, -0.12, 0, 1), fill=255)
-
-
-_STENCILS: dict[str, Callable[[ImageDraw.ImageDraw], None]] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
-    "star": _star,
-    "cross": _cross,
-    "ring": _ring,
-    "diamond": _diamond,
-    "heart": _heart,
-}
-SHAPES = tuple(_STENCILS)
-"""Names of the shapes."""
+__all__ = [
+    "COLORS",
+    "EVALUATION_SEEDS",
+    "IMAGE_SIZE",
+    "LETTERS",
+    "SHAPES",
+    "SIGN",
+    "TRAIN_SEEDS",
+    "VALIDATION_SEEDS",
+    "Scene",
+    "SceneObject",
+    "draw_scene",
+    "generator",
+]

@@ -1,0 +1,73 @@
+"""Loading the model that a command is given by name."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..hub import resolve
+from ..inspection import describe, folder_of
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def load(name: str, fields: dict[str, Any], device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
+    """Load a compressed checkpoint for inference.
+
+    Args:
+        name: `demo` or `demo-global` (this package's own), a folder, or a Hub id.
+        fields: What overrides its `token_recovery` section.
+        device: For torch; by default a GPU if there is one.
+        dtype: By default float32 on a CPU and the weights' own elsewhere.
+
+    Returns:
+        The model in eval mode, and its processor.
+
+    Raises:
+        ValueError: It is no compressed LLaVA, or the fields do not fit it.
+        OSError: There is no such checkpoint.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = folder_of(name)
+    describe(folder, name)  # says what is wrong before weights are fetched
+    folder = folder if any(folder.glob("model*.safetensors")) else resolve(name)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device != "cpu":
+        torch.empty(1, device=device)  # before anything is loaded
+    dtype = dtype or ("float32" if device == "cpu" else "auto")
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, token_recovery=fields)
+    return model.to(device).eval(), AutoProcessor.from_pretrained(folder)
+
+
+def check_picture(path: str) -> str:
+    """For argparse: a file to write a picture to, whose folder is there and whose ending names a format."""
+    endings = (".png", ".pdf", ".svg", ".jpg", ".webp")
+    if not Path(path).is_dir() and not path.lower().endswith(endings):
+        raise argparse.ArgumentTypeError(f"expected a file that ends in {', '.join(endings)}, got {path!r}")
+    return check_file(path)
+
+
+def check_kept(source: str | None, *outputs: str | None) -> None:
+    """Refuse to write over what is read.
+
+    Raises:
+        ValueError: An output is the source.
+    """
+    for output in filter(None, outputs):
+        if source is not None and Path(source).exists() and Path(output).exists() and Path(output).samefile(source):
+            raise ValueError(f"{output} is what is read, and would be written over: name another file to write.")
+
+
+def check_file(path: str) -> str:
+    """For argparse: a file to write, whose folder is there."""
+    if Path(path).is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder, expected a file")
+    if not Path(path).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"the folder of {path} does not exist")
+    return path
+
+
+__all__ = ["DTYPES", "check_file", "check_kept", "check_picture", "load"]

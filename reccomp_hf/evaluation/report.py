@@ -1,0 +1,242 @@
+"""What an evaluation found, with intervals that know that questions on one picture belong together."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .samples import normalize_answer
+
+MEAN, ALL = "mean", "all questions"
+_QUANTILES = {"min": 0.0, "q10": 0.1, "median": 0.5, "q90": 0.9, "max": 1.0}
+_Floats = npt.NDArray[np.float64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A share or a difference of shares with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclasses.dataclass
+class SettingResult:
+    """One setting's answers to all questions, in their order.
+
+    Attributes:
+        name: The setting as it was written.
+        fields: What it overrides.
+        answers: As the model gave them.
+        right: bool, equal to an expected answer once both are normalised, see `normalize_answer`.
+        tokens: int, visual tokens that the language model read (LLaVA-NeXT's newlines included).
+        seconds_per_sample: Compression and generation, without preparing picture and prompt.
+        object_recall: Share of the asked object's patches that was kept as it is; not a number where unknown.
+        object_precision: Share of the kept patches that lies on the asked object.
+    """
+
+    name: str
+    fields: dict[str, Any]
+    answers: list[str]
+    right: npt.NDArray[np.bool_]
+    tokens: npt.NDArray[np.int64]
+    seconds_per_sample: float
+    object_recall: _Floats
+    object_precision: _Floats
+
+
+@dataclasses.dataclass
+class EvaluationReport:
+    """All settings on the same questions.
+
+    Intervals are percentiles of a bootstrap over pictures, whose questions are drawn together. All settings share the
+    draws, so that differences are paired.
+
+    Attributes:
+        questions: What was asked.
+        kinds: Of each question.
+        pictures: Name of each question's picture.
+        results: By the setting's name.
+        reference: Name of the uncompressed setting.
+        resamples: Draws of the bootstrap.
+        seed: Of the draws.
+    """
+
+    questions: list[str]
+    kinds: list[str]
+    pictures: list[str]
+    results: dict[str, SettingResult]
+    reference: str
+    resamples: int = 1000
+    seed: int = 0
+
+    @property
+    def kind_names(self) -> list[str]:
+        """The kinds in the order of their first question."""
+        return list(dict.fromkeys(self.kinds))
+
+    def accuracy(self, name: str, kind: str = MEAN) -> Interval:
+        """Share of right answers of one kind, of `ALL` questions, or the `MEAN` over the kinds."""
+        return self._interval(self._shares(self._result(name).right, kind))
+
+    def agreement(self, name: str) -> Interval:
+        """Share of all questions that get the uncompressed model's answer, right or wrong."""
+        reference = map(normalize_answer, self._result(self.reference).answers)
+        pairs = zip(map(normalize_answer, self._result(name).answers), reference, strict=True)
+        return self._interval(self._shares(np.array([ours == theirs for ours, theirs in pairs]), ALL))
+
+    def difference(self, name: str, other: str, kind: str = MEAN) -> Interval:
+        """Accuracy of one setting minus that of another, on the same draws of pictures."""
+        ours, theirs = (self._shares(self._result(which).right, kind) for which in (name, other))
+        return self._interval(ours - theirs)
+
+    def object_hit(self, name: str) -> tuple[Interval, Interval] | None:
+        """Mean recall and precision of the asked object's patches; `None` where they are not known."""
+        result = self._result(name)
+        known = ~np.isnan(result.object_precision) & ~np.isnan(result.object_recall)
+        if not known.any():
+            return None
+        values = (result.object_recall, result.object_precision)
+        recall, precision = (self._interval(self._ratio(np.where(known, value, 0), known)) for value in values)
+        return recall, precision
+
+    def to_dict(self, compare: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
+        """Figures and every answer as JSON values, with the differences of the pairs to compare."""
+        return {
+            "questions": len(self.questions),
+            "pictures": len(set(self.pictures)),
+            "kinds": {kind: self.kinds.count(kind) for kind in self.kind_names},
+            "reference": self.reference,
+            "bootstrap": {"resamples": self.resamples, "seed": self.seed, "level": 0.95, "over": "pictures"},
+            "settings": {name: self._setting_dict(name) for name in self.results},
+            "differences": [
+                {
+                    "setting": name,
+                    "minus": other,
+                    **{kind: dataclasses.asdict(self.difference(name, other, kind)) for kind in self._columns},
+                }
+                for name, other in compare
+            ],
+            "answers": [
+                {
+                    "picture": self.pictures[row],
+                    "kind": self.kinds[row],
+                    "question": question,
+                    "given": {
+                        name: {
+                            "answer": result.answers[row],
+                            "right": bool(result.right[row]),
+                            "tokens": int(result.tokens[row]),
+                        }
+                        for name, result in self.results.items()
+                    },
+                }
+                for row, question in enumerate(self.questions)
+            ],
+        }
+
+    def markdown(self, compare: Sequence[tuple[str, str]] = ()) -> str:
+        """A table of the settings, and one of the pairs to compare."""
+        hits = any(self.object_hit(name) for name in self.results)
+        head = ["setting", "visual tokens (10 to 90 %)", *self._columns, "agreement", "ms per question"]
+        head += ["asked object kept", "kept on it"] if hits else []
+        rows = [head]
+        for name, result in self.results.items():
+            low, high = np.quantile(result.tokens, (0.1, 0.9))
+            spread = "" if low == high else f" ({low:.0f} to {high:.0f})"
+            row = [name, f"{result.tokens.mean():.1f}{spread}"]
+            row += [_cell(self.accuracy(name, kind), kind in (MEAN, ALL)) for kind in self._columns]
+            row += [_cell(self.agreement(name)), f"{1000 * result.seconds_per_sample:.1f}"]
+            if hits:
+                hit = self.object_hit(name)
+                row += ["-", "-"] if hit is None else [f"{part.value:.3f}" for part in hit]
+            rows.append(row)
+        lines = _table(rows)
+        if compare:
+            rows = [["difference", *self._columns]]
+            for name, other in compare:
+                cells = [_cell(self.difference(name, other, kind), True, "+.3f") for kind in self._columns]
+                rows.append([f"{name} minus {other}", *cells])
+            lines += ["", *_table(rows)]
+        return "\n".join(lines)
+
+    @property
+    def _columns(self) -> list[str]:
+        kinds = self.kind_names
+        return [ALL] if len(kinds) == 1 else [*kinds, MEAN]
+
+    def _setting_dict(self, name: str) -> dict[str, Any]:
+        result, hit = self._result(name), self.object_hit(name)
+        quantiles = {label: float(np.quantile(result.tokens, at)) for label, at in _QUANTILES.items()}
+        return {
+            "fields": result.fields,
+            "accuracy": {kind: dataclasses.asdict(self.accuracy(name, kind)) for kind in [*self._columns, ALL]},
+            "agreement": dataclasses.asdict(self.agreement(name)),
+            "tokens": {"mean": float(result.tokens.mean()), **quantiles},
+            "seconds_per_sample": result.seconds_per_sample,
+            "object": None if hit is None else {"recall": vars(hit[0]), "precision": vars(hit[1])},
+        }
+
+    def _result(self, name: str) -> SettingResult:
+        if name not in self.results:
+            raise ValueError(f"No setting {name!r} was evaluated; there are {', '.join(self.results)}.")
+        return self.results[name]
+
+    @functools.cached_property
+    def _draws(self) -> tuple[npt.NDArray[np.int64], _Floats]:
+        """Number of each question's picture, and how often each picture is drawn: (1 + resamples, pictures).
+
+        The first row is the sample itself.
+        """
+        names, index = np.unique(self.pictures, return_inverse=True)
+        rng = np.random.default_rng(self.seed)
+        drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=self.resamples)
+        return index, np.concatenate([np.ones((1, len(names))), drawn]).astype(float)
+
+    def _shares(self, right: npt.NDArray[np.bool_], kind: str) -> _Floats:
+        """(1 + resamples,) share of `right`."""
+        if kind == MEAN:
+            return np.stack([self._shares(right, name) for name in self.kind_names]).mean(0)
+        if kind != ALL and kind not in self.kinds:
+            raise ValueError(f"No question is of kind {kind!r}; there are {', '.join(self.kind_names)}.")
+        return self._ratio(right, np.array([kind in (ALL, own) for own in self.kinds]))
+
+    def _ratio(self, values: npt.NDArray[Any], counted: npt.NDArray[np.bool_]) -> _Floats:
+        """(1 + resamples,) mean of the values that count; not a number for a draw without any."""
+        index, draws = self._draws
+        sums, counts = (
+            np.bincount(index, weights=weights, minlength=draws.shape[1]) for weights in (values * counted, counted)
+        )
+        total = draws @ counts
+        return np.divide(draws @ sums, total, out=np.full(len(draws), np.nan), where=total > 0)
+
+    def _interval(self, estimates: _Floats) -> Interval:
+        drawn = estimates[1:][~np.isnan(estimates[1:])]
+        low, high = np.quantile(drawn, (0.025, 0.975)) if len(drawn) else (np.nan, np.nan)
+        return Interval(float(estimates[0]), float(low), float(high))
+
+
+def _cell(interval: Interval, with_interval: bool = False, form: str = ".3f") -> str:
+    text = format(interval.value, form)
+    return f"{text} [{interval.low:{form}}, {interval.high:{form}}]" if with_interval else text
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown, its columns aligned."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+
+
+__all__ = ["ALL", "MEAN", "EvaluationReport", "Interval", "SettingResult"]
