@@ -16,7 +16,10 @@ from .commands.common import say
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code. An error is one line on stderr and the code 2."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        what = f"unrecognized arguments: {' '.join(unknown)}"
+        parser.exit(2, f"reccomp-hf: error: {what} (see {arguments.prog} --help)\n")
     if arguments.run is None:
         say(parser.format_help().rstrip())
         return 2
@@ -59,7 +62,7 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--version", action="version", version=f"reccomp-hf {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.set_defaults(run=None)
+    parser.set_defaults(run=None, prog=parser.prog)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for command in COMMANDS:
         command.register(commands)

@@ -21,6 +21,7 @@ from reccomp_hf.cards import (
 from reccomp_hf.cards.content import field_descriptions, field_rows, recipe
 from reccomp_hf.cli import main
 from reccomp_hf.configuration_reccomp import PRESETS, TokenRecoveryConfig
+from reccomp_hf.demo import CHECKPOINTS, checkpoint_folder
 from reccomp_hf.full_size import CLIP_VIT_L_336, FULL_SIZE
 
 CARDS = Path(__file__).parents[1] / "model_cards"
@@ -73,6 +74,17 @@ def test_the_shipped_cards_are_what_is_rendered(tmp_path):
     for path in paths:
         stale = f"{path.name} is stale: run `python -m reccomp_hf.cards.shipped`"
         assert path.read_text(encoding="utf-8") == (CARDS / path.name).read_text(encoding="utf-8"), stale
+    for name in CHECKPOINTS:
+        beside = (checkpoint_folder(name) / "README.md").read_text(encoding="utf-8")
+        assert beside == (CARDS / f"{name}.md").read_text(encoding="utf-8"), f"copy model_cards/{name}.md there"
+
+
+def test_a_measured_count_enters_the_cost():
+    counts = {"pictures": 8, "stock": 576, "mean": 70.4, "least": 60, "most": 80, "visual": 50, "text": 20.4}
+    facts = dataclasses.replace(full_size(preset="paper"), counts={**counts, "coverage": 0, "merged": 0})
+    assert "Compressed are 70 visual tokens, the average measured above." in " ".join(render_card(facts).split())
+    assert "| prompt, tokens | 636 | 130 |" in render_card(facts)
+    assert "Assumed is the paper's average" in " ".join(render_card(full_size(preset="paper")).split())
 
 
 def test_the_module_writes_them_where_it_is_told(tmp_path, monkeypatch, capsys):

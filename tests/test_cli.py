@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, CLIPConfig
 from transformers.utils import logging
 
 import reccomp_hf
+from reccomp_hf.cli import main
 from reccomp_hf.commands import COMMANDS as COMMAND_MODULES
 from reccomp_hf.commands import common, info
 
@@ -226,3 +227,12 @@ def test_commands_leave_the_logging_settings_as_they_were(run, error, converted)
     run("info", converted)
     error("demo", "--budget", "0")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_an_unknown_option_points_at_the_help_of_its_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", "one", "two", "--clip", "three"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "reccomp-hf: error: unrecognized arguments: --clip three (see reccomp-hf convert --help)\n"
+    )

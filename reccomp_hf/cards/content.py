@@ -80,8 +80,10 @@ class CardFacts:
 
 def pieces(facts: CardFacts) -> dict[str, Any]:
     """All that the template asks for, metadata apart."""
-    cost = compare_costs(facts.config)
+    vision, measured = facts.config.vision_config, _measured_mean(facts)
+    cost = compare_costs(facts.config, None if measured is None else [measured])
     return {
+        "other_budget": (vision.image_size // vision.patch_size) ** 2 // 4,
         "name": facts.name,
         "repo": facts.repo or f"{NO_OWNER}/{facts.name}",
         "intro": _wrap(_intro(facts)),
@@ -262,12 +264,19 @@ def _measured(counts: dict[str, float]) -> str:
 def _cost(facts: CardFacts, cost: dict[str, Any]) -> str:
     picture = f" of {cost['picture'][0]} x {cost['picture'][1]} pixels" if cost["picture"] else ""
     assumed = ""
-    if _is_open(facts):
+    if measured := _measured_mean(facts):
+        assumed = f" Compressed are {measured} visual tokens, the average measured above."
+    elif _is_open(facts):
         assumed = f" Assumed is the paper's average of {PAPER_SHARE:.1%} of the tokens, not this checkpoint's own."
     return (
         "Estimated by a roofline model (`reccomp-hf cost`), **not measured**: A100 with 40 GB, fp16, a picture"
         f"{picture} and {cost['text_tokens']} text tokens. Real kernels are slower.{assumed}"
     )
+
+
+def _measured_mean(facts: CardFacts) -> int | None:
+    """Tokens that an open count came to on the probe set; LLaVA-NeXT's depend on the picture's size too."""
+    return round(facts.counts["mean"]) if facts.counts and _is_open(facts) and not facts.tiled else None
 
 
 def _cost_rows(cost: dict[str, Any]) -> list[dict[str, str]]:

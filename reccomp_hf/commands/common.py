@@ -25,7 +25,7 @@ def add_command(commands: Any, run: Callable[..., None], summary: str, descripti
     )
     debug = "show the traceback of an error"
     command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=debug)
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, prog=command.prog)
     return command
 
 
