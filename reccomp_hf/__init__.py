@@ -5,6 +5,7 @@ Importing this package registers its model types with transformers' Auto classes
 
 from . import compat
 from .configuration_reccomp import LlavaNextRecCompConfig, LlavaRecCompConfig, TokenRecoveryConfig
+from .conversation import Conversation
 from .convert import convert
 from .modeling_llava_next_reccomp import LlavaNextRecCompForConditionalGeneration, LlavaNextRecCompModel
 from .modeling_llava_reccomp import LlavaRecCompForConditionalGeneration, LlavaRecCompModel
@@ -22,6 +23,7 @@ register()
 
 __all__ = [
     "AutoModelForVision2Seq",
+    "Conversation",
     "LlavaNextRecCompConfig",
     "LlavaNextRecCompForConditionalGeneration",
     "LlavaNextRecCompModel",

@@ -72,11 +72,11 @@ def check_call(config: Any, section: TokenRecoveryConfig, inputs: Mapping[str, A
             f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)} beside pictures, got "
             f"{tuple(attention_mask.shape)}."
         )
-    if cache_length(inputs.get("past_key_values")):
+    if past := cache_length(inputs.get("past_key_values")):
         raise ValueError(
             "Pictures with a non-empty past_key_values: the cache holds the shortened prompt, so full-length "
-            "input_ids do not fit it. Start without past_key_values, or go on by calling the model itself with the "
-            "new ids alone."
+            f"input_ids do not fit it. {_how_to_go_on(past)} A picture that joins later goes through "
+            "reccomp_hf.Conversation, or through compress_inputs without past_key_values."
         )
     attention = getattr(config.get_text_config(), "_attn_implementation", None) or ""
     if section.position_ids == "original" and attention.startswith("flash"):
@@ -91,4 +91,69 @@ def cache_length(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-__all__ = ["cache_length", "check_call", "check_feature_layer", "check_question", "check_supported"]
+def goes_on(prompt: Tensor, inputs: Mapping[str, Any], image_token_id: int, section: TokenRecoveryConfig) -> bool:
+    """Whether the prompt of a `generate` call is the new part alone of what a non-empty cache already holds.
+
+    The mask decides: (R, cached + new) says that the prompt is new, (R, prompt) that it is the whole sequence, as
+    stock `generate` takes it. Without a mask it is the whole sequence.
+
+    Args:
+        prompt: (R, L) int64.
+        inputs: The call's other arguments, `past_key_values` with P > 0 entries among them.
+        image_token_id: Of the placeholders.
+        section: The settings of the call.
+
+    Raises:
+        ValueError: A length that fits neither, placeholders that the cache cannot hold, positions that are missing,
+            or an assistant.
+    """
+    past, length, mask = cache_length(inputs["past_key_values"]), prompt.shape[1], inputs.get("attention_mask")
+    width = length if mask is None else mask.shape[-1]
+    if width == length and (length <= past or section.enabled):
+        _check_whole_sequence(prompt, past, image_token_id)
+    if width == length:
+        return False
+    if width != past + length:
+        raise ValueError(
+            f"attention_mask covers {width} tokens, but past_key_values holds {past} and input_ids {length} more: "
+            f"give it the shape (rows, {past + length}) where input_ids are the new ids alone."
+        )
+    if inputs.get("inputs_embeds") is None and bool((prompt == image_token_id).any()):
+        raise ValueError(
+            "The new input_ids hold image placeholders without their pictures: a picture that joins later goes "
+            "through reccomp_hf.Conversation, or pass what compress_inputs makes of the new part, inputs_embeds "
+            "included."
+        )
+    if section.enabled and section.position_ids == "original" and inputs.get("position_ids") is None:
+        raise ValueError(
+            "With position_ids 'original' the cache does not tell where the conversation goes on: pass position_ids "
+            f"(rows, {length}) that count the uncut sequence, of which the new ids are the end."
+        )
+    for name in ("assistant_model", "prompt_lookup_num_tokens"):
+        if inputs.get(name) is not None:
+            raise ValueError(f"{name} reads the whole prompt, but past_key_values holds a part of it: leave it out.")
+    return True
+
+
+def _check_whole_sequence(prompt: Tensor, past: int, image_token_id: int) -> None:
+    """Refuse a prompt that cannot be the whole sequence of a cache."""
+    if bool((prompt == image_token_id).any()):
+        raise ValueError(
+            "input_ids hold image placeholders, but past_key_values is not empty: the cache holds the "
+            f"shortened prompt, so full-length input_ids do not fit it. {_how_to_go_on(past)}"
+        )
+    if prompt.shape[1] <= past:
+        raise ValueError(
+            f"input_ids hold {prompt.shape[1]} ids and past_key_values already {past}, so they cannot be the whole "
+            f"sequence, which they are taken for without a mask of cache and new ids. {_how_to_go_on(past)}"
+        )
+
+
+def _how_to_go_on(past: int) -> str:
+    return (
+        f"Pass the new ids alone with attention_mask of shape (rows, {past} + new ids), the cache's {past} first; or "
+        "start without past_key_values."
+    )
+
+
+__all__ = ["cache_length", "check_call", "check_feature_layer", "check_question", "check_supported", "goes_on"]

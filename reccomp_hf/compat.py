@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
@@ -15,6 +16,11 @@ IS_V5 = Version(transformers.__version__) >= Version("5.0.0.dev0")
 def clip_vision_model(tower: nn.Module) -> Any:
     """The module of a CLIP vision tower that holds `encoder` and `post_layernorm`."""
     return getattr(tower, "vision_model", tower)
+
+
+def run_block(block: nn.Module, states: Tensor) -> Tensor:
+    """A CLIP vision block on (B, N + 1, C), without a mask."""
+    return block(states, None) if IS_V5 else block(states, None, None)[0]
 
 
 def parameter(module: nn.Module, name: str) -> Tensor:
@@ -75,6 +81,18 @@ def extended_positions(position_ids: Tensor, length: int) -> Tensor:
     )
 
 
+def behind_cache(past: int, input_ids: Tensor, inputs_embeds: Tensor | None) -> dict[str, Any]:
+    """Arguments of the stock `generate` by which (R, L) new ids go on behind a cache of `past` tokens.
+
+    5.x knows new ids by their mask, but cuts embeddings as if they were of the whole sequence; 4.57 would cut both.
+    """
+    if IS_V5:
+        padding = (0, 0, past, 0)
+        return {} if inputs_embeds is None else {"inputs_embeds": nn.functional.pad(inputs_embeds, padding)}
+    places = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+    return {"cache_position": places} | ({} if inputs_embeds is None else {"inputs_embeds": inputs_embeds})
+
+
 def is_prefill(step: dict[str, Any]) -> bool:
     """Whether what `prepare_inputs_for_generation` is given starts a sequence."""
     return bool(step.get("is_first_iteration")) if IS_V5 else bool(step["cache_position"][0] == 0)
@@ -94,6 +112,7 @@ __all__ = [
     "IS_V5",
     "auto_class",
     "auto_model_for_vision2seq",
+    "behind_cache",
     "clip_vision_model",
     "default_max_length",
     "extended_positions",
@@ -101,4 +120,5 @@ __all__ = [
     "parameter",
     "register_key_renames",
     "rename_vision_key",
+    "run_block",
 ]

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from .checks import cache_length
-from .compat import default_max_length, extended_positions, is_prefill
+from .checks import cache_length, goes_on
+from .compat import behind_cache, default_max_length, extended_positions, is_prefill
+from .configuration_reccomp import TokenRecoveryConfig
 from .modeling_reccomp import RecCompMixin
 from .splicing import counted_positions
+from .vision import check_pixels
 
 
 class RecCompGenerationMixin(RecCompMixin):
@@ -82,6 +84,12 @@ class RecCompGenerationMixin(RecCompMixin):
     ) -> Any:
         """As the stock method; pictures are compressed once, before the prefill.
 
+        With a non-empty `past_key_values` of P entries the prompt is the new part alone if `attention_mask` is (R, P +
+        L), padding in the cache being 0: `position_ids` (R, L) then go on behind what the mask attends to unless they
+        are given, which they must be with positions `"original"`; `inputs_embeds` (R, L, D) may stand beside the ids,
+        as `compress_inputs` returns them. With a mask of (R, L), or without one, the prompt is the whole sequence, as
+        in the stock method, and holds no picture.
+
         Args:
             inputs: (R, L) prompt ids, as `input_ids`.
             generation_config: As in the stock method; `max_length` counts the prompt as it was passed.
@@ -92,7 +100,9 @@ class RecCompGenerationMixin(RecCompMixin):
             **kwargs: Everything else that the stock method takes.
 
         Returns:
-            As the stock method: the prompt ids as they were passed, with the new ones behind.
+            As the stock method: the prompt ids as they were passed, with the new ones behind. The output of
+            `return_dict_in_generate` has `visual_token_counts`, `newline_counts` and `token_recovery` besides, the
+            [`TokenRecoveryOutput`] of all pictures; they are `None` where nothing was compressed.
 
         Raises:
             ValueError: Inputs that do not fit, or an assistant model.
@@ -101,13 +111,15 @@ class RecCompGenerationMixin(RecCompMixin):
         stock = super().generate  # type: ignore[misc]
         prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
         if section.enabled:
-            self._check_generation(prompt, kwargs)
+            self._check_generation(kwargs)
         if not section.enabled:
+            check_pixels(kwargs.get("pixel_values"))
             kwargs["token_recovery"] = {"enabled": False}  # for the prefill's forward
         if kwargs.get("pixel_values") is None or not section.enabled:
+            kwargs = self._behind_cache(prompt, kwargs, section)
             output = stock(inputs=prompt, generation_config=generation_config, streamer=streamer, **kwargs)
             if not isinstance(output, Tensor):
-                output.visual_token_counts = output.newline_counts = None
+                output.visual_token_counts = output.newline_counts = output.token_recovery = None
             return output
         if section.position_ids == "original" and kwargs.get("position_ids") is None:
             mask = kwargs.get("attention_mask")
@@ -118,7 +130,7 @@ class RecCompGenerationMixin(RecCompMixin):
         generation_config, lengths = self._uncut_lengths(
             generation_config, kwargs, prompt.shape[1], prompt.shape[1] - width
         )
-        streamer = None if streamer is None else _PromptStreamer(streamer, prompt)
+        streamer = None if streamer is None else PromptStreamer(streamer, prompt)
         output = stock(generation_config=generation_config, streamer=streamer, **{**compressed.inputs, **lengths})
         sequences = output if isinstance(output, Tensor) else output.sequences
         full = prompt.repeat_interleave(sequences.shape[0] // prompt.shape[0], dim=0).to(sequences.device)
@@ -127,38 +139,52 @@ class RecCompGenerationMixin(RecCompMixin):
             return full
         output.sequences = full
         output.visual_token_counts, output.newline_counts = compressed.token_counts, compressed.newline_counts
+        output.token_recovery = compressed.record
         return output
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        cache_position: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """The stock inputs of a step, with positions that continue the prompt's own.
 
-        `inputs_embeds` is named because the stock `generate` looks for it in the signature.
+        `inputs_embeds`, and `cache_position` on 4.57, are named because the stock `generate` looks for them in the
+        signature.
         """
+        if cache_position is not None:
+            kwargs["cache_position"] = cache_position
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = extended_positions(kwargs["position_ids"], input_ids.shape[1])
         if inputs_embeds is not None and input_ids.shape[1] > inputs_embeds.shape[1] and is_prefill(kwargs):
             # Prompt lookup proposes tokens before the prompt is read: they are read with it.
             proposed = self.get_input_embeddings()(input_ids[:, inputs_embeds.shape[1] :])
             inputs_embeds = torch.cat([inputs_embeds, proposed], dim=1)
+        elif inputs_embeds is not None and input_ids.shape[1] > inputs_embeds.shape[1]:
+            inputs_embeds = None  # 4.57 would read a single one again with every new token
         return super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
 
-    def _check_generation(self, prompt: Tensor | None, kwargs: Mapping[str, Any]) -> None:
+    def _check_generation(self, kwargs: Mapping[str, Any]) -> None:
         if kwargs.get("assistant_model") is not None and kwargs.get("pixel_values") is not None:
             raise ValueError(
                 "Assisted generation with an assistant_model does not work on a compressed prompt: the assistant "
                 "would read other tokens. Use prompt_lookup_num_tokens=, or token_recovery={'enabled': False}."
             )
-        continues = kwargs.get("pixel_values") is None and cache_length(kwargs.get("past_key_values")) > 0
-        if continues and prompt is not None and bool((prompt == self.config.image_token_id).any()):
-            raise ValueError(
-                "input_ids hold image placeholders, but past_key_values is not empty: the cache holds the "
-                "shortened prompt, so full-length input_ids do not fit it. Start without past_key_values, or go on by "
-                "calling the model itself with the new ids alone."
-            )
+
+    def _behind_cache(
+        self, prompt: Tensor | None, kwargs: dict[str, Any], section: TokenRecoveryConfig
+    ) -> dict[str, Any]:
+        """The arguments for the stock method where new ids alone stand behind a non-empty cache."""
+        past = cache_length(kwargs.get("past_key_values"))
+        if not past or prompt is None or kwargs.get("pixel_values") is not None:
+            return kwargs
+        if not goes_on(prompt, kwargs, self.config.image_token_id, section):
+            return kwargs
+        return {**kwargs, **behind_cache(past, prompt, kwargs.get("inputs_embeds"))}
 
     def _uncut_lengths(
         self, generation_config: Any, kwargs: Mapping[str, Any], prompt_length: int, cut: int
@@ -194,7 +220,7 @@ class RecCompGenerationMixin(RecCompMixin):
         return generation_config, lengths
 
 
-class _PromptStreamer(BaseStreamer):
+class PromptStreamer(BaseStreamer):
     """Shows a streamer the prompt as it was passed, not the shortened one."""
 
     def __init__(self, streamer: BaseStreamer, prompt: Tensor) -> None:
@@ -202,11 +228,13 @@ class _PromptStreamer(BaseStreamer):
         self.prompt_shown = False
 
     def put(self, value: Tensor) -> None:
+        """The prompt at first, then new ids as they come."""
         self.streamer.put(value if self.prompt_shown else self.prompt.cpu())
         self.prompt_shown = True
 
     def end(self) -> None:
+        """Nothing more comes."""
         self.streamer.end()
 
 
-__all__ = ["RecCompGenerationMixin"]
+__all__ = ["PromptStreamer", "RecCompGenerationMixin"]

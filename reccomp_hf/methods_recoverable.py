@@ -44,11 +44,12 @@ def _select_budget(features: VisualFeatures, saliency: Tensor, config: TokenReco
     valid = features.per_image(features.valid, False)
     scores = features.per_image(_relative(saliency, features.valid) if max(features.tiles) > 1 else saliency, 0.0)
     similarity = scores if features.text_similarity is None else features.per_image(features.text_similarity, 0.0)
-    splits = _split_table(
-        config.budget, config.text_share if has_text else 0, config.coverage_share, config.merged_tokens, patches
-    )
+    shares = (config.text_share if has_text else 0.0, config.coverage_share, config.merged_tokens)
     uniform = features.all_valid and max(features.tiles) == 1
-    splits = splits[-1:] if uniform else splits
+    assert config.budget is not None
+    splits = (
+        [budget_split(patches, config.budget, *shares)] if uniform else _split_table(patches, config.budget, *shares)
+    )
     row = torch.zeros_like(valid[:, 0], dtype=torch.long) if uniform else valid.sum(-1)
     table = torch.tensor(splits).to(scores.device, non_blocking=True)
     n_visual, n_text, n_coverage, n_merged = table[row].unbind(-1)
@@ -120,7 +121,7 @@ def budget_split(patches: int, budget: float, text_share: float, coverage_share:
 
 @functools.lru_cache(maxsize=64, typed=True)  # a budget of 1 is a token, one of 1.0 is all of them
 def _split_table(
-    budget: float, text_share: float, coverage_share: float, merged: int, patches: int
+    patches: int, budget: float, text_share: float, coverage_share: float, merged: int
 ) -> list[list[int]]:
     """`budget_split` for every number of valid patches, 0 to `patches`."""
     return [budget_split(count, budget, text_share, coverage_share, merged) for count in range(patches + 1)]

@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # transformers 4.57 takes out of a local folder only the file
     from .remote_code import model_auto_map  # noqa: F401
     from .selection import pack_rows  # noqa: F401
     from .splicing import plan_splice  # noqa: F401
+    from .vision import EncodedImages  # noqa: F401
 
 
 @dataclasses.dataclass

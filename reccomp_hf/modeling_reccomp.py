@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from .checks import check_call, check_feature_layer, check_question, check_supported
 from .compat import clip_vision_model, parameter
@@ -24,7 +25,7 @@ from .recovery import (
     select_tokens,
 )
 from .recovery_modules import RecoveryModulesMixin
-from .relevance import class_query_and_keys, patch_embeddings, text_similarity
+from .relevance import class_query_and_keys, patch_embeddings, relevance_state, text_similarity
 from .selection import full_precision, pack_rows
 from .splicing import (
     PlaceholderMap,
@@ -36,6 +37,7 @@ from .splicing import (
     padding_id,
     plan_splice,
 )
+from .vision import EncodedImages, check_pixels, check_states, needed_states, vision_states
 
 _Question: TypeAlias = "tuple[Tensor | None, Tensor | None]"  # recovery_input_ids, recovery_attention_mask
 
@@ -101,11 +103,40 @@ class RecCompMixin(RecoveryModulesMixin):
         inputs |= {"past_key_values": past_key_values, **kwargs}
         return self._compressed_forward(inputs, (recovery_input_ids, recovery_attention_mask), token_recovery)
 
+    def encode_images(
+        self,
+        pixel_values: Tensor,
+        image_sizes: Tensor | None = None,
+        token_recovery: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> EncodedImages:
+        """Run the vision tower once for several calls about the same pictures.
+
+        Args:
+            pixel_values: Pictures as the processor gives them.
+            image_sizes: (I, 2) height and width in pixels of every picture; LLaVA-NeXT only.
+            token_recovery: Fields of the config section that the later calls will override.
+            **kwargs: `vision_feature_layer` and `vision_feature_select_strategy` as in stock LLaVA; other outputs of
+                the processor are not used.
+
+        Returns:
+            What `generate`, `forward`, `compress_inputs` and `recover` take in place of `pixel_values`, then without
+            `image_sizes`.
+
+        Raises:
+            ValueError: `enabled: false`, which leaves the vision tower to the stock model, or pictures that do not
+                fit `image_sizes`.
+        """
+        section = self._section(token_recovery)
+        if not section.enabled:
+            raise ValueError("With token_recovery.enabled false the stock model reads pixel_values: pass them to it.")
+        return self._encode(pixel_values, image_sizes, section, self._feature_layer(kwargs))
+
     @torch.no_grad()
     def recover(
         self,
         input_ids: Tensor,
-        pixel_values: Tensor,
+        pixel_values: Tensor | EncodedImages,
         recovery_input_ids: Tensor | None = None,
         recovery_attention_mask: Tensor | None = None,
         image_sizes: Tensor | None = None,
@@ -116,7 +147,7 @@ class RecCompMixin(RecoveryModulesMixin):
 
         Args:
             input_ids: (R, L) int64 prompts with their image placeholders.
-            pixel_values: Pictures of all rows in reading order, as the processor gives them.
+            pixel_values: Pictures of all rows in reading order, as the processor or `encode_images` gives them.
             recovery_input_ids: (R, W, T) int64, the questions as the text encoder's tokens.
             recovery_attention_mask: (R, W, T), 0 for padding.
             image_sizes: (I, 2) height and width in pixels of every picture; LLaVA-NeXT only.
@@ -143,7 +174,7 @@ class RecCompMixin(RecoveryModulesMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        pixel_values: Tensor | None = None,
+        pixel_values: Tensor | EncodedImages | None = None,
         recovery_input_ids: Tensor | None = None,
         recovery_attention_mask: Tensor | None = None,
         image_sizes: Tensor | None = None,
@@ -157,7 +188,7 @@ class RecCompMixin(RecoveryModulesMixin):
             attention_mask: (R, L), 0 for padding; `None` for no padding.
             position_ids: (R, L) int64 positions of the uncut sequence, `None` for the usual ones.
             labels: (R, L) int64, cut with the prompt.
-            pixel_values: Pictures of all rows in reading order, as the processor gives them.
+            pixel_values: Pictures of all rows in reading order, as the processor or `encode_images` gives them.
             recovery_input_ids: (R, W, T) int64, the questions as the text encoder's tokens.
             recovery_attention_mask: (R, W, T), 0 for padding.
             image_sizes: (I, 2) height and width in pixels of every picture; LLaVA-NeXT only.
@@ -178,6 +209,7 @@ class RecCompMixin(RecoveryModulesMixin):
         inputs |= {"position_ids": position_ids, "labels": labels, "pixel_values": pixel_values}
         inputs |= {"image_sizes": image_sizes, **kwargs}
         if pixel_values is None or not section.enabled:
+            check_pixels(pixel_values)
             inputs |= {"recovery_input_ids": recovery_input_ids, "recovery_attention_mask": recovery_attention_mask}
             inputs["token_recovery"] = token_recovery
             return {name: value for name, value in inputs.items() if value is not None}, None
@@ -198,26 +230,29 @@ class RecCompMixin(RecoveryModulesMixin):
         read = self._read(pictures, splice.sizes)
         # Padding that every row has stays, so that cutting nothing changes nothing.
         source = splice.source(input_ids.shape[1] - read.rows_before + read.rows_after)
-        record = assemble_tokens(pictures.features, pictures.selection, section, read.sizes)
-        features, places = self._image_features(pictures, record, read)
-        new_ids = cut(input_ids, source, padding_id(input_ids, splice, _pad_token_id(self.config)))
-        embeds = self.get_input_embeddings()(new_ids)
-        features = features.to(embeds.device, embeds.dtype)
-        is_image = cut(placeholders.is_placeholder, source, False).unsqueeze(-1).to(embeds.device)
-        shortened = {
-            **inputs,
-            "input_ids": new_ids,
-            "inputs_embeds": embeds.masked_scatter(is_image, features),
-            "attention_mask": cut(attention_mask, source, 0),
-        }
-        if labels is not None:
-            shortened["labels"] = cut(labels, source, -100)
-        if section.position_ids == "original":
-            shortened["position_ids"] = original_positions(
-                position_ids, placeholders, places.to(source.device), source
-            )
-        elif position_ids is not None:
-            shortened["position_ids"] = compact_positions(position_ids, splice, source)
+        with record_function("reccomp::merge"):
+            record = assemble_tokens(pictures.features, pictures.selection, section, read.sizes)
+        with record_function("reccomp::projector"):
+            features, places = self._image_features(pictures, record, read)
+        with record_function("reccomp::splice"):
+            new_ids = cut(input_ids, source, padding_id(input_ids, splice, _pad_token_id(self.config)))
+            embeds = self.get_input_embeddings()(new_ids)
+            features = features.to(embeds.device, embeds.dtype)
+            is_image = cut(placeholders.is_placeholder, source, False).unsqueeze(-1).to(embeds.device)
+            shortened = {
+                **inputs,
+                "input_ids": new_ids,
+                "inputs_embeds": embeds.masked_scatter(is_image, features),
+                "attention_mask": cut(attention_mask, source, 0),
+            }
+            if labels is not None:
+                shortened["labels"] = cut(labels, source, -100)
+            if section.position_ids == "original":
+                shortened["position_ids"] = original_positions(
+                    position_ids, placeholders, places.to(source.device), source
+                )
+            elif position_ids is not None:
+                shortened["position_ids"] = compact_positions(position_ids, splice, source)
         return _Compressed(shortened, record, features, pictures.token_counts, pictures.newline_counts)
 
     def _image_features(self, pictures: _Pictures, record: TokenRecoveryOutput, read: _Read) -> tuple[Tensor, Tensor]:
@@ -239,6 +274,7 @@ class RecCompMixin(RecoveryModulesMixin):
         if "pixel_values" not in inputs and "inputs_embeds" in inputs:
             inputs.pop("input_ids", None)  # what compress_inputs returns holds both
         if "pixel_values" not in inputs or not (section := self._section(token_recovery)).enabled:
+            check_pixels(inputs.get("pixel_values"))
             output = stock(**inputs)
             return self.output_class(**output) if isinstance(output, Mapping) else output
         compressed = self._compress(inputs, question, section)
@@ -248,37 +284,54 @@ class RecCompMixin(RecoveryModulesMixin):
         counts = {"visual_token_counts": compressed.token_counts, "newline_counts": compressed.newline_counts}
         return self.output_class(**{**output, **counts, "image_hidden_states": compressed.image_features})
 
+    def _encode(
+        self, pixel_values: Tensor, image_sizes: Tensor | None, section: TokenRecoveryConfig, feature_layer: int
+    ) -> EncodedImages:
+        """`encode_images` with its settings; no graph is built for a frozen tower."""
+        pixel_values, layout = self._layout(pixel_values, image_sizes)
+        tower = clip_vision_model(self._llava.vision_tower)
+        needed = needed_states(section, feature_layer, len(tower.encoder.layers), self._reads_question(section))
+        frozen = not any(weight.requires_grad for weight in tower.parameters())
+        with record_function("reccomp::vision_tower"), torch.no_grad() if frozen else contextlib.nullcontext():
+            return EncodedImages(vision_states(tower, pixel_values, needed), layout, self._grid(pixel_values))
+
     def _look(
         self,
         input_ids: Tensor,
-        pixel_values: Tensor,
+        pixel_values: Tensor | EncodedImages,
         image_sizes: Tensor | None,
         question: _Question,
         section: TokenRecoveryConfig,
         vision_feature_layer: int,
     ) -> _Pictures:
         """Run the vision tower and choose tokens; for LLaVA-1.5 nothing is read from the device."""
-        if self._reads_question(section):
+        reads_question = self._reads_question(section)
+        if reads_question:
             check_question(question[0], input_ids.shape[0])
-        pixel_values, layout = self._layout(pixel_values, image_sizes)
+        if isinstance(pixel_values, EncodedImages):
+            encoded = pixel_values
+        else:
+            encoded = self._encode(pixel_values, image_sizes, section, vision_feature_layer)
+        tower, layout, states = clip_vision_model(self._llava.vision_tower), encoded.layout, encoded.states
+        blocks = len(tower.encoder.layers)
+        check_states(states, needed_states(section, vision_feature_layer, blocks, reads_question))
         placeholders = map_placeholders(
             input_ids == self.config.image_token_id,
             torch.tensor(layout.lengths).to(input_ids.device, non_blocking=True),
         )
         row_of_tile = placeholders.row[layout.image_of_tile(input_ids.device)]
-        states = self._vision_states(pixel_values)
         missing = torch.zeros_like(placeholders.per_row, dtype=torch.bool)
         with torch.no_grad():
-            tower = clip_vision_model(self._llava.vision_tower)
-            block = section.visual_layer % len(tower.encoder.layers)
+            block = section.visual_layer % blocks
             query, keys = class_query_and_keys(tower.encoder.layers[block], states[block])
             similarity = None
-            if question[0] is not None and self._reads_question(section):
+            if question[0] is not None and reads_question:
                 windows = _windows(question[0], question[1]).to(input_ids.device)
                 missing = (placeholders.per_row > 0) & ~windows.any(-1)
-                similarity = self._text_similarity(states, question[0], windows, row_of_tile, section)
+                patch_states = states[relevance_state(section.text_relevance, blocks)]
+                similarity = self._text_similarity(patch_states, question[0], windows, row_of_tile, section)
         # The parts of a model may be on several devices: the choice is made where the chosen features are.
-        hidden_states = states[vision_feature_layer][:, 1:]
+        hidden_states = states[vision_feature_layer % (blocks + 1)][:, 1:]
         device = hidden_states.device
         layout = layout.to(device)
         features = check_features(
@@ -288,11 +341,12 @@ class RecCompMixin(RecoveryModulesMixin):
             None if similarity is None else similarity.to(device),
             section,
             num_heads=self.config.vision_config.num_attention_heads,
-            grid=self._grid(pixel_values),
+            grid=encoded.grid,
             valid=layout.valid,
             tiles=layout.tiles,
         )
-        selection = select_tokens(features, section)
+        with record_function("reccomp::select"):
+            selection = select_tokens(features, section)
         tokens, newlines = (counts.to(input_ids.device) for counts in layout.counts(selection))
         return _Pictures(features, selection, layout, placeholders, missing, tokens, newlines)
 
@@ -323,16 +377,9 @@ class RecCompMixin(RecoveryModulesMixin):
         rows, columns = self._grid(pixel_values)
         return pixel_values, ImageLayout.of_grids(len(pixel_values), rows * columns)
 
-    def _vision_states(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """All hidden states of the vision tower, each (I, N + 1, C); no graph is built for a frozen tower."""
-        tower = self._llava.vision_tower
-        frozen = not any(weight.requires_grad for weight in tower.parameters())
-        with torch.no_grad() if frozen else contextlib.nullcontext():
-            return tower(pixel_values, output_hidden_states=True).hidden_states
-
     def _text_similarity(
         self,
-        states: tuple[Tensor, ...],
+        patch_states: Tensor,
         recovery_input_ids: Tensor,
         windows: Tensor,
         rows: Tensor,
@@ -343,15 +390,18 @@ class RecCompMixin(RecoveryModulesMixin):
         if modules is None:
             raise ValueError("This checkpoint is visual-only: token_recovery.text_encoder_config is null.")
         projection = modules.visual_projection
-        patches = patch_embeddings(
-            section.text_relevance, states[-2], states[-1], tower.encoder.layers[-1], tower.post_layernorm, projection
-        )
-        text = modules.embed_question(recovery_input_ids).to(patches.device)
-        rows = rows.to(patches.device)
-        with full_precision(patches):
-            similarity = text_similarity(
-                patches, text[rows], windows.to(rows.device)[rows], section.text_relevance_sign
+        with record_function("reccomp::text_encoder"):
+            text = modules.embed_question(recovery_input_ids)
+        rows = rows.to(patch_states.device)
+        with record_function("reccomp::relevance"):
+            patches = patch_embeddings(
+                section.text_relevance, patch_states, tower.encoder.layers[-1], tower.post_layernorm, projection
             )
+            text = text.to(patches.device)
+            with full_precision(patches):
+                similarity = text_similarity(
+                    patches, text[rows], windows.to(rows.device)[rows], section.text_relevance_sign
+                )
         scale = projection.out_features**0.5 if get_method(section.method).scales_similarity else 1
         return similarity / scale
 

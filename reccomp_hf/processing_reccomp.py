@@ -2,7 +2,8 @@
 
 Everything the stock processors give stays as it is. With a recovery tokenizer (the CLIP tokenizer of the model's text
 encoder) two fields are added, `recovery_input_ids` and `recovery_attention_mask`, of shape (rows, windows, length):
-the question alone, without system prompt, earlier turns, answers or answer instructions.
+the question alone, without system prompt, earlier turns, answers or answer instructions. With `recovery_turns="all"`
+the earlier questions are in it too, each in windows of its own.
 """
 
 import functools
@@ -25,6 +26,8 @@ ANSWER_INSTRUCTIONS = (
     "Answer the question using a single word or phrase.",
     "Answer with the option's letter from the given choices directly.",
 )
+
+RECOVERY_TURNS = ("last", "all")
 
 _RECOVERY_INPUT_NAMES = ("recovery_input_ids", "recovery_attention_mask")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")
@@ -49,12 +52,17 @@ class RecCompProcessorMixin(ProcessorMixin):
         num_additional_image_tokens: int = 0,
         recovery_tokenizer: Any = None,
         recovery_max_length: int | None = None,
+        recovery_turns: str = "last",
         **kwargs: Any,
     ) -> None:
         """Build the stock processor and remember the CLIP tokenizer of the model's text encoder.
 
         `recovery_max_length` is the text encoder's number of positions (77 for CLIP; by default the tokenizer's own
-        limit). Without `recovery_tokenizer` the model is visual-only. All other arguments are the stock processor's.
+        limit). Without `recovery_tokenizer` the model is visual-only. `recovery_turns` says which of a conversation's
+        questions choose the visual tokens, of all its pictures alike: that of the `"last"` user turn, or those of
+        `"all"` user turns, of which a patch needs to fit one (the best score counts; questions that fit patches better
+        in general get more of them). System prompts and answers never do. All other arguments are the stock
+        processor's.
         """
         super().__init__(
             image_processor,
@@ -67,6 +75,7 @@ class RecCompProcessorMixin(ProcessorMixin):
             **kwargs,
         )
         self.recovery_max_length = _recovery_length(recovery_tokenizer, recovery_max_length)
+        self.recovery_turns = _checked_turns(recovery_turns)
         self._recovery_tokenizer = recovery_tokenizer
         self._question_markers: dict[str, tuple[str, str] | None] = {}
         self.auto_map = {"AutoProcessor": f"processing_reccomp.{type(self).__name__}"}
@@ -94,7 +103,8 @@ class RecCompProcessorMixin(ProcessorMixin):
         self,
         images: Any = None,
         text: str | list[str] | None = None,
-        recovery_text: str | Sequence[str] | None = None,
+        recovery_text: str | Sequence[str | Sequence[str]] | None = None,
+        recovery_turns: str | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Encode images and prompts as the stock processor does, and each row's question for CLIP.
@@ -102,7 +112,9 @@ class RecCompProcessorMixin(ProcessorMixin):
         Args:
             images: pictures for the image tokens in `text`.
             text: one prompt per row.
-            recovery_text: one question per row, taken as it is; by default it is cut out of the prompt.
+            recovery_text: one question per row, taken as it is, or a list of several; by default it is cut out of the
+                prompt.
+            recovery_turns: `"last"` or `"all"`, in place of the processor's own.
             **kwargs: passed to the stock processor; `return_tensors` holds for the added fields too.
 
         Returns:
@@ -110,14 +122,15 @@ class RecCompProcessorMixin(ProcessorMixin):
             `recovery_attention_mask`, int64 (rows, windows, recovery_max_length).
 
         Raises:
-            ValueError: a row with images and no question, or not one `recovery_text` per row.
+            ValueError: a row with images and no question, not one `recovery_text` per row, or unknown turns.
         """
+        turns = self.recovery_turns if recovery_turns is None else _checked_turns(recovery_turns)
         kwargs = {key: dict(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
         encoding = super().__call__(images=images, text=text, **kwargs)
         if self._recovery_tokenizer is None or text is None:
             return encoding
         prompts = [text] if isinstance(text, str) else [row if isinstance(row, str) else " ".join(row) for row in text]
-        questions = self._questions(prompts, recovery_text)
+        questions = self._questions(prompts, recovery_text, turns)
         convert = _converter(encoding["input_ids"])
         fields = self._encode_questions(questions)
         encoding.update({name: convert(field) for name, field in zip(_RECOVERY_INPUT_NAMES, fields, strict=True)})
@@ -126,8 +139,8 @@ class RecCompProcessorMixin(ProcessorMixin):
     def apply_chat_template(self, conversation: Sequence[Any], chat_template: str | None = None, **kwargs: Any) -> Any:
         """Render, and with `tokenize=True` encode, one or several conversations.
 
-        The question of a row is the text of its last user turn, unless `recovery_text` is among the arguments or in
-        `processor_kwargs`.
+        The question of a row is the text of its last user turn, or with `recovery_turns="all"` those of all its user
+        turns, unless `recovery_text` is given; both are read among the arguments and in `processor_kwargs`.
 
         Args:
             conversation: a list of messages, or a list of such lists.
@@ -135,10 +148,11 @@ class RecCompProcessorMixin(ProcessorMixin):
             **kwargs: passed to the stock method, whose result is returned.
         """
         options = dict(kwargs.pop("processor_kwargs", None) or {})
-        if "recovery_text" in kwargs:
-            options["recovery_text"] = kwargs.pop("recovery_text")
+        options.update({name: kwargs.pop(name) for name in ("recovery_text", "recovery_turns") if name in kwargs})
+        turns = options.pop("recovery_turns", None)
         if kwargs.get("tokenize") and self._recovery_tokenizer is not None and options.get("recovery_text") is None:
-            options["recovery_text"] = [self._question_of(messages) for messages in _batched(conversation)]
+            rows = _batched(conversation)
+            options["recovery_text"] = [self.questions_of(messages, turns) for messages in rows]
         if _takes_processor_kwargs():
             kwargs["processor_kwargs"] = options
         else:
@@ -147,18 +161,39 @@ class RecCompProcessorMixin(ProcessorMixin):
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def extract_question(self, prompt: str) -> str:
-        """Cut the question out of a rendered prompt.
+        """Cut the last question out of a rendered prompt, see `extract_questions`; it may be empty."""
+        return self._clean(self._user_turns(prompt)[-1])
 
-        It is what stands between the last opening of a user turn and the end of that turn, both taken from the chat
+    def extract_questions(self, prompt: str, recovery_turns: str | None = None) -> list[str]:
+        """Cut the questions out of a rendered prompt that choose its visual tokens.
+
+        A question is what stands between an opening of a user turn and the end of that turn, both taken from the chat
         template. Without a usable template, or if the prompt has no such opening, it is the whole prompt. Image tokens
-        and known answer instructions are removed, which may leave nothing.
+        and known answer instructions are removed; what is empty then is left out.
+
+        Args:
+            prompt: as the chat template renders it, or written by hand in its way.
+            recovery_turns: `"last"` or `"all"`, in place of the processor's own.
         """
-        opening, closing = self._turn_markers() or ("", "")
-        turn = prompt
-        if opening and opening in prompt:
-            turn = prompt.rpartition(opening)[2]
-            turn = turn.partition(closing)[0] if closing else turn
-        return self._clean(turn)
+        return self._choose(self._user_turns(prompt), recovery_turns)
+
+    def questions_of(self, messages: Sequence[Any], recovery_turns: str | None = None) -> list[str]:
+        """The questions of a conversation of chat messages that choose its visual tokens, see `extract_questions`."""
+        return self._choose(
+            [_text_of(message) for message in messages if message["role"] == "user"] or [""], recovery_turns
+        )
+
+    def encode_questions(self, questions: Sequence[str | Sequence[str]]) -> dict[str, torch.Tensor]:
+        """The added fields for one question, or a list of them, per row.
+
+        Returns:
+            `recovery_input_ids` and `recovery_attention_mask`, int64 (rows, windows, recovery_max_length); nothing
+            without a recovery tokenizer.
+        """
+        if self._recovery_tokenizer is None:
+            return {}
+        fields = self._encode_questions(questions)
+        return dict(zip(_RECOVERY_INPUT_NAMES, map(torch.from_numpy, fields), strict=True))
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
@@ -208,34 +243,41 @@ class RecCompProcessorMixin(ProcessorMixin):
         kwargs = {key: value for key, value in kwargs.items() if not key.startswith("recovery_")}
         return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-    def _questions(self, prompts: list[str], recovery_text: str | Sequence[str] | None) -> list[str]:
-        """One question per prompt, given or cut out, checked against the rows that have images."""
+    def _questions(
+        self, prompts: list[str], recovery_text: str | Sequence[str | Sequence[str]] | None, turns: str
+    ) -> list[list[str]]:
+        """The questions of every prompt, given or cut out, checked against the rows that have images."""
         if recovery_text is None:
-            questions = [self.extract_question(prompt) for prompt in prompts]
+            questions = [self.extract_questions(prompt, turns) for prompt in prompts]
         else:
             given = [recovery_text] if isinstance(recovery_text, str) else list(recovery_text)
-            questions = [question.strip() for question in given]
+            rows = [[row] if isinstance(row, str) else row for row in given]
+            questions = [[text.strip() for text in row if text.strip()] for row in rows]
         if len(questions) != len(prompts):
             raise ValueError(
                 f"recovery_text must hold one question per row: got {len(questions)}, expected {len(prompts)}."
             )
-        for row, (prompt, question) in enumerate(zip(prompts, questions, strict=True)):
-            if self.image_token in prompt and not question:
+        for row, (prompt, asked) in enumerate(zip(prompts, questions, strict=True)):
+            if self.image_token in prompt and not asked:
                 raise ValueError(
                     f"Row {row} has an image but no question for the text encoder: got the prompt {prompt[:200]!r}. "
                     "Put a question in the user turn or pass one per row as recovery_text=."
                 )
         return questions
 
-    def _question_of(self, messages: Sequence[Any]) -> str:
-        """The text of the last user turn of one conversation."""
-        for message in reversed(messages):
-            if message["role"] == "user":
-                content = message.get("content") or ""
-                if not isinstance(content, str):
-                    content = " ".join(part.get("text") or "" for part in content if part.get("type") == "text")
-                return self._clean(content)
-        return ""
+    def _user_turns(self, prompt: str) -> list[str]:
+        """What stands in the user turns of a rendered prompt, at least one."""
+        opening, closing = self._turn_markers() or ("", "")
+        if not opening or opening not in prompt:
+            return [prompt]
+        turns = prompt.split(opening)[1:]
+        return [turn.partition(closing)[0] for turn in turns] if closing else turns
+
+    def _choose(self, texts: Sequence[str], recovery_turns: str | None) -> list[str]:
+        """The questions among the texts of user turns, of which there is at least one."""
+        turns = self.recovery_turns if recovery_turns is None else _checked_turns(recovery_turns)
+        questions = [self._clean(text) for text in (texts if turns == "all" else texts[-1:])]
+        return [question for question in questions if question]
 
     def _clean(self, question: str) -> str:
         """Remove image tokens, surrounding white space and known answer instructions."""
@@ -256,12 +298,25 @@ class RecCompProcessorMixin(ProcessorMixin):
             self._question_markers[template] = _find_markers(render)
         return self._question_markers[template]
 
-    def _encode_questions(self, questions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and mask, int64 (rows, windows, length); every window is wrapped in start and end."""
+    def _encode_questions(self, questions: Sequence[str | Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and mask, int64 (rows, windows, length); every window is wrapped in start and end.
+
+        Several questions of a row share no window: the text encoder reads each by itself.
+        """
         tokenizer, length = self._recovery_tokenizer, int(self.recovery_max_length or 0)
+        rows = [[row] if isinstance(row, str) else list(row) for row in questions]
+        texts = [text for row in rows for text in row]
         # verbose: no warning about questions longer than the text encoder reads
-        rows = tokenizer(questions, add_special_tokens=False, padding=False, truncation=False, verbose=False).input_ids
-        windows = [[row[start : start + length - 2] for start in range(0, len(row), length - 2)] for row in rows]
+        options = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
+        encoded = iter(tokenizer(texts, **options).input_ids if texts else [])
+        windows = [
+            [
+                tokens[at : at + length - 2]
+                for tokens in itertools.islice(encoded, len(row))
+                for at in range(0, len(tokens), length - 2)
+            ]
+            for row in rows
+        ]
         shape = (len(rows), max(1, *map(len, windows)), length)
         padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         ids, mask = np.full(shape, padding, dtype=np.int64), np.zeros(shape, dtype=np.int64)
@@ -279,6 +334,20 @@ class LlavaRecCompProcessor(RecCompProcessorMixin, LlavaProcessor):
 
 class LlavaNextRecCompProcessor(RecCompProcessorMixin, LlavaNextProcessor):
     """Processor of `llava_next_reccomp` models: LLaVA-NeXT's own, and the question for the text encoder."""
+
+
+def _checked_turns(turns: str) -> str:
+    if turns not in RECOVERY_TURNS:
+        raise ValueError(f"recovery_turns must be 'last' or 'all', got {turns!r}.")
+    return turns
+
+
+def _text_of(message: Any) -> str:
+    """The text of a chat message."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return " ".join(part.get("text") or "" for part in content if part.get("type") == "text")
 
 
 def _recovery_length(tokenizer: Any, length: int | None) -> int | None:
@@ -350,7 +419,8 @@ def _find_markers(render: Callable[[list[dict[str, Any]]], str]) -> tuple[str, s
         if len(pieces) == 4 and "'type':" not in rendered:
             before, to_answer, to_second, after = (_atoms(piece) for piece in pieces)
             opening = "".join(_common_prefix(before[::-1], to_second[::-1])[::-1]).strip()
-            closing = "".join(_common_prefix(to_answer, after)).strip()
+            # A template that ends right behind a question still has an answer's opening behind an earlier one.
+            closing = "".join(_common_prefix(to_answer, after)).strip() or "".join(to_answer).strip()
             if opening:
                 # A tag ends the turn by itself, also where no answer is asked for behind it.
                 return opening, closing if not re.match(_TAG, closing) else _atoms(closing)[0]

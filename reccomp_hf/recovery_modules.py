@@ -40,9 +40,13 @@ class TokenRecoveryModules(nn.Module):
 
         The text encoder is causal, so padding after the end-of-text token needs no mask.
         """
-        rows, windows, length = input_ids.shape
-        embeds = self.text_encoder(input_ids=input_ids.reshape(rows * windows, length)).text_embeds
-        return embeds.reshape(rows, windows, -1)
+        flat = input_ids.flatten(0, 1)
+        if flat.device.type == "cpu":  # elsewhere finding equal texts would cost more than reading them twice
+            flat, inverse = flat.unique(dim=0, return_inverse=True)
+            embeds = self.text_encoder(input_ids=flat).text_embeds[inverse]
+        else:
+            embeds = self.text_encoder(input_ids=flat).text_embeds
+        return embeds.unflatten(0, input_ids.shape[:2])
 
 
 class RecoveryModulesMixin:

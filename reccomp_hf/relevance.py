@@ -51,8 +51,13 @@ def class_query_and_keys(block: Any, states: Tensor) -> tuple[Tensor, Tensor]:
     return block.self_attn.q_proj(normed[:, :1]).squeeze(1), block.self_attn.k_proj(normed)
 
 
+def relevance_state(kind: str, blocks: int) -> int:
+    """The hidden state that `patch_embeddings` reads: the number of blocks is what the last one gives."""
+    return blocks if kind == "last" else blocks - 1
+
+
 def patch_embeddings(
-    kind: str, before: Tensor, after: Tensor, block: Any, post_layernorm: nn.Module, projection: nn.Module
+    kind: str, states: Tensor, block: Any, post_layernorm: nn.Module, projection: nn.Module
 ) -> Tensor:
     """Patches in CLIP's joint space.
 
@@ -60,8 +65,7 @@ def patch_embeddings(
         kind: `"last"`: the last block's output as it is (the paper's code). `"penultimate"`: post_layernorm of the
             last block's input. `"value"`: post_layernorm of the last block's value path alone (MaskCLIP, Zhou et
             al., ECCV 2022), which needs no attention between patches.
-        before: (B, N + 1, C), input of the last block.
-        after: (B, N + 1, C), output of the last block.
+        states: (B, N + 1, C), output of the last block for `"last"`, else its input, see `relevance_state`.
         block: The last block.
         post_layernorm: The tower's final norm.
         projection: CLIP's visual projection.
@@ -69,13 +73,12 @@ def patch_embeddings(
     Returns:
         (B, N, P), class token dropped.
     """
+    patches = states[:, 1:]
     if kind == "last":
-        return projection(after[:, 1:])
+        return projection(patches)
     if kind == "value":
-        before = block.self_attn.out_proj(block.self_attn.v_proj(block.layer_norm1(before[:, 1:])))
-    else:
-        before = before[:, 1:]
-    return projection(post_layernorm(before))
+        patches = block.self_attn.out_proj(block.self_attn.v_proj(block.layer_norm1(patches)))
+    return projection(post_layernorm(patches))
 
 
 def text_similarity(patches: Tensor, text: Tensor, windows: Tensor, sign: int) -> Tensor:
@@ -94,4 +97,4 @@ def text_similarity(patches: Tensor, text: Tensor, windows: Tensor, sign: int) -
     return (sign * cosine).masked_fill(~windows.unsqueeze(1), -torch.inf).amax(-1)
 
 
-__all__ = ["class_query_and_keys", "class_saliency", "patch_embeddings", "text_similarity"]
+__all__ = ["class_query_and_keys", "class_saliency", "patch_embeddings", "relevance_state", "text_similarity"]

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, DynamicCache
 
+from reccomp_hf.compat import clip_vision_model
 from reccomp_hf.splicing import counted_positions
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -192,10 +193,11 @@ class HostReads(TorchDispatchMode):
 
     On a CPU nothing waits, so the causes are counted: operators whose result or whose output's shape the host must
     see (`.item()`, `bool()`, `nonzero`, boolean indexing, `repeat_interleave` without `output_size`), which all pass
-    the dispatcher, and `Tensor.tolist`, `.cpu` and `.numpy`, which on a CPU do not and are patched.
+    the dispatcher, and `Tensor.tolist`, `.cpu` and `.numpy`, which on a CPU do not and are patched. `unique_dim` is
+    left out: equal questions are looked for on a CPU alone.
     """
 
-    OPERATORS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim")
+    OPERATORS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
 
     def __init__(self, monkeypatch):
         super().__init__()
@@ -250,18 +252,59 @@ def test_the_device_is_read_as_often_as_needed(architecture, setting, monkeypatc
 
 @torch.no_grad()
 @each_architecture
+@each_setting
 @pytest.mark.parametrize("run", ["forward", "generate"])
-def test_vision_tower_and_projector_run_once(architecture, run):
+def test_vision_tower_and_projector_run_once(architecture, setting, run):
+    """Every block of the tower, but for the last one where only a text relevance of "last" reads what it gives."""
     model, batch, calls = architecture.compressed(), architecture.encode(), []
-    parts = (model.model.vision_tower, model.model.multi_modal_projector)
-    hooks = [part.register_forward_pre_hook(lambda module, args: calls.append((module, args))) for part in parts]
+    tower, projector = clip_vision_model(model.model.vision_tower), model.model.multi_modal_projector
+    section = model.config.token_recovery.replace(setting)
+    blocks = list(tower.encoder.layers)
+    reads_last = section.text_relevance == "last" and model._reads_question(section)
+    parts = [tower.embeddings, *(blocks if reads_last else blocks[:-1]), projector]
+    hooks = [
+        part.register_forward_pre_hook(lambda module, args: calls.append((module, args)))
+        for part in (tower.embeddings, *blocks, projector)
+    ]
     try:
-        counts = model(**batch).visual_token_counts
+        counts = model(**batch, token_recovery=setting).visual_token_counts
         if run == "generate":
             calls.clear()
-            generate(model, batch)
+            generate(model, batch, token_recovery=setting)
     finally:
         for hook in hooks:
             hook.remove()
-    assert [module for module, _ in calls] == list(parts)
-    assert calls[1][1][0].shape[:-1].numel() == int(counts.sum())
+    assert [module for module, _ in calls] == parts
+    assert calls[-1][1][0].shape[:-1].numel() == int(counts.sum())
+
+
+@torch.no_grad()
+@each_architecture
+@each_setting
+def test_encoded_pictures_stand_for_pixels(architecture, setting):
+    model, batch = architecture.compressed(), architecture.encode()
+    seen = {name: value for name, value in batch.items() if name not in ("pixel_values", "image_sizes")}
+    encoded = model.encode_images(batch["pixel_values"], batch.get("image_sizes"), token_recovery=setting)
+    assert generate(model, {**seen, "pixel_values": encoded}, token_recovery=setting).equal(
+        generate(model, batch, token_recovery=setting)
+    )
+    ours = model(**seen, pixel_values=encoded, token_recovery=setting)
+    assert ours.logits.equal(model(**batch, token_recovery=setting).logits)
+    records = model.recover(**seen, pixel_values=encoded, token_recovery=setting)
+    assert_same_records(records, model.recover(**batch, token_recovery=setting))
+
+
+@torch.no_grad()
+@each_architecture
+def test_pictures_encoded_for_other_settings_are_refused(architecture):
+    model, batch = architecture.compressed(), architecture.encode()
+    sizes = batch.pop("image_sizes", None)
+    other = {"text_relevance": "value"}
+    batch["pixel_values"] = model.encode_images(batch["pixel_values"], sizes, token_recovery=other)
+    with pytest.raises(ValueError, match=r"encoded for other settings: hidden states \[\d+\] are missing"):
+        model(**batch)
+    for call in (model, model.generate, model.compress_inputs):
+        with pytest.raises(ValueError, match="reads pixel_values as a tensor, but got EncodedImages"):
+            call(**batch, token_recovery={"enabled": False})
+    with pytest.raises(ValueError, match="the stock model reads pixel_values: pass them to it"):
+        model.encode_images(torch.zeros(1), token_recovery={"enabled": False})

@@ -9,6 +9,7 @@ import torch
 from architectures import LLAVA, LLAVA_NEXT, assert_same_records, each_side, generate, labels_of, prompt_of
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, MistralConfig
 
+from reccomp_hf.compat import clip_vision_model
 from reccomp_hf.layout import NEWLINE
 
 SIDE, CELLS, PATCHES = tiny.IMAGE_SIZE, tiny.IMAGE_SIZE // tiny.PATCH_SIZE, tiny.PATCHES
@@ -260,7 +261,7 @@ def test_kept_newlines_are_the_newline_itself():
 @each_setting
 def test_one_call_of_tower_and_projector(setting):
     model, batch, seen = NEXT.compressed(), encode(MIXED), []
-    parts = (model.model.vision_tower, model.model.multi_modal_projector)
+    parts = (clip_vision_model(model.model.vision_tower).embeddings, model.model.multi_modal_projector)
     hooks = [part.register_forward_pre_hook(lambda module, args: seen.append((module, args[0]))) for part in parts]
     try:
         output = model(**batch, token_recovery=setting)

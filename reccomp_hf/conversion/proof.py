@@ -17,7 +17,7 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiMod
 from .. import compat
 from ..configuration_reccomp import TokenRecoveryConfig
 from ..quiet import quiet
-from ..relevance import patch_embeddings, text_similarity
+from ..relevance import patch_embeddings, relevance_state, text_similarity
 from .shards import Headers, is_weight, place_of, read_tensor
 
 PROJECTORS = {"llava_reccomp": LlavaMultiModalProjector, "llava_next_reccomp": LlavaNextMultiModalProjector}
@@ -74,9 +74,10 @@ def prove(folder: Path, model_class: Any, config: Any, llava: tuple[Path, Header
     if clip_model is not None:
         question = _question(clip_model.config.text_config)
         section = config.token_recovery.replace({"method": "recoverable"})
-        wanted = _clip_similarity(clip_model, compat.clip_vision_model(tower), states, question, section)
+        read = relevance_state(section.text_relevance, config.vision_config.num_hidden_layers)
+        wanted = _clip_similarity(clip_model, compat.clip_vision_model(tower), states[read], question, section)
         windows, rows = torch.ones(1, 1, dtype=torch.bool), torch.zeros(len(tiles), dtype=torch.long)
-        _check_close("text similarity", model._text_similarity(ours, question, windows, rows, section), wanted)
+        _check_close("text similarity", model._text_similarity(ours[read], question, windows, rows, section), wanted)
         proven.append("text similarity")
     count, patches = _count(model, pixels, sizes, question)
     return f"{', '.join(proven)} equal to the sources'; {count} of {patches} visual tokens chosen on a probe picture"
@@ -136,15 +137,12 @@ def _question(text: Any) -> Tensor:
     return ids.view(1, 1, length)
 
 
-def _clip_similarity(
-    clip: Any, tower: Any, states: tuple[Tensor, ...], question: Tensor, section: TokenRecoveryConfig
-) -> Tensor:
+def _clip_similarity(clip: Any, tower: Any, states: Tensor, question: Tensor, section: TokenRecoveryConfig) -> Tensor:
     """(B, N), the similarity by the CLIP's own text model and projections."""
     text = clip.text_projection(clip.text_model(input_ids=question[0]).pooler_output).unsqueeze(0)  # (1, 1, P)
     patches = patch_embeddings(
         section.text_relevance,
-        states[-2],
-        states[-1],
+        states,
         tower.encoder.layers[-1],
         tower.post_layernorm,
         clip.visual_projection,
