@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText
 from reccomp_hf import demo
 from reccomp_hf.demo import Scene, SceneObject, checkpoint_folder, draw_scene, questions
 from reccomp_hf.demo.scene_questions import every_question, read_question
+from reccomp_hf.demo.scenes import CLOSE_UP_SIZE, draw_close_up
 from reccomp_hf.demo.stencils import letter_opacity
 
 PINNED_OBJECTS = (
@@ -124,6 +125,22 @@ def test_letters_differ_and_are_large():
         assert columns[-1] - columns[0] + 1 >= 14
     for one, other in combinations(masks.values(), 2):
         assert (one != other).sum() >= 70
+
+
+def test_a_close_up_shows_one_object():
+    drawn = [draw_close_up(seed) for seed in range(200)]
+    assert draw_close_up(3) == drawn[3]
+    for scene in drawn:
+        (item,) = scene.objects
+        x, y, size = item.box
+        assert scene.image.size == (CLOSE_UP_SIZE, CLOSE_UP_SIZE)
+        assert x >= 0 <= y
+        assert max(x, y) + size <= CLOSE_UP_SIZE
+        assert (item.letter is not None) == (item.shape == demo.SIGN)
+    shapes = Counter(scene.objects[0].shape for scene in drawn)
+    assert shapes.keys() == set(demo.SHAPES)
+    assert 70 < shapes[demo.SIGN] < 130
+    assert {scene.objects[0].color for scene in drawn} == demo.COLORS.keys()
 
 
 def test_negative_seed_is_refused():

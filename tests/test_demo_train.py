@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from reccomp_hf.demo import COLORS, LETTERS, SHAPES, TRAIN_SEEDS, VALIDATION_SEEDS, Scene, draw_scene, questions
 from reccomp_hf.demo.train import main, train
 from reccomp_hf.demo.training import loop
-from reccomp_hf.demo.training.clip import average_precision, new_clip, patches_inside
+from reccomp_hf.demo.training.clip import ClipLoss, average_precision, new_clip, patches_inside
 from reccomp_hf.demo.training.config import MODELS, SCALES, Stage, TrainingConfig
 from reccomp_hf.demo.training.data import (
     batch_rows,
@@ -24,10 +24,16 @@ from reccomp_hf.demo.training.data import (
     pixel_values,
     scene_objects,
 )
-from reccomp_hf.demo.training.llava import LlavaLoss, new_llava, tower_features
+from reccomp_hf.demo.training.llava import LlavaLoss, conversations, new_llava, tower_features
 from reccomp_hf.demo.training.packing import Packer
 from reccomp_hf.demo.training.texts import TextTable, kinds, texts_about, truths
-from reccomp_hf.demo.training.tokenizers import answer_words, save_clip_tokenizer, save_llama_tokenizer
+from reccomp_hf.demo.training.tokenizers import (
+    CHAT_TEMPLATE,
+    EOS_ID,
+    answer_words,
+    save_clip_tokenizer,
+    save_llama_tokenizer,
+)
 
 STAGE = Stage(
     steps=4,
@@ -55,9 +61,12 @@ TINY = TrainingConfig(
     letter_texts=0.5,
     region_texts=6,
     questions=5,
+    conversations_from=2,
     clip=STAGE,
     llava=STAGE,
     scenes=8,
+    close_ups=6,
+    close_ups_per_step=2,
     monitored_scenes=4,
     validation_scenes=6,
 )
@@ -147,8 +156,8 @@ def test_a_complete_run_is_left_alone(folder: Path, trained: Path):
 def test_the_folder_of_another_run_is_refused(folder: Path, trained: Path):
     with pytest.raises(ValueError, match="holds a run with other settings of model"):
         train("demo-global", TINY, folder / "whole")
-    with pytest.raises(ValueError, match="other settings of seed"):
-        train("demo", dataclasses.replace(TINY, seed=1), folder / "whole")
+    with pytest.raises(ValueError, match="other settings of questions"):
+        train("demo", dataclasses.replace(TINY, questions=4), folder / "whole")
 
 
 def test_the_learning_rate_rises_falls_and_ends_at_zero():
@@ -182,9 +191,11 @@ def test_settings_that_cannot_be_trained_are_refused(changes: dict, message: str
 def test_bad_requests_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
     with pytest.raises(ValueError, match=r"no demo model 'big' to train. Choose one of: demo, demo-global"):
         train("big", TINY, tmp_path)
-    with pytest.raises(ValueError, match="There are 1000000 training scenes, but scenes is 1000001"):
+    with pytest.raises(
+        ValueError, match="There are 1000000 training seeds, but scenes and close_ups are 1000001 and 6"
+    ):
         train("demo", dataclasses.replace(TINY, scenes=1_000_001), tmp_path)
-    for extra, message in ((["--scenes", "5"], "takes 32 scenes"), (["--threads", "0"], "at least 1, got 0")):
+    for extra, message in ((["--scenes", "5"], "takes 24 scenes"), (["--threads", "0"], "at least 1, got 0")):
         with pytest.raises(SystemExit):
             main(["--model", "demo", "--output", str(tmp_path / "run"), *extra])
         assert message in capsys.readouterr().err
@@ -208,40 +219,70 @@ def test_the_large_scale_builds_and_reads_enlarged_scenes(tokenizers: tuple):
     scenes = draw_scenes(range(1))
     features = tower_features(llava, scenes.pictures, config.image_size)
     assert features.shape == (1, 24 * 24, config.vision_width)
-    packed = Packer(llama_tokenizer, 24 * 24, llava.device).pack([questions(draw_scene(0), 0)])
+    packed = Packer(llama_tokenizer, 24 * 24, llava.device).pack([[questions(draw_scene(0), 0)]])
     logits, _ = LlavaLoss(llava)(features, packed)
     assert logits.shape == (2 * len(questions(draw_scene(0), 0)), len(llama_tokenizer))
     assert torch.isfinite(logits).all()
     assert int(packed.position_ids.max()) < config.decoder_positions
 
 
-def test_packed_questions_equal_single_ones(tokenizers: tuple):
-    """The logits of every answer are those of its own prompt, picture included."""
+def test_packed_conversations_equal_single_ones(tokenizers: tuple):
+    """The logits of every answer are those of its own conversation as the chat template writes it."""
     clip_tokenizer, tokenizer = tokenizers
     model = new_llava(TINY, new_clip(TINY, clip_tokenizer), len(tokenizer)).eval()
     scenes = [draw_scene(seed) for seed in (0, 5)]
     pictures = np.stack([np.asarray(scene.image) for scene in scenes])
-    asked = [questions(scene, 1) for scene in scenes]
+    held = [[asked[:3], asked[3:4], asked[4:]] for asked in (questions(scene, 1) for scene in scenes)]
     pixels = pixel_values(pictures, 96, model.device)
     states = model.model.vision_tower(pixel_values=pixels, output_hidden_states=True).hidden_states
-    packed = Packer(tokenizer, 16, model.device).pack(asked)
+    packed = Packer(tokenizer, 16, model.device).pack(held)
     logits, labels = LlavaLoss(model)(states[-2][:, 1:], packed)
-    model.set_attn_implementation("eager")  # of transformers: ours is for packed questions only
+    model.set_attn_implementation("eager")  # of transformers: ours is for packed conversations only
     row = 0
-    for number, items in enumerate(asked):
-        for item in items:
-            text = f"USER: {'<image>' * 16}\n{item.text} ASSISTANT: {item.answer}"
-            single = model(**tokenizer(text, return_tensors="pt"), pixel_values=pixels[number : number + 1]).logits[0]
-            torch.testing.assert_close(logits[row : row + 2], single[-2:], atol=1e-5, rtol=1e-4)
-            assert tokenizer.decode(labels[row : row + 2]) == f" {item.answer}</s>"
-            row += 2
+    for number, conversations_about_it in enumerate(held):
+        for conversation in conversations_about_it:
+            text = tokenizer.apply_chat_template(_messages(conversation), chat_template=CHAT_TEMPLATE, tokenize=False)
+            ids = tokenizer(text.replace("<image>", "<image>" * 16), return_tensors="pt")
+            single = model(**ids, pixel_values=pixels[number : number + 1]).logits[0]
+            ends = (ids["input_ids"][0] == EOS_ID).nonzero()[:, 0]
+            for end, item in zip(ends, conversation, strict=True):
+                torch.testing.assert_close(logits[row : row + 2], single[end - 2 : end], atol=1e-5, rtol=1e-4)
+                assert tokenizer.decode(labels[row : row + 2]) == f" {item.answer}</s>"
+                row += 2
     assert row == len(labels)
+
+
+@torch.no_grad()
+def test_a_close_up_is_read_like_a_part_of_a_picture(tokenizers: tuple):
+    """One as large as a picture, of which there is one place, is read like a picture."""
+
+    class Large(TrainingConfig):
+        close_up_side = TINY.side
+
+    config = Large(**vars(TINY))
+    module = ClipLoss(new_clip(config, tokenizers[0]), TextTable(tokenizers[0]), config, boxes=False).eval()
+    pictures = draw_scenes(range(3)).pictures
+    wanted = module.embed_pictures(pictures)[0]
+    torch.testing.assert_close(module.embed_close_ups(pictures, np.random.default_rng(0)), wanted)
+    small = ClipLoss(module.clip, module.table, TINY, boxes=False)
+    near = draw_scenes(range(2), close_ups=True).pictures
+    places = [small.embed_close_ups(near, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    assert places[0].equal(places[1])
+    assert not torch.allclose(places[0], places[2])
+
+
+def test_questions_are_shared_out_to_conversations():
+    asked, rng = questions(draw_scene(0), 0), np.random.default_rng(0)
+    held = [conversations(asked, rng) for _ in range(200)]
+    for some in held:
+        assert sorted(item.text for one in some for item in one) == sorted(item.text for item in asked)
+    assert {len(one) for some in held for one in some} == {1, 2, 3, 4}
 
 
 def test_an_answer_of_several_tokens_is_refused(tokenizers: tuple):
     question = dataclasses.replace(questions(draw_scene(0), 0)[0], answer="ultramarine")
     with pytest.raises(ValueError, match="The answer 'ultramarine' must be one token of the tokenizer, but is"):
-        Packer(tokenizers[1], 16, torch.device("cpu")).pack([[question]])
+        Packer(tokenizers[1], 16, torch.device("cpu")).pack([[[question]]])
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------
@@ -327,6 +368,15 @@ def test_average_precision():
 def test_a_stock_clip_lies_beside(folder: Path, trained: Path):
     _, info = CLIPModel.from_pretrained(folder / "whole" / "stock" / "clip", output_loading_info=True)
     assert not info["missing_keys"]
+
+
+def _messages(conversation: list) -> list[dict]:
+    messages = []
+    for turn, item in enumerate(conversation):
+        asked = [{"type": "image"}] * (turn == 0) + [{"type": "text", "text": item.text}]
+        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": item.answer}]})
+    return messages
 
 
 def _describes(text: str, scene: Scene) -> bool:

@@ -20,6 +20,9 @@ from .stencils import LETTERS, SHAPES, SIGN, letter_opacity, shape_opacity
 IMAGE_SIZE = 96
 """Width and height of a scene, in pixels."""
 
+CLOSE_UP_SIZE = 48
+"""Width and height of a close-up, in pixels."""
+
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (215, 35, 35),
     "green": (40, 165, 50),
@@ -41,6 +44,7 @@ EVALUATION_SEEDS = range(1_000_000, 2_000_000)
 VALIDATION_SEEDS = range(2_000_000, 3_000_000)
 """Seeds of scenes for watching a training run: neither trained on nor used for a reported number."""
 
+_PLAIN_SHAPES = tuple(shape for shape in SHAPES if shape != SIGN)
 _OBJECT_COUNTS = (2, 5)  # lowest and highest number of objects
 _SIGN_COUNTS = (0, 1, 1, 2)  # equally likely, but at least one object of a scene is no sign
 _OBJECT_SIZES = (22, 24, 26, 28, 30)  # side of an object's box, pixels
@@ -99,8 +103,31 @@ def draw_scene(seed: int) -> Scene:
         ValueError: If `seed` is negative.
     """
     rng = generator(_SCENE_STREAM, seed)
-    canvas = _background(rng)  # (96, 96, 3), float grey levels
-    objects = _arrange_objects(rng)
+    return _drawn(rng, _background(rng), _arrange_objects(rng))
+
+
+def draw_close_up(seed: int) -> Scene:
+    """Draw a picture of one object, every other time a sign: what a CLIP is trained on besides.
+
+    Args:
+        seed: Non-negative integer out of `TRAIN_SEEDS`.
+
+    Returns:
+        A picture of `CLOSE_UP_SIZE` x `CLOSE_UP_SIZE` pixels in the style of the scenes, and its object.
+
+    Raises:
+        ValueError: If `seed` is negative.
+    """
+    rng = generator(_SCENE_STREAM, seed)
+    canvas = _background(rng)[:CLOSE_UP_SIZE, :CLOSE_UP_SIZE].copy()
+    shape = SIGN if rng.integers(2) else _PLAIN_SHAPES[rng.integers(len(_PLAIN_SHAPES))]
+    color = list(COLORS)[rng.integers(len(COLORS))]
+    item = _placed_object(color, shape, [], CLOSE_UP_SIZE, rng)
+    return _drawn(rng, canvas, () if item is None else (item,))
+
+
+def _drawn(rng: np.random.Generator, canvas: np.ndarray, objects: tuple[SceneObject, ...]) -> Scene:
+    """Objects on a background (height, width, 3) of float grey levels."""
     for item in objects:
         _paint(canvas, item, rng)
     canvas += rng.normal(0.0, _PIXEL_NOISE, canvas.shape)
@@ -127,27 +154,27 @@ def _arrange_objects(rng: np.random.Generator) -> tuple[SceneObject, ...]:
     count = int(rng.integers(lowest, highest + 1))
     signs = min(_SIGN_COUNTS[rng.integers(len(_SIGN_COUNTS))], count - 1)
     colors = rng.permutation(list(COLORS))[:count]
-    plain = [shape for shape in SHAPES if shape != SIGN]
-    shapes = [SIGN] * signs + list(rng.permutation(plain)[: count - signs])
+    shapes = [SIGN] * signs + list(rng.permutation(_PLAIN_SHAPES)[: count - signs])
     objects: list[SceneObject] = []
     for color, shape in zip(colors, shapes, strict=True):
-        sizes = _SIGN_SIZES if shape == SIGN else _OBJECT_SIZES
-        box = _free_box([item.box for item in objects], sizes, rng)
-        if box is None:
+        item = _placed_object(str(color), str(shape), objects, IMAGE_SIZE, rng)
+        if item is None:
             break
-        letter = LETTERS[rng.integers(len(LETTERS))] if shape == SIGN else None
-        objects.append(SceneObject(str(color), str(shape), box, letter))
+        objects.append(item)
     return tuple(objects)
 
 
-def _free_box(
-    taken: list[tuple[int, int, int]], sizes: tuple[int, ...], rng: np.random.Generator
-) -> tuple[int, int, int] | None:
+def _placed_object(
+    color: str, shape: str, others: list[SceneObject], side: int, rng: np.random.Generator
+) -> SceneObject | None:
+    """Find a place among other objects in a picture of `side` x `side` pixels; a sign gets its letter."""
+    sizes = _SIGN_SIZES if shape == SIGN else _OBJECT_SIZES
     for _ in range(_PLACEMENT_ATTEMPTS):
         size = sizes[rng.integers(len(sizes))]
-        x, y = (int(value) for value in rng.integers(0, IMAGE_SIZE - size + 1, size=2))
-        if not any(_overlap((x, y, size), other) for other in taken):
-            return x, y, size
+        x, y = (int(value) for value in rng.integers(0, side - size + 1, size=2))
+        if not any(_overlap((x, y, size), other.box) for other in others):
+            letter = LETTERS[rng.integers(len(LETTERS))] if shape == SIGN else None
+            return SceneObject(color, shape, (x, y, size), letter)
     return None
 
 
@@ -212,6 +239,7 @@ def _to_uint8(levels: np.ndarray) -> np.ndarray:
 
 
 __all__ = [
+    "CLOSE_UP_SIZE",
     "COLORS",
     "EVALUATION_SEEDS",
     "IMAGE_SIZE",
@@ -222,6 +250,7 @@ __all__ = [
     "VALIDATION_SEEDS",
     "Scene",
     "SceneObject",
+    "draw_close_up",
     "draw_scene",
     "generator",
 ]

@@ -50,8 +50,11 @@ def train(
     """
     if name not in MODELS:
         raise ValueError(f"There is no demo model {name!r} to train. Choose one of: {', '.join(MODELS)}.")
-    if config.scenes > len(TRAIN_SEEDS):
-        raise ValueError(f"There are {len(TRAIN_SEEDS)} training scenes, but scenes is {config.scenes}.")
+    if config.scenes + config.close_ups > len(TRAIN_SEEDS):
+        raise ValueError(
+            f"There are {len(TRAIN_SEEDS)} training seeds, but scenes and close_ups are {config.scenes} and "
+            f"{config.close_ups}."
+        )
     final = output / "final"
     _claim(output, {"model": name, **dataclasses.asdict(config)})
     if (final / "training.json").exists():
@@ -61,11 +64,16 @@ def train(
     save_llama_tokenizer(output / "tokenizers" / "llama")
     clip_tokenizer = AutoTokenizer.from_pretrained(output / "tokenizers" / "clip")
     llama_tokenizer = AutoTokenizer.from_pretrained(output / "tokenizers" / "llama")
-    scenes = cached_scenes(cache or output / "cache", TRAIN_SEEDS[: config.scenes], threads)
+    drawn = cache or output / "cache"
+    scenes = cached_scenes(drawn, TRAIN_SEEDS[: config.scenes], threads)
+    behind = TRAIN_SEEDS[config.scenes : config.scenes + config.close_ups]
+    close_ups = cached_scenes(drawn, behind, threads, close_ups=True)
     monitored = validation_scenes(config.monitored_scenes)
 
     clip = new_clip(config, clip_tokenizer).to(device)
-    clip_history = train_clip(clip, clip_tokenizer, scenes, monitored, config, MODELS[name], output / "clip.pt")
+    clip_history = train_clip(
+        clip, clip_tokenizer, scenes, close_ups, monitored, config, MODELS[name], output / "clip.pt"
+    )
     llava = new_llava(config, clip, len(llama_tokenizer)).to(device)
     llava_history = train_llava(llava, llama_tokenizer, scenes, monitored, config, output)
 
@@ -128,6 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scenes", type=int, help="number of training scenes (default: the scale's)")
     parser.add_argument("--clip-steps", type=int, help="training steps of the CLIP (default: the scale's)")
     parser.add_argument("--llava-steps", type=int, help="training steps of the LLaVA (default: the scale's)")
+    parser.add_argument("--llava-seed", type=int, help="seed of the LLaVA stage (default: the scale's)")
     parser.add_argument("--device", default="cpu", help="for example cuda (default: cpu)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     arguments = parser.parse_args(argv)
@@ -150,6 +159,8 @@ def _config(arguments: argparse.Namespace) -> TrainingConfig:
         clip = dataclasses.replace(clip, steps=arguments.clip_steps)
     if arguments.llava_steps is not None:
         llava = dataclasses.replace(llava, steps=arguments.llava_steps)
+    if arguments.llava_seed is not None:
+        llava = dataclasses.replace(llava, seed=arguments.llava_seed)
     scenes = config.scenes if arguments.scenes is None else arguments.scenes
     return dataclasses.replace(config, clip=clip, llava=llava, scenes=scenes)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel
 
+from ... import compat
 from ..scenes import COLORS, IMAGE_SIZE, LETTERS, SHAPES, SIGN
 from .config import TrainingConfig
 from .data import NOTHING, Scenes, batch_rows, pixel_values
@@ -32,7 +33,7 @@ def new_clip(config: TrainingConfig, tokenizer: Any) -> CLIPModel:
 
     Shape is a matter of neighbouring patches, and from a table near zero that takes long to be learned.
     """
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.clip.seed)
     width = config.vision_width
     vision = {
         "hidden_size": width,
@@ -103,6 +104,23 @@ class ClipLoss(nn.Module):
         patches = self.clip.visual_projection(tower.post_layernorm(output.last_hidden_state[:, 1:]))
         return functional.normalize(whole.float(), dim=-1), functional.normalize(patches.float(), dim=-1)
 
+    def embed_close_ups(self, pictures: np.ndarray, rng: np.random.Generator) -> Tensor:
+        """Unit embeddings (B, D), float32, of pictures (B, 48, 48, 3), each at a random place of the positions."""
+        tower, side, within = self.clip.vision_model, self.config.side, self.config.close_up_side
+        pixels = pixel_values(pictures, within * self.config.patch_size, self.bias.device)
+        embeddings = tower.embeddings
+        patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, within * within, C)
+        corners = torch.from_numpy(rng.integers(side - within + 1, size=(len(pictures), 2)))
+        grid = torch.arange(within)
+        rows, columns = (corners[:, axis, None] + grid for axis in range(2))
+        places = 1 + (rows[:, :, None] * side + columns[:, None]).flatten(1).to(pixels.device)
+        first = (embeddings.class_embedding + embeddings.position_embedding.weight[0]).expand(len(patches), 1, -1)
+        states = tower.pre_layrnorm(torch.cat([first, patches + embeddings.position_embedding(places)], dim=1))
+        for block in tower.encoder.layers:
+            states = compat.run_block(block, states)
+        whole = self.clip.visual_projection(tower.post_layernorm(states[:, 0]))
+        return functional.normalize(whole.float(), dim=-1)
+
     def embed_texts(self, rows: np.ndarray) -> Tensor:
         """Unit embeddings of texts of the table: (T, D), float32."""
         device, chosen = self.bias.device, torch.from_numpy(rows)
@@ -112,10 +130,18 @@ class ClipLoss(nn.Module):
         )
         return functional.normalize(self.clip.text_projection(output.pooler_output).float(), dim=-1)
 
-    def forward(self, pictures: np.ndarray, objects: np.ndarray, rows: np.ndarray) -> tuple[Tensor, Figures]:
-        """Loss of pictures (B, 96, 96, 3) with objects (B, 5, 6) and texts (T,)."""
+    def forward(
+        self,
+        pictures: np.ndarray,
+        close_ups: np.ndarray,
+        objects: np.ndarray,
+        rows: np.ndarray,
+        rng: np.random.Generator,
+    ) -> tuple[Tensor, Figures]:
+        """Loss of pictures (B, 96, 96, 3) and close-ups (S, 48, 48, 3) with objects (B + S, 5, 6) and texts (T,)."""
         about, device = self.table.kinds[rows], self.bias.device
         whole, patches = self.embed_pictures(pictures)
+        whole = torch.cat([whole, self.embed_close_ups(close_ups, rng)])
         texts = self.embed_texts(rows)
         logits = self.clip.logit_scale.exp() * _cosines(whole, texts) + self.bias
         true = truths(objects, about).to(device)
@@ -123,7 +149,7 @@ class ClipLoss(nn.Module):
         if not self.boxes:
             return contrastive, {"contrastive": contrastive.item()}
         few = self.config.region_texts
-        region = self._region_loss(patches, texts[:few], objects, about[:few])
+        region = self._region_loss(patches, texts[:few], objects[: len(pictures)], about[:few])
         return contrastive + _REGION_WEIGHT * region, {"contrastive": contrastive.item(), "region": region.item()}
 
     def _region_loss(self, patches: Tensor, texts: Tensor, objects: np.ndarray, about: np.ndarray) -> Tensor:
@@ -160,6 +186,7 @@ def train_clip(
     clip: CLIPModel,
     tokenizer: Any,
     scenes: Scenes,
+    close_ups: Scenes,
     validation: Scenes,
     config: TrainingConfig,
     boxes: bool,
@@ -171,6 +198,7 @@ def train_clip(
         clip: On the device to train on.
         tokenizer: CLIP's.
         scenes: To train on.
+        close_ups: Pictures of one object, to train on besides.
         validation: To evaluate on now and then.
         config: Sizes and lengths.
         boxes: Whether the region loss is added.
@@ -183,13 +211,14 @@ def train_clip(
     module = ClipLoss(clip, table, config, boxes).to(clip.device)
 
     def loss_of_step(step: int) -> tuple[Tensor, Figures]:
-        rows = batch_rows(step, config.clip.images, len(scenes.objects), config.seed)
-        objects = scenes.objects[rows]
-        rng = np.random.default_rng([config.seed, _TEXT_STREAM, step])
+        rows = batch_rows(step, config.clip.images, len(scenes.objects), config.clip.seed)
+        near = batch_rows(step, config.close_ups_per_step, len(close_ups.objects), config.clip.seed)
+        objects = np.concatenate([scenes.objects[rows], close_ups.objects[near]])
+        rng = np.random.default_rng([config.clip.seed, _TEXT_STREAM, step])
         letters = config.letter_texts if step >= config.letters_from else 0.0
         texts = table.draw(objects, config.texts, rng, letters)
         with torch.autocast(clip.device.type, dtype=torch.bfloat16):
-            return module(scenes.pictures[rows], objects, texts)
+            return module(scenes.pictures[rows], close_ups.pictures[near], objects, texts, rng)
 
     def evaluate() -> Figures:
         return retrieval(module, validation)

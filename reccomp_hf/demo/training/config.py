@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..scenes import CLOSE_UP_SIZE, IMAGE_SIZE
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -19,6 +21,7 @@ class Stage:
             its horizon.
         weight_decay: For matrices; vectors and scalars have none.
         evaluate_every: Steps between two evaluations on validation scenes.
+        seed: Of the weights and of the order of everything drawn.
     """
 
     steps: int
@@ -29,6 +32,7 @@ class Stage:
     cooldown_steps: int
     weight_decay: float
     evaluate_every: int = 500
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,17 @@ class TrainingConfig:
         letter_texts: Share of the texts that name one from then on, if their scene has one, besides the others' share.
         region_texts: How many of them the patches are compared with (`demo` only).
         questions: Highest number of questions per picture and step.
+        conversations_from: LLaVA step from which on some of them follow others in one conversation; before, where an
+            earlier answer tells a later one, the picture is learned slowly.
         clip: Training of the CLIP.
         llava: Training of the projector and the decoder.
         scenes: Number of training scenes, from the start of `TRAIN_SEEDS` on.
+        close_ups: Number of pictures of one object behind them, for the CLIP: most captioned photographs show one
+            thing, and from scenes alone a CLIP without boxes hardly learns shapes.
+        close_ups_per_step: How many of them a step of the CLIP takes besides its scenes.
         monitored_scenes: Number of validation scenes during a run.
         validation_scenes: Number of validation scenes after it.
         cache_features: Whether the features of all scenes are kept in a file rather than computed at every step.
-        seed: Of the weights and of the order of everything drawn.
     """
 
     image_size: int
@@ -75,13 +83,15 @@ class TrainingConfig:
     letter_texts: float
     region_texts: int
     questions: int
+    conversations_from: int
     clip: Stage
     llava: Stage
     scenes: int
+    close_ups: int
+    close_ups_per_step: int
     monitored_scenes: int = 384
     validation_scenes: int = 1000
     cache_features: bool = True
-    seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained.
@@ -102,6 +112,11 @@ class TrainingConfig:
         """Patches along one side of the picture."""
         return self.image_size // self.patch_size
 
+    @property
+    def close_up_side(self) -> int:
+        """Patches along one side of a close-up."""
+        return self.side * CLOSE_UP_SIZE // IMAGE_SIZE
+
 
 SCALES = {
     "small": TrainingConfig(
@@ -120,9 +135,10 @@ SCALES = {
         letter_texts=0.35,
         region_texts=48,
         questions=14,
+        conversations_from=1300,
         clip=Stage(
             steps=5500,
-            images=32,
+            images=20,
             learning_rate=1e-3,
             warmup_steps=300,
             horizon=7000,
@@ -139,6 +155,8 @@ SCALES = {
             weight_decay=0.02,
         ),
         scenes=64_000,
+        close_ups=64_000,
+        close_ups_per_step=48,
     ),
     "llava-1.5": TrainingConfig(
         image_size=336,
@@ -156,9 +174,10 @@ SCALES = {
         letter_texts=0.35,
         region_texts=96,
         questions=16,
+        conversations_from=7500,
         clip=Stage(
             steps=20_000,
-            images=128,
+            images=80,
             learning_rate=6e-4,
             warmup_steps=1000,
             horizon=24_000,
@@ -175,6 +194,8 @@ SCALES = {
             weight_decay=0.02,
         ),
         scenes=400_000,
+        close_ups=400_000,
+        close_ups_per_step=192,
         cache_features=False,
     ),
 }

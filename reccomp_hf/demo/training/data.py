@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,17 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ..scenes import COLORS, IMAGE_SIZE, LETTERS, SHAPES, VALIDATION_SEEDS, SceneObject, draw_scene
+from ..scenes import (
+    CLOSE_UP_SIZE,
+    COLORS,
+    IMAGE_SIZE,
+    LETTERS,
+    SHAPES,
+    VALIDATION_SEEDS,
+    SceneObject,
+    draw_close_up,
+    draw_scene,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +44,7 @@ class Scenes:
     """Drawn scenes as arrays.
 
     Attributes:
-        pictures: (N, 96, 96, 3), uint8.
+        pictures: (N, 96, 96, 3), uint8; close-ups are (N, 48, 48, 3).
         objects: (N, 5, 6), int16: index of the color, of the shape and of the letter, then x, y and size of the box
             in pixels; rows without an object and letters that are not there are `NOTHING`.
     """
@@ -43,12 +53,13 @@ class Scenes:
     objects: np.ndarray
 
 
-def draw_scenes(seeds: range) -> Scenes:
-    """Draw the scenes of consecutive seeds into memory."""
-    pictures = np.empty((len(seeds), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+def draw_scenes(seeds: range, close_ups: bool = False) -> Scenes:
+    """Draw the scenes, or the close-ups, of consecutive seeds into memory."""
+    draw, size = (draw_close_up, CLOSE_UP_SIZE) if close_ups else (draw_scene, IMAGE_SIZE)
+    pictures = np.empty((len(seeds), size, size, 3), np.uint8)
     objects = np.full((len(seeds), MOST_OBJECTS, 6), NOTHING, np.int16)
     for row, seed in enumerate(seeds):
-        scene = draw_scene(seed)
+        scene = draw(seed)
         pictures[row] = np.asarray(scene.image)
         for place, item in enumerate(scene.objects):
             letter = NOTHING if item.letter is None else LETTERS.index(item.letter)
@@ -56,22 +67,23 @@ def draw_scenes(seeds: range) -> Scenes:
     return Scenes(pictures, objects)
 
 
-def cached_scenes(folder: Path, seeds: range, processes: int = 1) -> Scenes:
+def cached_scenes(folder: Path, seeds: range, processes: int = 1, close_ups: bool = False) -> Scenes:
     """Open the scenes of consecutive seeds, drawing them into `folder` the first time.
 
     Files appear whole or not at all, so several runs may share a folder.
     """
-    name = f"{seeds.start}-{seeds.stop}"
+    name = f"{'close-ups-' if close_ups else ''}{seeds.start}-{seeds.stop}"
     pictures_file, objects_file = folder / f"pictures-{name}.npy", folder / f"objects-{name}.npy"
     if not (pictures_file.exists() and objects_file.exists()):
         folder.mkdir(parents=True, exist_ok=True)
         logger.info("drawing %d scenes into %s", len(seeds), folder)
         with file_in_place(pictures_file) as temporary:
-            shape = (len(seeds), IMAGE_SIZE, IMAGE_SIZE, 3)
+            size = CLOSE_UP_SIZE if close_ups else IMAGE_SIZE
+            shape = (len(seeds), size, size, 3)
             pictures = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
             objects = np.empty((len(seeds), MOST_OBJECTS, 6), np.int16)
             first = 0
-            for chunk in _drawn_chunks(seeds, processes):
+            for chunk in _drawn_chunks(seeds, processes, close_ups):
                 rows = slice(first, first + len(chunk.objects))
                 pictures[rows], objects[rows] = chunk.pictures, chunk.objects
                 first = rows.stop
@@ -86,13 +98,14 @@ def validation_scenes(number: int) -> Scenes:
     return draw_scenes(VALIDATION_SEEDS[:number])
 
 
-def _drawn_chunks(seeds: range, processes: int) -> Iterator[Scenes]:
+def _drawn_chunks(seeds: range, processes: int, close_ups: bool) -> Iterator[Scenes]:
     chunks = [seeds[start : start + _CHUNK] for start in range(0, len(seeds), _CHUNK)]
+    draw = partial(draw_scenes, close_ups=close_ups)
     if processes == 1:
-        yield from tqdm(map(draw_scenes, chunks), "scenes", len(chunks))
+        yield from tqdm(map(draw, chunks), "scenes", len(chunks))
         return
     with ProcessPoolExecutor(processes) as pool:
-        yield from tqdm(pool.map(draw_scenes, chunks), "scenes", len(chunks))
+        yield from tqdm(pool.map(draw, chunks), "scenes", len(chunks))
 
 
 @contextmanager
@@ -121,7 +134,7 @@ def _epoch_order(seed: int, epoch: int, number: int) -> np.ndarray:
 
 
 def pixel_values(pictures: np.ndarray, image_size: int, device: torch.device) -> Tensor:
-    """Pictures (B, H, W, 3), uint8, as the vision tower reads them: (B, 3, image_size, image_size), normalized."""
+    """Pictures (B, S, S, 3), uint8, as the vision tower reads them: (B, 3, image_size, image_size), normalized."""
     pixels = torch.from_numpy(np.array(pictures)).to(device).permute(0, 3, 1, 2).float() / 255
     if pixels.shape[-1] != image_size:  # with antialias the kernel is the one of Pillow's bicubic
         pixels = functional.interpolate(pixels, (image_size, image_size), mode="bicubic", antialias=True).clamp(0, 1)

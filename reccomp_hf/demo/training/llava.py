@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 _FEATURE_LAYER = -2
 _QUESTION_STREAM = 22  # second word of the seed of the questions of a step
 _ATTENTION = "reccomp_demo_training"
+_TURNS = (1, 1, 1, 2, 3, 4)  # of a conversation, equally likely
 _BATCH = 64  # pictures, wherever nothing is trained
 
 Features = Callable[[np.ndarray], Tensor]
@@ -65,7 +66,7 @@ AttentionInterface.register(_ATTENTION, _rounded_attention)
 
 def new_llava(config: TrainingConfig, clip: CLIPModel, vocabulary: int) -> LlavaForConditionalGeneration:
     """A LLaVA with the vision tower of a CLIP, frozen, and random weights elsewhere."""
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.llava.seed)
     decoder = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=config.text_width,
@@ -127,7 +128,7 @@ def training_features(
 
 
 class LlavaLoss(nn.Module):
-    """A LLaVA that answers several questions behind one copy of the picture."""
+    """A LLaVA that answers in several conversations behind one copy of the picture."""
 
     def __init__(self, llava: LlavaForConditionalGeneration) -> None:
         super().__init__()
@@ -177,10 +178,10 @@ def train_llava(
     module = LlavaLoss(llava)
 
     def loss_of_step(step: int) -> tuple[Tensor, Figures]:
-        rows = batch_rows(step, config.llava.images, len(scenes.objects), config.seed)
-        rng = np.random.default_rng([config.seed, _QUESTION_STREAM, step])
+        rows = batch_rows(step, config.llava.images, len(scenes.objects), config.llava.seed)
+        rng = np.random.default_rng([config.llava.seed, _QUESTION_STREAM, step])
         asked = [every_question(scene_objects(scenes.objects[row]), rng)[: config.questions] for row in rows]
-        packed = packer.pack(asked)
+        packed = packer.pack([_held(items, rng, step >= config.conversations_from) for items in asked])
         with torch.autocast(llava.device.type, dtype=torch.bfloat16):
             logits, labels = module(features(rows), packed)
         weights = packed.weights[packed.weights > 0]
@@ -195,6 +196,21 @@ def train_llava(
     return run_stage("LLaVA", module, loss_of_step, evaluate, config.llava, folder / "llava.pt")
 
 
+def conversations(asked: list[Question], rng: np.random.Generator) -> list[list[Question]]:
+    """Share questions out to conversations of one to four turns, of which about half have one; the order is drawn."""
+    drawn = [asked[index] for index in rng.permutation(len(asked))]
+    held: list[list[Question]] = []
+    while drawn:
+        turns = _TURNS[rng.integers(len(_TURNS))]
+        held.append(drawn[:turns])
+        drawn = drawn[turns:]
+    return held
+
+
+def _held(asked: list[Question], rng: np.random.Generator, several: bool) -> list[list[Question]]:
+    return conversations(asked, rng) if several else [[question] for question in asked]
+
+
 @torch.no_grad()
 def accuracy(llava: LlavaForConditionalGeneration, tokenizer: Any, scenes: Scenes, config: TrainingConfig) -> Figures:
     """Share of right answers by kind, over the questions that `questions` asks of the validation scenes."""
@@ -205,7 +221,7 @@ def accuracy(llava: LlavaForConditionalGeneration, tokenizer: Any, scenes: Scene
         asked = [_standard_questions(scenes, row) for row in rows]
         features = tower_features(llava, scenes.pictures[start : start + _BATCH], config.image_size)
         with torch.autocast(llava.device.type, dtype=torch.bfloat16):
-            logits, labels = module(features, packer.pack(asked))
+            logits, labels = module(features, packer.pack([[[item] for item in items] for items in asked]))
         hits = (logits.argmax(-1) == labels)[labels != EOS_ID].tolist()
         for question, hit in zip((item for items in asked for item in items), hits, strict=True):
             right[question.kind].append(hit)
@@ -217,4 +233,4 @@ def _standard_questions(scenes: Scenes, row: int) -> list[Question]:
     return questions(scene, VALIDATION_SEEDS[row])
 
 
-__all__ = ["LlavaLoss", "accuracy", "new_llava", "tower_features", "train_llava", "training_features"]
+__all__ = ["LlavaLoss", "accuracy", "conversations", "new_llava", "tower_features", "train_llava", "training_features"]

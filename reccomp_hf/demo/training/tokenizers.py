@@ -135,6 +135,7 @@ def _conversations() -> Iterable[str]:
     for question in asked:
         for answer in answer_words():
             yield f"USER: \n{question} ASSISTANT: {answer}"
+        yield f"USER: {question} ASSISTANT:"  # of a later turn
 
 
 def _clip_pipeline(model: models.Model) -> Tokenizer:
