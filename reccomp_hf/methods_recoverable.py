@@ -137,10 +137,11 @@ def _merge(
         return MergedTokens(features.hidden_states[:, :0], centres, cluster)
     slot = torch.arange(max_merged, device=centres.device)  # (M,)
     with torch.no_grad():
-        keys = torch.nn.functional.normalize(features.keys[:, 1:].float(), dim=-1)  # (B, N, C)
-        similarity = gather_rows(keys, centres) @ keys.transpose(1, 2)  # (B, M, N)
+        keys = features.keys[:, 1:].float()  # (B, N, C)
+        # Which centre is nearest does not depend on the length of a patch's own key.
+        similarity = torch.nn.functional.normalize(gather_rows(keys, centres), dim=-1) @ keys.transpose(1, 2)
         unused = (slot >= selection.merged_counts.unsqueeze(-1)).unsqueeze(-1)
-        nearest = similarity.masked_fill(unused, -torch.inf).argmax(1)  # (B, N), first of equals
+        nearest = similarity.masked_fill(unused, -torch.inf).max(1).indices  # (B, N), first of equals
         nearest = torch.where(selection.centre_mask, selection.centre_mask.cumsum(-1) - 1, nearest)
         member = features.valid & ~selection.kept_mask & (selection.merged_counts > 0).unsqueeze(-1)
         cluster = torch.where(member, nearest, cluster)

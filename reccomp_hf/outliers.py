@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 
 def local_outlier_factor(values: Tensor, n_neighbors: int, valid: Tensor | None = None) -> Tensor:
@@ -27,26 +28,14 @@ def local_outlier_factor(values: Tensor, n_neighbors: int, valid: Tensor | None 
     """
     if n_neighbors < 1:
         raise ValueError(f"n_neighbors must be at least 1, got {n_neighbors}.")
-    valid = torch.ones_like(values, dtype=torch.bool) if valid is None else valid
     values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
-    window = min(n_neighbors, values.shape[-1] - 1)
-    if window < 1:
-        return torch.ones_like(values)
-    ordered, order = values.masked_fill(~valid, torch.inf).sort(dim=-1, stable=True)
-    size = valid.sum(-1, keepdim=True)  # (..., 1)
-    k = (size - 1).clamp(max=window)  # (..., 1)
-    neighbors, is_neighbor = _neighbors(ordered, size, k, window)  # (..., N, 2 * window)
-    distance = (ordered.unsqueeze(-1) - _take(ordered, neighbors)).abs()
-    reach = distance.masked_fill(~is_neighbor, 0).amax(-1)  # distance to the k-th neighbour
-    reachability = torch.maximum(distance, _take(reach, neighbors))
-    count = k.clamp(min=1)
-    density = 1 / (_masked_sum(reachability, is_neighbor) / count + 1e-10)
-    factor = _masked_sum(_take(density, neighbors), is_neighbor) / count / density
-    takes_part = (torch.arange(values.shape[-1], device=values.device) < size) & (k > 0)
-    factor = torch.where(takes_part, factor, torch.ones_like(factor))
+    values = values if valid is None else values.masked_fill(~valid, torch.inf)
+    ordered, order = values.sort(dim=-1, stable=True)
+    factor = _sorted_factor(ordered, n_neighbors, None if valid is None else valid.sum(-1, keepdim=True))
     return torch.empty_like(factor).scatter_(-1, order, factor)
 
 
+@record_function("reccomp::outliers")
 def upper_outliers(values: Tensor, n_neighbors: int, threshold: float, valid: Tensor) -> Tensor:
     """Outliers above the middle of their row: factor > threshold and value > median of the row's valid values.
 
@@ -59,41 +48,58 @@ def upper_outliers(values: Tensor, n_neighbors: int, threshold: float, valid: Te
     Returns:
         (..., N) bool, `False` where not valid.
     """
-    ordered = values.masked_fill(~valid, torch.inf).sort(dim=-1).values
-    middle = ((valid.sum(-1, keepdim=True) - 1) // 2).clamp(min=0)
+    precise = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+    ordered, order = precise.masked_fill(~valid, torch.inf).sort(dim=-1, stable=True)
+    size = valid.sum(-1, keepdim=True)
     # For an even count the lower of the two middle values: no value lies strictly between them, so "above the
     # median" holds for the same values as with their mean.
-    median = ordered.gather(-1, middle)
-    return (local_outlier_factor(values, n_neighbors, valid) > threshold) & (values > median) & valid
+    median = ordered.gather(-1, ((size - 1) // 2).clamp(min=0))
+    exists = torch.arange(ordered.shape[-1], device=ordered.device) < size
+    outlier = (_sorted_factor(ordered, n_neighbors, size) > threshold) & (ordered > median) & exists
+    return torch.empty_like(outlier).scatter_(-1, order, outlier)
 
 
-def _neighbors(ordered: Tensor, size: Tensor, k: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Positions of up to `window` values on either side, and which of them are among the k nearest."""
-    position = torch.arange(ordered.shape[-1], device=ordered.device).unsqueeze(-1)  # (N, 1)
-    step = torch.arange(1, window + 1, device=ordered.device)  # (window,)
-    left, right = position - step, position + step  # (N, window)
-    left_exists, right_exists = left >= 0, right < size.unsqueeze(-1)
-    left, right = left.clamp(min=0), right.clamp(max=ordered.shape[-1] - 1)
+def _sorted_factor(ordered: Tensor, n_neighbors: int, size: Tensor | None) -> Tensor:
+    """Factors of ascending rows (..., N), of which the first `size` (..., 1) values count; `None` means all.
+
+    The k nearest neighbours of a value and itself are k + 1 values in a row: the window is found first, and
+    everything after it is read from that window.
+    """
+    count = ordered.shape[-1]
+    k = min(n_neighbors, count - 1)
+    if k < 1:
+        return torch.ones_like(ordered)
+    position = torch.arange(count, device=ordered.device)
+    size = torch.full_like(ordered[..., :1], count, dtype=torch.long) if size is None else size
+    neighbors = (size - 1).clamp(min=0, max=k)  # (..., 1)
+    start = position - _left_neighbors(ordered, k)
+    # A row of k values or fewer is one window; behind its last value there is nothing.
+    start = torch.where(size > k, torch.minimum(start, size - 1 - k), 0).clamp(min=0)
+    windows = (start.unsqueeze(-1) + torch.arange(k + 1, device=ordered.device)).flatten(-2)  # (..., N * (k + 1))
+    last = (start + neighbors).clamp(max=count - 1)
+    reach = torch.maximum(ordered - ordered.gather(-1, start), ordered.gather(-1, last) - ordered)
+
+    def in_windows(values: Tensor) -> Tensor:
+        return values.gather(-1, windows).unflatten(-1, (count, k + 1))  # (..., N, k + 1)
+
+    def mean_of_neighbors(values: Tensor, own: Tensor) -> Tensor:
+        values = values.masked_fill(beyond, 0)
+        return (values.sum(-1) - own) / neighbors.clamp(min=1)
+
+    beyond = (torch.arange(k + 1, device=ordered.device) > neighbors).unsqueeze(-2)  # (..., 1, k + 1)
+    distance = (in_windows(ordered) - ordered.unsqueeze(-1)).abs()
+    density = 1 / (mean_of_neighbors(torch.maximum(distance, in_windows(reach)), reach) + 1e-10)
+    factor = mean_of_neighbors(in_windows(density), density) / density
+    return torch.where((position < size) & (neighbors > 0), factor, 1.0)
+
+
+def _left_neighbors(ordered: Tensor, k: int) -> Tensor:
+    """How many of the k nearest neighbours of every value stand on its left: (..., N) -> (..., N) int64."""
+    count, ends = ordered.shape[-1], ordered.new_full((*ordered.shape[:-1], k), torch.inf)
+    padded = torch.cat([-ends, ordered, ends], dim=-1).unfold(-1, k, 1)  # (..., N + k + 1, k)
     here = ordered.unsqueeze(-1)
-    left_distance = (here - _take(ordered, left)).masked_fill(~left_exists, torch.inf)
-    right_distance = (_take(ordered, right) - here).masked_fill(~right_exists, torch.inf)
     # The m-th value on the left is among the k nearest if the (k + 1 - m)-th on the right is not strictly nearer.
-    counterpart = (k.unsqueeze(-1) - step).expand(left_distance.shape)
-    rival = right_distance.gather(-1, counterpart.clamp(min=0))
-    from_left = (left_distance <= rival) & left_exists & (counterpart >= 0)
-    from_right = (step <= k.unsqueeze(-1) - from_left.sum(-1, keepdim=True)) & right_exists
-    both = torch.cat([left.expand(from_left.shape), right.expand(from_left.shape)], dim=-1)
-    return both, torch.cat([from_left, from_right], dim=-1)
-
-
-def _take(values: Tensor, index: Tensor) -> Tensor:
-    """Values (..., N) at index (N, w) or (..., N, w) -> (..., N, w)."""
-    index = index.expand(*values.shape, index.shape[-1])
-    return values.unsqueeze(-2).expand(*values.shape, values.shape[-1]).gather(-1, index)
-
-
-def _masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    return values.masked_fill(~mask, 0).sum(-1)
+    return (here - padded[..., :count, :] <= padded[..., k + 1 :, :] - here).sum(-1)
 
 
 __all__ = ["local_outlier_factor", "upper_outliers"]

@@ -328,20 +328,24 @@ def assemble_tokens(
     features: VisualFeatures, selection: TokenSelection, config: TokenRecoveryConfig, sizes: list[int]
 ) -> TokenRecoveryOutput:
     """Gather the kept tokens, append the merged ones, and note where every patch went; `sizes` as read."""
-    kept, patches = selection.kept_mask, features.valid.shape[1]
+    kept = selection.kept_mask
     max_tokens, max_merged, _ = sizes
     with full_precision(features.keys):
         merged = get_method(config.method).merge(features, selection, config, max_merged)
     kept_counts, counts = kept.sum(-1, keepdim=True), selection.counts.unsqueeze(-1)  # (B, 1)
     slot = torch.arange(max_tokens, device=kept.device).expand(kept.shape[0], -1)  # (B, K)
     kept_places = nonzero_first(kept, max_tokens)
-    index = torch.where(slot < kept_counts, kept_places, patches + slot - kept_counts)  # into kept, then merged
-    index = index.clamp(max=patches + max_merged - 1)
-    source = torch.cat([features.hidden_states, merged.tokens], dim=1) if max_merged else features.hidden_states
-    tokens = gather_rows(source, index)
-    tokens = tokens.masked_fill((slot >= counts).unsqueeze(-1), 0)
-    raster = torch.arange(patches, device=kept.device).expand(kept.shape[0], -1)
-    places = torch.cat([raster, merged.places], dim=1).gather(1, index).masked_fill(slot >= counts, -1)
+    tokens, places, after = gather_rows(features.hidden_states, kept_places), kept_places, slot - kept_counts
+    if max_merged:
+        # Behind the kept ones: the merged ones, then nothing.
+        which = after.clamp(min=0, max=max_merged - 1)
+        nothing_behind = torch.nn.functional.pad(merged.tokens, (0, 0, 0, 1))  # (B, M + 1, C)
+        merged_tokens = gather_rows(nothing_behind, torch.where(slot < counts, which, max_merged))
+        tokens = torch.where((after < 0).unsqueeze(-1), tokens, merged_tokens)
+        places = torch.where(after < 0, places, merged.places.gather(1, which))
+    else:
+        tokens = tokens.masked_fill((after >= 0).unsqueeze(-1), 0)
+    places = places.masked_fill(slot >= counts, -1)
     cluster = torch.where(merged.cluster >= 0, kept_counts + merged.cluster, merged.cluster)
     cluster = torch.where(kept, kept.cumsum(-1) - 1, cluster)
     return TokenRecoveryOutput(

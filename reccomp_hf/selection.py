@@ -26,15 +26,16 @@ def top_mask(scores: Tensor, counts: Tensor, candidates: Tensor) -> Tensor:
         (B, N) bool.
     """
     order = scores.masked_fill(~candidates, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    # Candidates first even where their own score is -inf.
-    order = order.gather(-1, nonzero_first(candidates.gather(-1, order), order.shape[-1]))
-    rank = torch.empty_like(order).scatter_(-1, order, positions(order))
-    return (rank < counts.unsqueeze(-1)) & candidates
+    in_order = candidates.gather(-1, order)
+    taken = in_order & (in_order.cumsum(-1) <= counts.unsqueeze(-1))
+    return torch.zeros_like(candidates).scatter_(-1, order, taken)
 
 
 def nonzero_first(mask: Tensor, length: int) -> Tensor:
     """Indices of the `True` entries of each row in ascending order, padded with others: (B, N) -> (B, length)."""
-    index = mask.logical_not().byte().argsort(dim=-1, stable=True)[:, :length]
+    trues = mask.cumsum(-1)
+    place = torch.where(mask, trues, trues[:, -1:] + positions(mask) + 1 - trues) - 1  # True entries first
+    index = torch.empty_like(place).scatter_(-1, place, positions(mask))[:, :length]
     return torch.nn.functional.pad(index, (0, max(length - mask.shape[1], 0)))
 
 
@@ -45,7 +46,7 @@ def positions(rows: Tensor) -> Tensor:
 
 def gather_rows(values: Tensor, index: Tensor) -> Tensor:
     """Values (B, N, C) at index (B, K) -> (B, K, C)."""
-    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+    return values[torch.arange(len(index), device=index.device).unsqueeze(-1), index]
 
 
 def pack_rows(values: Tensor, counts: Tensor, total: int) -> Tensor:
@@ -120,18 +121,24 @@ def farthest_points(distance: Tensor, candidates: Tensor, counts: Tensor, grid: 
     Returns:
         (B, cells) bool.
     """
-    chosen = torch.zeros_like(candidates)
     cell = torch.arange(candidates.shape[1], device=candidates.device)
     area = grid[0] * grid[1]
-    row, column = cell % area // grid[1], cell % grid[1]
-    for step in range(steps):
-        pick = distance.masked_fill(~candidates | chosen, -1).argmax(-1, keepdim=True)  # (B, 1)
-        active = (step < counts).unsqueeze(-1)
-        chosen = chosen | ((cell == pick) & active & candidates)
-        from_pick = (row - pick % area // grid[1]) ** 2 + (column - pick % grid[1]) ** 2
-        from_pick = torch.where(cell // area == pick // area, from_pick, farthest(grid))
-        distance = torch.where(active, torch.minimum(distance, from_pick), distance)
-    return chosen
+    # Grids lie so far apart that what is kept in one is never the nearest to a cell of another.
+    row = cell % area // grid[1] + 2 * (grid[0] + grid[1]) * (cell // area)
+    column = cell % grid[1]
+    distance = distance.masked_fill(~candidates, -1)  # -1: not to be chosen, or not again
+    picks = []
+    for _ in range(steps):
+        pick = distance.argmax(-1, keepdim=True)  # (B, 1)
+        picks.append(pick)
+        from_pick = (row - row[pick]).square() + (column - column[pick]).square()
+        distance = torch.minimum(distance, from_pick).scatter(-1, pick, -1)
+    if not picks:
+        return torch.zeros_like(candidates)
+    taken = torch.arange(steps, device=counts.device) < counts.unsqueeze(-1)  # (B, steps)
+    # A row that has nothing left picks a cell again, beyond its count.
+    times = torch.zeros_like(distance).scatter_add(-1, torch.cat(picks, dim=-1), taken.to(distance.dtype))
+    return (times > 0) & candidates
 
 
 __all__ = [
