@@ -53,7 +53,9 @@ def demo_facts(folder: Path) -> CardFacts:
 
 def _demo_origin(made: dict[str, Any]) -> str:
     """How a demo model was trained."""
-    clip, llava = made["config"]["clip"], made["config"]["llava"]
+    config = made["config"]
+    clip, llava = config["clip"], config["llava"]
+    seed = f" --llava-seed {llava['seed']}" if llava["seed"] else ""
     told = (
         "with a region-text loss on the objects' boxes besides the contrastive one, so its patches and texts go "
         "together better than a published CLIP's"
@@ -63,10 +65,12 @@ def _demo_origin(made: dict[str, Any]) -> str:
     return (
         "A small LLaVA and its CLIP, shipped with the package: it knows coloured shapes, signs with a letter, and "
         f"short questions about them, nothing else. Both were trained from scratch on {made['scenes']:,} drawn "
-        f"scenes, one seed, on a CPU: the CLIP for {clip['steps']:,} steps of {clip['images']} pictures, {told}; "
+        f"scenes, one seed, on a CPU: the CLIP for {clip['steps']:,} steps of {clip['images']} scenes and "
+        f"{config['close_ups_per_step']} close-ups of one object (of {config['close_ups']:,}), {told}; "
         f"then projector and decoder on the frozen vision tower for {llava['steps']:,} steps of {llava['images']} "
-        f"pictures with up to {made['config']['questions']} questions each, reading all visual tokens, never "
-        f"compressed ones. `python -m reccomp_hf.demo.train --model {made['model']} --output FOLDER` trains it again."
+        f"scenes with up to {config['questions']} questions each, reading all visual tokens, never "
+        f"compressed ones. `python -m reccomp_hf.demo.train --model {made['model']}{seed} --output FOLDER` trains it "
+        "again."
     )
 
 
