@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .checks import cache_length
-from .conversation_cache import ConversationCache, kept_mask, visual_tokens
+from .conversation_cache import ConversationCache, visual_tokens
 from .conversation_inputs import Asked, Part, call_fields, chat_message, check_options, together
 from .generation_reccomp import PromptStreamer
 from .recovery import TokenRecoveryOutput
@@ -209,9 +209,9 @@ class Conversation:
         if encoded is not None:
             visual = int((output.visual_token_counts + output.newline_counts).sum())
             records = output.token_recovery.split(encoded.layout.tiles)
-        had = [kept_mask(record) for record in self.turns[-1].records] if self.turns else []
+        had = [record.kept_mask for record in self.turns[-1].records] if self.turns else []
         new_patches = [
-            kept_mask(record) if mask is None else kept_mask(record) & ~mask
+            record.kept_mask if mask is None else record.kept_mask & ~mask
             for record, mask in itertools.zip_longest(records, had)
         ]
         return Turn(

@@ -156,7 +156,7 @@ def visual_tokens(layout: ImageLayout, record: TokenRecoveryOutput, first: int, 
         first: The first picture's number in the conversation.
         turn: The question that they were chosen for.
     """
-    kept = kept_mask(record)
+    kept = record.kept_mask
     masks = (record.visual_mask, record.text_mask, record.coverage_mask, record.centre_mask)
     selection = TokenSelection(*masks, record.counts - kept.sum(-1), record.saliency)
     layout = layout.to(kept.device)
@@ -172,9 +172,4 @@ def visual_tokens(layout: ImageLayout, record: TokenRecoveryOutput, first: int, 
     return tokens
 
 
-def kept_mask(record: TokenRecoveryOutput) -> torch.Tensor:
-    """(B, N) bool, patches that are read as they are."""
-    return record.visual_mask | record.text_mask | record.coverage_mask
-
-
-__all__ = ["ConversationCache", "VisualToken", "kept_mask", "visual_tokens"]
+__all__ = ["ConversationCache", "VisualToken", "visual_tokens"]

@@ -51,6 +51,11 @@ class TokenRecoveryOutput:
     saliency: Tensor
     text_similarity: Tensor | None
 
+    @property
+    def kept_mask(self) -> Tensor:
+        """(B, N) bool, patches that enter the sequence as they are."""
+        return self.visual_mask | self.text_mask | self.coverage_mask
+
     def split(self, tiles: list[int]) -> list[TokenRecoveryOutput]:
         """One output per image, of as many rows as the image has tiles. Reads the counts from the device."""
         counts, start, outputs = self.counts.tolist(), 0, []

@@ -12,7 +12,6 @@ from transformers import GenerationConfig, LogitsProcessorList, TextIteratorStre
 from transformers.generation.streamers import BaseStreamer
 
 from reccomp_hf import Conversation
-from reccomp_hf.conversation_cache import kept_mask
 
 PICTURES = tiny.pictures(3)
 QUESTIONS = ["What is the colour of the small square?", "Is the cat on the left?", "How many red circles are there?"]
@@ -186,7 +185,7 @@ def chosen_places(architecture, inputs, setting):
     """Index in the uncut sequence of every patch and newline that a plain call keeps."""
     model = architecture.compressed()
     short, record = model.compress_inputs(**inputs, token_recovery={**setting, "position_ids": "original"})
-    merged = int(record.counts.sum() - kept_mask(record).sum())
+    merged = int(record.counts.sum() - record.kept_mask.sum())
     image = short["input_ids"][0] == model.config.image_token_id
     places = short["position_ids"][0][image].tolist()
     return set(places[: len(places) - merged])  # of one picture

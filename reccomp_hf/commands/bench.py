@@ -32,7 +32,7 @@ from ..benchmark import (
     sharpen,
 )
 from ..configuration_reccomp import PRESETS
-from .common import add_command, quiet, say
+from .common import add_command, picture_size, quiet, say
 from .models import DTYPES, check_file, check_picture, load
 
 DEFAULT_PRESET = "balanced"
@@ -117,7 +117,7 @@ def register(commands: Any) -> None:
         "--repeats", type=int, metavar="N", help="rounds of turns (7; 15 of --selection, 9 of --scaling)"
     )
     command.add_argument(
-        "--image-size", type=_size, metavar="WxH", help="of the pictures; tiles depend on it (640x480)"
+        "--image-size", type=picture_size, metavar="WxH", help="of the pictures; tiles depend on it (640x480)"
     )
     command.add_argument(
         "--cpu-time", action="store_true", help="count the process's CPU seconds: for a machine with other work"
@@ -180,13 +180,6 @@ def _budgets(text: str) -> tuple[int | float | str, ...]:
                 f"expected tokens, shares or dynamic, separated by commas as in dynamic,64,0.1, got {text!r}"
             ) from None
     return tuple(dict.fromkeys(found))
-
-
-def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"expected width x height as in 640x480, got {text!r}")
-    return int(found[1]), int(found[2])
 
 
 __all__ = ["register", "run"]

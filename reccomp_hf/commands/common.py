@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Callable
@@ -69,4 +70,12 @@ def say(*lines: str) -> None:
     sys.stdout.flush()
 
 
-__all__ = ["add_command", "line", "quiet", "say", "section_lines", "setting"]
+def picture_size(text: str) -> tuple[int, int]:
+    """Read `WIDTHxHEIGHT`, for the command line."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"expected width x height as in 640x480, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
+__all__ = ["add_command", "line", "picture_size", "quiet", "say", "section_lines", "setting"]

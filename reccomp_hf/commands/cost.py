@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from typing import Any
 
 from ..configuration_reccomp import PRESETS, TokenRecoveryConfig
 from ..cost import DTYPES, HARDWARE, PICTURE, compare_costs
 from ..full_size import FULL_SIZE, full_size
 from ..inspection import folder_of
-from .common import add_command, line, quiet, say
+from .common import add_command, line, picture_size, quiet, say
 
 DEFAULT_CONFIG, DEFAULT_PRESET = "llava-1.5-7b", "balanced"
 
@@ -104,7 +103,7 @@ def register(commands: Any) -> None:
     command.add_argument("--batch", type=int, default=1, metavar="N", help="prompts at a time (1)")
     command.add_argument(
         "--picture",
-        type=_size,
+        type=picture_size,
         default=PICTURE,
         metavar="WxH",
         help=f"pixels of the picture, for LLaVA-NeXT ({PICTURE[0]}x{PICTURE[1]})",
@@ -132,13 +131,6 @@ def _picture(facts: dict[str, Any]) -> str:
         return ""
     width, height = facts["picture"]
     return f" of {width} x {height} ({facts['tiles']} tiles, newlines counted)"
-
-
-def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"expected width x height as in 640x480, got {text!r}")
-    return int(found[1]), int(found[2])
 
 
 __all__ = ["register", "run"]

@@ -188,7 +188,7 @@ def _hits(batch: Sequence[Sample], tokens: list[int], record: TokenRecoveryOutpu
     patches = tokens[0] if record is None else record.cluster.shape[1]  # the uncompressed model keeps all
     kept = torch.ones(len(batch), patches, dtype=torch.bool)
     if record is not None:
-        kept = (record.visual_mask | record.text_mask | record.coverage_mask).cpu()
+        kept = record.kept_mask.cpu()
     side, result = math.isqrt(patches), []
     for sample, row in zip(batch, kept.numpy(), strict=True):
         if sample.box is None or side * side != patches or not row.any():
