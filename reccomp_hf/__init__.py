@@ -7,11 +7,12 @@ from . import compat
 from .configuration_reccomp import LlavaNextRecCompConfig, LlavaRecCompConfig, TokenRecoveryConfig
 from .conversation import Conversation
 from .convert import convert
+from .methods import RecoveryMethod, register_method
 from .modeling_llava_next_reccomp import LlavaNextRecCompForConditionalGeneration, LlavaNextRecCompModel
 from .modeling_llava_reccomp import LlavaRecCompForConditionalGeneration, LlavaRecCompModel
 from .outliers import local_outlier_factor
 from .processing_reccomp import LlavaNextRecCompProcessor, LlavaRecCompProcessor
-from .recovery import TokenRecoveryOutput, recover_tokens
+from .recovery import MergedTokens, TokenRecoveryOutput, TokenSelection, VisualFeatures, recover_tokens
 from .registration import register
 from .visualization import plot_recovery
 
@@ -32,11 +33,16 @@ __all__ = [
     "LlavaRecCompForConditionalGeneration",
     "LlavaRecCompModel",
     "LlavaRecCompProcessor",
+    "MergedTokens",
+    "RecoveryMethod",
     "TokenRecoveryConfig",
     "TokenRecoveryOutput",
+    "TokenSelection",
+    "VisualFeatures",
     "convert",
     "local_outlier_factor",
     "plot_recovery",
     "recover_tokens",
     "register",
+    "register_method",
 ]

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from .configuration_reccomp import TokenRecoveryConfig
-from .recovery import check_budget, get_method
+from .methods import get_method
+from .recovery import check_budget
 
 
 def check_supported(config: Any, section: TokenRecoveryConfig) -> None:
@@ -30,7 +31,6 @@ def check_supported(config: Any, section: TokenRecoveryConfig) -> None:
         ((height // vision.image_size) * (width // vision.image_size) for height, width in pinpoints), default=0
     )
     check_budget(section, tiles * (vision.image_size // vision.patch_size) ** 2)
-    get_method(section.method)
 
 
 def check_feature_layer(config: Any, layer: int | None, strategy: str | None) -> None:
@@ -47,19 +47,25 @@ def check_feature_layer(config: Any, layer: int | None, strategy: str | None) ->
         raise ValueError(f"vision_feature_select_strategy must be 'default' (no class token), got {strategy!r}.")
 
 
-def check_question(recovery_input_ids: Tensor | None, rows: int) -> None:
-    """Refuse a call without a question where text recovery needs one."""
+def check_question(recovery_input_ids: Tensor | None, rows: int, section: TokenRecoveryConfig) -> None:
+    """Refuse a call without a question where the method reads one."""
     if recovery_input_ids is None:
         raise ValueError(
             "Text recovery needs the question: recovery_input_ids is None. The processor of this checkpoint "
-            "writes it (AutoProcessor.from_pretrained); a visual-only call sets token_recovery={'text_share': 0} "
-            "and a budget."
+            f"writes it (AutoProcessor.from_pretrained); {without_question(section)}"
         )
     if recovery_input_ids.ndim != 3 or recovery_input_ids.shape[0] != rows:
         raise ValueError(
             f"recovery_input_ids must have shape (rows, windows, length) with {rows} rows, got "
             f"{tuple(recovery_input_ids.shape)}."
         )
+
+
+def without_question(section: TokenRecoveryConfig) -> str:
+    """What a call can do that has no question."""
+    if get_method(section.method).needs_text:
+        return f"method {section.method!r} is undefined without one."
+    return "a visual-only call sets token_recovery={'text_share': 0} and a budget."
 
 
 def check_call(config: Any, section: TokenRecoveryConfig, inputs: Mapping[str, Any]) -> None:
@@ -156,4 +162,12 @@ def _how_to_go_on(past: int) -> str:
     )
 
 
-__all__ = ["cache_length", "check_call", "check_feature_layer", "check_question", "check_supported", "goes_on"]
+__all__ = [
+    "cache_length",
+    "check_call",
+    "check_feature_layer",
+    "check_question",
+    "check_supported",
+    "goes_on",
+    "without_question",
+]

@@ -8,11 +8,21 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import LlavaConfig, LlavaNextConfig, PretrainedConfig
 
+from .methods import OF_A_METHOD, get_method
 from .remote_code import model_auto_map
+
+if TYPE_CHECKING:  # transformers 4.57 takes out of a local folder only the files that this one names itself
+    from .methods_authors import AUTHORS  # noqa: F401
+    from .methods_baselines import POOLING_2X2  # noqa: F401
+    from .methods_recoverable import RECOVERABLE  # noqa: F401
+    from .outliers import upper_outliers  # noqa: F401
+    from .recovery import recover_tokens  # noqa: F401
+    from .relevance import class_saliency  # noqa: F401
+    from .selection import pack_rows  # noqa: F401
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +42,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-NEED_A_BUDGET = ("random", "pooling")
-"""Methods for comparison that know no count of their own."""
-
 CHOICES = {
     "text_relevance": ("last", "penultimate", "value"),
     "text_relevance_sign": (1, -1),
@@ -50,9 +57,10 @@ class TokenRecoveryConfig:
     Args:
         version: Layout of the section; 1.
         enabled: `False` gives bit for bit the stock model.
-        method: `"recoverable"` (the paper's method), `"authors"` (its released code), or for comparison
-            `"random"`, `"pooling"` (means of the grid's cells, as many as the budget says), `"pooling_2x2"`,
-            `"pooling_3x3"` and `"base_tile"` (LLaVA-NeXT).
+        method: `"recoverable"` (the paper's method), `"authors"` (its released code), a published method to compare
+            with, a baseline, or a registered name of your own, see [`get_method`]. `text_relevance`,
+            `text_relevance_sign`, `visual_layer` and `visual_heads` have the method's own defaults.
+        method_options: Settings of the method alone, by name.
         budget: `None` lets the number of tokens adapt to the picture; an `int` is the exact number of tokens of an
             image; a `float` in (0, 1] is the share of the image's patches.
         text_share: Share in [0, 1] of the kept tokens of a fixed budget that the question chooses.
@@ -76,6 +84,7 @@ class TokenRecoveryConfig:
     version: int = 1
     enabled: bool = True
     method: str = "recoverable"
+    method_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     budget: int | float | None = None
     text_share: float = 0.5
     merged_tokens: int = 8
@@ -92,9 +101,12 @@ class TokenRecoveryConfig:
 
     def __init__(self, **fields: Any) -> None:
         """Set the given fields, take the defaults for the others, and validate."""
-        _refuse_unknown(fields, [field.name for field in dataclasses.fields(self)])
-        for field in dataclasses.fields(self):
-            setattr(self, field.name, fields.get(field.name, field.default))
+        usual = usual_fields(fields.get("method", "recoverable"))
+        _refuse_unknown(fields, list(usual))
+        for name, default in usual.items():
+            setattr(self, name, fields.get(name, default))
+        if isinstance(self.method_options, Mapping):
+            self.method_options = _as_json(dict(self.method_options))
         encoder = self.text_encoder_config
         encoder = encoder.to_dict() if isinstance(encoder, PretrainedConfig) else encoder
         self.text_encoder_config = _as_json(dict(encoder)) if isinstance(encoder, Mapping) else encoder
@@ -109,7 +121,7 @@ class TokenRecoveryConfig:
         """
         if name not in PRESETS:
             raise ValueError(f"Unknown preset {name!r}; choose one of {', '.join(map(repr, PRESETS))}.")
-        return cls(**{**PRESETS[name], **overrides})
+        return cls(**overridden(PRESETS[name], overrides))
 
     @classmethod
     def from_value(cls, value: TokenRecoveryConfig | Mapping[str, Any] | None) -> TokenRecoveryConfig:
@@ -121,12 +133,21 @@ class TokenRecoveryConfig:
         return cls(**(value or {}))
 
     def replace(self, overrides: TokenRecoveryConfig | Mapping[str, Any] | None) -> TokenRecoveryConfig:
-        """A copy with the given fields overridden, validated; an instance replaces all fields."""
+        """A copy with the given fields overridden, validated; an instance replaces all fields.
+
+        Another `method` comes with its own defaults of `text_relevance`, `text_relevance_sign`, `visual_layer` and
+        `visual_heads`, and without `method_options`, unless they are overridden too.
+        """
         if overrides is None or isinstance(overrides, TokenRecoveryConfig):
             return self if overrides is None else overrides
         if not isinstance(overrides, Mapping):
             raise ValueError(f"token_recovery must be a mapping of fields, got {type(overrides).__name__}.")
-        return type(self)(**{**self.to_dict(), **overrides})
+        return type(self)(**overridden(self.to_dict(), overrides))
+
+    @property
+    def options(self) -> Any:
+        """The method's own settings, an instance of its options dataclass; `None` for a method without any."""
+        return get_method(self.method).read_options(self.method, self.method_options)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values; validates, so that nothing impossible is ever written."""
@@ -145,6 +166,8 @@ class TokenRecoveryConfig:
             )
         _require(isinstance(self.enabled, bool), "enabled", "true or false", self.enabled)
         _require(isinstance(self.method, str) and self.method != "", "method", "a method's name", self.method)
+        is_mapping = isinstance(self.method_options, Mapping)
+        _require(is_mapping, "method_options", "a mapping of the method's options", self.method_options)
         _require(_is_budget(self.budget), "budget", "null, an int >= 1 or a float in (0, 1]", self.budget)
         for name in ("text_share", "coverage_share"):
             value = getattr(self, name)
@@ -175,14 +198,15 @@ class TokenRecoveryConfig:
             )
 
     def _validate_combination(self) -> None:
-        if self.method in NEED_A_BUDGET and self.budget is None:
+        method = get_method(self.method)
+        method.read_options(self.method, self.method_options)
+        if method.budget == "required" and self.budget is None:
             raise ValueError(
                 f"method {self.method!r} needs a budget, got null; write an int >= 1 or a float in (0, 1]."
             )
-        takes_a_budget = self.method == "recoverable" or self.method in NEED_A_BUDGET
-        needed: dict[str, Any] = {} if takes_a_budget else {"budget": None}
-        if self.method == "authors":
-            needed["position_ids"] = "compact"  # its extra token has no place
+        needed: dict[str, Any] = {"budget": None} if method.budget == "none" else {}
+        if method.compact_only:
+            needed["position_ids"] = "compact"
         for name, value in needed.items():
             if getattr(self, name) != value:
                 raise ValueError(
@@ -292,6 +316,27 @@ class LlavaNextRecCompConfig(_RecCompConfigMixin, LlavaNextConfig):
         super().__init__(vision_config=vision_config, text_config=text_config, **kwargs)
 
 
+def usual_fields(method: Any) -> dict[str, Any]:
+    """Every field's default for a method; a method that is no name has those of `"recoverable"`.
+
+    Raises:
+        ValueError: No method of that name.
+    """
+    known = get_method(method) if isinstance(method, str) and method else None
+    defaults = {} if known is None else known.defaults
+    return {
+        field.name: {} if field.name == "method_options" else defaults.get(field.name, field.default)
+        for field in dataclasses.fields(TokenRecoveryConfig)
+    }
+
+
+def overridden(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields with some replaced; another method takes its own settings along, see `TokenRecoveryConfig.replace`."""
+    before = fields.get("method", "recoverable")
+    leaving = (*OF_A_METHOD, "method_options") if overrides.get("method", before) != before else ()
+    return {**{name: value for name, value in fields.items() if name not in leaving}, **overrides}
+
+
 def _as_json(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields as they are read back from a JSON file."""
     return json.loads(json.dumps(fields, default=str))
@@ -324,4 +369,4 @@ def _is_budget(value: Any) -> bool:
     return value >= 1 if _is_int(value) else isinstance(value, float) and 0 < value <= 1
 
 
-__all__ = ["LlavaNextRecCompConfig", "LlavaRecCompConfig", "TokenRecoveryConfig"]
+__all__ = ["LlavaNextRecCompConfig", "LlavaRecCompConfig", "TokenRecoveryConfig", "overridden", "usual_fields"]

@@ -13,7 +13,8 @@ from transformers import AutoConfig
 from .configuration_reccomp import LlavaNextRecCompConfig, TokenRecoveryConfig
 from .demo import CHECKPOINTS, checkpoint_folder
 from .hub import resolve
-from .recovery import check_features, get_method, select_tokens
+from .methods import get_method
+from .recovery import check_features, select_tokens
 
 # Where a weight belongs, by a piece of its name; what has none of these is the language model's.
 PARTS = {

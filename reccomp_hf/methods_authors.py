@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .configuration_reccomp import TokenRecoveryConfig
+from .methods import RecoveryMethod
 from .outliers import local_outlier_factor
-from .recovery import MergedTokens, RecoveryMethod, TokenSelection, VisualFeatures
+from .recovery import MergedTokens, TokenSelection, VisualFeatures
 from .selection import nonzero_first, top_mask
 
 NEIGHBORS_MERGED = 32
@@ -103,6 +104,14 @@ def _floor(values: Tensor) -> Tensor:
     return values.floor().long()
 
 
-AUTHORS = RecoveryMethod(_select, _merge, reads_text=True, needs_text=True, scales_similarity=True)
+AUTHORS = RecoveryMethod(
+    _select,
+    _merge,
+    reads_text=True,
+    needs_text=True,
+    scales_similarity=True,
+    budget="none",
+    compact_only=True,  # its extra token has no place
+)
 
 __all__ = ["AUTHORS"]

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
 from torch import Tensor
 
 from .configuration_reccomp import TokenRecoveryConfig
+from .methods import Budget, RecoveryMethod, check_int
 from .methods_recoverable import budget_split
-from .recovery import MergedTokens, RecoveryMethod, TokenSelection, VisualFeatures
+from .recovery import MergedTokens, TokenSelection, VisualFeatures
 from .selection import cluster_means, nonzero_first, positions, top_mask
 
 _FINGERPRINT_BITS = 48
 _LONGEST_CELL = 2  # of a pooled grid: length over width, in patches
 
 # ---- random --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomOptions:
+    """Options of `random`.
+
+    Args:
+        seed: An int >= 0; another one draws other patches.
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the seed."""
+        check_int("seed", self.seed, 0)
 
 
 def _select_random(features: VisualFeatures, config: TokenRecoveryConfig) -> TokenSelection:
@@ -27,7 +44,7 @@ def _select_random(features: VisualFeatures, config: TokenRecoveryConfig) -> Tok
     # How many patches are valid is known on the device alone.
     counts = torch.tensor([table[-1]] * len(valid) if uniform else table).to(valid.device, non_blocking=True)
     counts = counts if uniform else counts[valid.sum(-1)]
-    kept = features.per_tile(top_mask(features.per_image(_noise(features), 0.0), counts, valid))
+    kept = features.per_tile(top_mask(features.per_image(_noise(features, config.options.seed), 0.0), counts, valid))
     return TokenSelection(
         visual_mask=kept,
         text_mask=none,
@@ -39,8 +56,8 @@ def _select_random(features: VisualFeatures, config: TokenRecoveryConfig) -> Tok
     )
 
 
-def _noise(features: VisualFeatures) -> Tensor:
-    """(B, N) float32, uniform in [0, 1): a hash of the tile's features, of its place in the image and of the patch.
+def _noise(features: VisualFeatures, seed: int) -> Tensor:
+    """(B, N) float32, uniform in [0, 1): a hash of the tile's features, of its place in the image, patch and seed.
 
     The features enter by comparisons of two patches in a channel, which rounding does not turn round in float32: a
     picture has the same noise in every batch. In half precision features, and so the noise, may depend on the batch.
@@ -54,9 +71,10 @@ def _noise(features: VisualFeatures) -> Tensor:
     weights = (torch.ones(_FINGERPRINT_BITS, dtype=torch.int64) << torch.arange(_FINGERPRINT_BITS)).to(
         device, non_blocking=True
     )
-    place = torch.tensor([tile for size in features.tiles for tile in range(size)]).to(device, non_blocking=True)
-    seed = _scrambled((bits * weights).sum(-1) + _scrambled(place))  # (B,)
-    mixed = _scrambled(seed.unsqueeze(-1) + torch.arange(patches, device=device))
+    draw = (seed % 2**40) << 20  # beyond any tile's number
+    place = torch.tensor([draw + tile for size in features.tiles for tile in range(size)])
+    start = _scrambled((bits * weights).sum(-1) + _scrambled(place.to(device, non_blocking=True)))  # (B,)
+    mixed = _scrambled(start.unsqueeze(-1) + torch.arange(patches, device=device))
     return (mixed & 0xFFFFFF).float() / 2**24
 
 
@@ -188,19 +206,13 @@ def _select_base_tile(features: VisualFeatures, config: TokenRecoveryConfig) -> 
     )
 
 
-def _merge_nothing(
-    features: VisualFeatures, selection: TokenSelection, config: TokenRecoveryConfig, max_merged: int
-) -> MergedTokens:
-    dropped = torch.full_like(features.valid, -1, dtype=torch.long)
-    return MergedTokens(features.hidden_states[:, :0], dropped[:, :0], dropped)
+def _pooling(side: int | None, budget: Budget) -> RecoveryMethod:
+    select, merge = functools.partial(_select_pooling, side), functools.partial(_merge_pooling, side)
+    return RecoveryMethod(select, merge, budget=budget)
 
 
-def _pooling(side: int | None) -> RecoveryMethod:
-    return RecoveryMethod(functools.partial(_select_pooling, side), functools.partial(_merge_pooling, side))
-
-
-RANDOM = RecoveryMethod(_select_random, _merge_nothing)
-POOLING, POOLING_2X2, POOLING_3X3 = _pooling(None), _pooling(2), _pooling(3)
-BASE_TILE = RecoveryMethod(_select_base_tile, _merge_nothing)
+RANDOM = RecoveryMethod(_select_random, budget="required", options=RandomOptions)
+POOLING, POOLING_2X2, POOLING_3X3 = _pooling(None, "required"), _pooling(2, "none"), _pooling(3, "none")
+BASE_TILE = RecoveryMethod(_select_base_tile, budget="none")
 
 __all__ = ["BASE_TILE", "POOLING", "POOLING_2X2", "POOLING_3X3", "RANDOM", "cell_grid"]

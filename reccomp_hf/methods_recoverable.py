@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .configuration_reccomp import TokenRecoveryConfig
+from .methods import RecoveryMethod
 from .outliers import upper_outliers
-from .recovery import MergedTokens, RecoveryMethod, TokenSelection, VisualFeatures
+from .recovery import MergedTokens, TokenSelection, VisualFeatures
 from .selection import cluster_means, farthest_points, gather_rows, nonzero_first, squared_distances, top_mask
 
 

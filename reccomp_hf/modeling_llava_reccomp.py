@@ -17,11 +17,12 @@ from .modeling_reccomp import RecCompMixin
 if TYPE_CHECKING:  # transformers 4.57 takes out of a local folder only the files that this one names itself
     from .checks import check_supported  # noqa: F401
     from .layout import ImageLayout  # noqa: F401
+    from .methods import get_method  # noqa: F401
     from .methods_authors import AUTHORS  # noqa: F401
     from .methods_baselines import POOLING_2X2  # noqa: F401
     from .methods_recoverable import RECOVERABLE  # noqa: F401
     from .outliers import upper_outliers  # noqa: F401
-    from .recovery import get_method  # noqa: F401
+    from .recovery import recover_tokens  # noqa: F401
     from .recovery_modules import RecoveryModulesMixin  # noqa: F401
     from .relevance import class_saliency  # noqa: F401
     from .remote_code import model_auto_map  # noqa: F401

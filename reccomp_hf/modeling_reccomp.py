@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from .checks import check_call, check_feature_layer, check_question, check_supported
+from .checks import check_call, check_feature_layer, check_question, check_supported, without_question
 from .compat import clip_vision_model, parameter
 from .configuration_reccomp import TokenRecoveryConfig
 from .layout import ImageLayout
+from .methods import get_method
 from .recovery import (
     TokenRecoveryOutput,
     TokenSelection,
     VisualFeatures,
     assemble_tokens,
     check_features,
-    get_method,
     select_tokens,
 )
 from .recovery_modules import RecoveryModulesMixin
@@ -51,6 +51,7 @@ class _Pictures:
     layout: ImageLayout
     placeholders: PlaceholderMap
     missing_question: Tensor  # (R,) bool
+    without_question: str  # what a call can do that has none
     token_counts: Tensor  # (I,) int64
     newline_counts: Tensor  # (I,) int64
 
@@ -307,7 +308,7 @@ class RecCompMixin(RecoveryModulesMixin):
         """Run the vision tower and choose tokens; for LLaVA-1.5 nothing is read from the device."""
         reads_question = self._reads_question(section)
         if reads_question:
-            check_question(question[0], input_ids.shape[0])
+            check_question(question[0], input_ids.shape[0], section)
         if isinstance(pixel_values, EncodedImages):
             encoded = pixel_values
         else:
@@ -344,11 +345,21 @@ class RecCompMixin(RecoveryModulesMixin):
             grid=encoded.grid,
             valid=layout.valid,
             tiles=layout.tiles,
+            projected=self._projected(hidden_states, section),
         )
         with record_function("reccomp::select"):
             selection = select_tokens(features, section)
         tokens, newlines = (counts.to(input_ids.device) for counts in layout.counts(selection))
-        return _Pictures(features, selection, layout, placeholders, missing, tokens, newlines)
+        advice = without_question(section)
+        return _Pictures(features, selection, layout, placeholders, missing, advice, tokens, newlines)
+
+    @torch.no_grad()
+    def _projected(self, hidden_states: Tensor, section: TokenRecoveryConfig) -> Tensor | None:
+        """(T, N, D), the projector applied to all patches, for a method that chooses by them; else `None`."""
+        if not get_method(section.method).reads_projected:
+            return None
+        with record_function("reccomp::projector"):
+            return self._llava.multi_modal_projector(hidden_states).to(hidden_states.device)
 
     def _read(self, pictures: _Pictures, row_sizes: Tensor) -> _Read:
         """The one read from the device; validates what could not be before."""
@@ -364,7 +375,7 @@ class RecCompMixin(RecoveryModulesMixin):
         if any(missing):
             raise ValueError(
                 f"Row {missing.index(1)} has an image but no question: its recovery_attention_mask is all 0. Put a "
-                "question into the user turn, pass recovery_text= to the processor, or set text_share 0 and a budget."
+                f"question into the user turn or pass recovery_text= to the processor; {pictures.without_question}"
             )
         row_numbers, image_numbers = numbers[: len(row_sizes)], numbers[len(row_sizes) :]
         before, after = row_numbers or (0, 0)
@@ -426,8 +437,7 @@ class RecCompMixin(RecoveryModulesMixin):
         return section
 
     def _reads_question(self, section: TokenRecoveryConfig) -> bool:
-        spends = section.budget is None or section.text_share > 0
-        return self.token_recovery is not None and spends and get_method(section.method).reads_text
+        return self.token_recovery is not None and get_method(section.method).reads_question(section)
 
 
 def _windows(recovery_input_ids: Tensor, recovery_attention_mask: Tensor | None) -> Tensor:

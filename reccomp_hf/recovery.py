@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .configuration_reccomp import TokenRecoveryConfig
+from .methods import RecoveryMethod, get_method
 from .relevance import class_saliency
 from .selection import full_precision, gather_rows, nonzero_first
 
@@ -85,6 +85,8 @@ class VisualFeatures:
         valid: (B, N) bool, patches that exist.
         all_valid: Whether `valid` is known, without looking at the device, to be all true.
         tiles: Consecutive rows that each image has; all 1 but for LLaVA-NeXT.
+        projected: (B, N, D), what LLaVA's projector makes of `hidden_states`, for a method that `reads_projected`;
+            else perhaps `None`.
     """
 
     hidden_states: Tensor
@@ -96,6 +98,7 @@ class VisualFeatures:
     valid: Tensor
     all_valid: bool
     tiles: list[int]
+    projected: Tensor | None = None
 
     def saliency(self, heads: str) -> Tensor:
         """(B, N) float32 attention of the class token, see [`class_saliency`]."""
@@ -169,49 +172,6 @@ class MergedTokens:
     cluster: Tensor
 
 
-@dataclasses.dataclass(frozen=True)
-class RecoveryMethod:
-    """A way to choose tokens.
-
-    Args:
-        select: Chooses patches without reading anything from the device.
-        merge: Makes the merged tokens, given the largest number of them.
-        reads_text: Whether a question changes the choice.
-        needs_text: Whether the method is undefined without a question.
-        scales_similarity: Whether the text similarity is divided by the root of the projection width.
-    """
-
-    select: Callable[[VisualFeatures, TokenRecoveryConfig], TokenSelection]
-    merge: Callable[[VisualFeatures, TokenSelection, TokenRecoveryConfig, int], MergedTokens]
-    reads_text: bool = False
-    needs_text: bool = False
-    scales_similarity: bool = False
-
-
-def get_method(name: str) -> RecoveryMethod:
-    """The registered method of that name.
-
-    Raises:
-        ValueError: No such method.
-    """
-    from .methods_authors import AUTHORS
-    from .methods_baselines import BASE_TILE, POOLING, POOLING_2X2, POOLING_3X3, RANDOM
-    from .methods_recoverable import RECOVERABLE
-
-    methods = {
-        "recoverable": RECOVERABLE,
-        "authors": AUTHORS,
-        "random": RANDOM,
-        "pooling": POOLING,
-        "pooling_2x2": POOLING_2X2,
-        "pooling_3x3": POOLING_3X3,
-        "base_tile": BASE_TILE,
-    }
-    if name not in methods:
-        raise ValueError(f"Unknown token_recovery.method {name!r}; known methods are {', '.join(map(repr, methods))}.")
-    return methods[name]
-
-
 def recover_tokens(
     hidden_states: Tensor,
     class_query: Tensor,
@@ -223,6 +183,7 @@ def recover_tokens(
     grid: tuple[int, int] | None = None,
     valid: Tensor | None = None,
     tiles: list[int] | None = None,
+    projected: Tensor | None = None,
 ) -> TokenRecoveryOutput:
     """Choose, recover and merge the visual tokens of a batch of images.
 
@@ -238,13 +199,15 @@ def recover_tokens(
             patches than an int budget keeps all of them.
         tiles: Consecutive rows that each image has, where an image is cut into tiles: they share a fixed budget.
             `None` takes every row for an image. An image with fewer patches than an int budget keeps all of them.
+        projected: (B, N, D), LLaVA's projected features of all patches, for a method that `reads_projected`.
 
     Returns:
         A [`TokenRecoveryOutput`]; kept and merged tokens are differentiable in `hidden_states`, the choice is not.
         In dynamic mode (budget `None`) one value is read from the device.
 
     Raises:
-        ValueError: Shapes that do not fit, a budget above the number of patches, a method without its question.
+        ValueError: Shapes that do not fit, a budget above the number of patches, a method without its question or
+            its projected features.
     """
     features = check_features(
         hidden_states,
@@ -256,6 +219,7 @@ def recover_tokens(
         grid=grid,
         valid=valid,
         tiles=tiles,
+        projected=projected,
     )
     selection = select_tokens(features, config)
     sizes = selection.known_sizes or selection.sizes.tolist()
@@ -273,6 +237,7 @@ def check_features(
     grid: tuple[int, int] | None = None,
     valid: Tensor | None = None,
     tiles: list[int] | None = None,
+    projected: Tensor | None = None,
 ) -> VisualFeatures:
     """Check shapes and settings against each other, see [`recover_tokens`]; nothing is read from the device."""
     batch, patches, width = _shape(hidden_states)
@@ -296,6 +261,10 @@ def check_features(
         check_budget(config, patches)
     if text_similarity is None and get_method(config.method).needs_text:
         raise ValueError(f"Method {config.method!r} needs a question: text_similarity is None.")
+    if projected is None and get_method(config.method).reads_projected:
+        raise ValueError(f"Method {config.method!r} reads LLaVA's projected features: projected is None.")
+    if projected is not None and (projected.ndim != 3 or tuple(projected.shape[:2]) != (batch, patches)):
+        raise ValueError(f"projected must have shape ({batch}, {patches}, D), got {tuple(projected.shape)}.")
     return VisualFeatures(
         hidden_states=hidden_states,
         class_query=class_query.detach(),
@@ -306,6 +275,7 @@ def check_features(
         valid=keys.new_ones((batch, patches), dtype=torch.bool) if valid is None else valid,
         all_valid=valid is None,
         tiles=tiles,
+        projected=None if projected is None else projected.detach(),
     )
 
 
@@ -386,4 +356,12 @@ def _grid(grid: tuple[int, int] | None, patches: int, config: TokenRecoveryConfi
     return grid
 
 
-__all__ = ["RecoveryMethod", "TokenRecoveryOutput", "VisualFeatures", "get_method", "recover_tokens"]
+__all__ = [
+    "MergedTokens",
+    "RecoveryMethod",
+    "TokenRecoveryOutput",
+    "TokenSelection",
+    "VisualFeatures",
+    "get_method",
+    "recover_tokens",
+]

@@ -11,7 +11,7 @@ from typing import Any
 from ..configuration_reccomp import PRESETS, LlavaNextRecCompConfig, TokenRecoveryConfig
 from ..cost import PAPER_SHARE, compare_costs, compressed_tokens, fixed_tokens, picture_tokens
 from ..full_size import FULL_SIZE
-from ..recovery import get_method
+from ..methods import get_method
 
 WIDTH = 120
 NO_OWNER = "OWNER"

@@ -15,10 +15,10 @@ from .. import hub
 from ..checks import check_supported
 from ..completeness import missing_shards
 from ..configuration_reccomp import LlavaNextRecCompConfig, LlavaRecCompConfig, TokenRecoveryConfig
+from ..methods import get_method
 from ..modeling_llava_next_reccomp import LlavaNextRecCompForConditionalGeneration
 from ..modeling_llava_reccomp import LlavaRecCompForConditionalGeneration
 from ..processing_reccomp import LlavaNextRecCompProcessor, LlavaRecCompProcessor
-from ..recovery import get_method
 from . import shards
 from .checks import check_clip, check_keys, check_text_side, guess_clip, text_encoder_config
 from .shards import DTYPES, Headers

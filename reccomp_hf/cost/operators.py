@@ -13,7 +13,7 @@ from typing import Any
 from transformers import CLIPTextConfig
 
 from ..configuration_reccomp import TokenRecoveryConfig
-from ..recovery import get_method
+from ..methods import get_method
 from .hardware import Hardware, get_width
 
 
