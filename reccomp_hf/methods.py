@@ -117,11 +117,26 @@ def _built_in() -> dict[str, RecoveryMethod]:
     """The package's methods. Imported late, since they import what imports this; named, so that remote code copies."""
     from .methods_authors import AUTHORS
     from .methods_baselines import BASE_TILE, POOLING, POOLING_2X2, POOLING_3X3, RANDOM
+    from .methods_cdpruner import CDPRUNER
+    from .methods_divprune import DIVPRUNE
+    from .methods_prumerge import PRUMERGE, PRUMERGE_PLUS
     from .methods_recoverable import RECOVERABLE
+    from .methods_trim import TRIM
+    from .methods_visionzip import VISIONZIP
+    from .methods_vispruner import VISPRUNER
+    from .methods_visual import VISUAL
 
     return {
         "recoverable": RECOVERABLE,
         "authors": AUTHORS,
+        "visual": VISUAL,
+        "prumerge": PRUMERGE,
+        "prumerge_plus": PRUMERGE_PLUS,
+        "visionzip": VISIONZIP,
+        "trim": TRIM,
+        "vispruner": VISPRUNER,
+        "divprune": DIVPRUNE,
+        "cdpruner": CDPRUNER,
         "random": RANDOM,
         "pooling": POOLING,
         "pooling_2x2": POOLING_2X2,

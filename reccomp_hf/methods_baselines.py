@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .configuration_reccomp import TokenRecoveryConfig
 from .methods import Budget, RecoveryMethod, check_int
-from .methods_recoverable import budget_split
+from .methods_shared import count_of, count_table
 from .recovery import MergedTokens, TokenSelection, VisualFeatures
 from .selection import cluster_means, nonzero_first, positions, top_mask
 
@@ -40,7 +40,7 @@ def _select_random(features: VisualFeatures, config: TokenRecoveryConfig) -> Tok
     none = torch.zeros_like(features.valid)
     valid = features.per_image(features.valid, False)
     uniform = features.all_valid and max(features.tiles) == 1
-    table = _count_table(config.budget, valid.shape[1])
+    table = count_table(config.budget, valid.shape[1])
     # How many patches are valid is known on the device alone.
     counts = torch.tensor([table[-1]] * len(valid) if uniform else table).to(valid.device, non_blocking=True)
     counts = counts if uniform else counts[valid.sum(-1)]
@@ -83,17 +83,6 @@ def _scrambled(values: Tensor) -> Tensor:
     for factor in (-7046029254386353131, -4417276706812531889):  # odd, with irregular bits
         values = (values ^ ((values >> 31) & 0x1FFFFFFFF)) * factor
     return values ^ ((values >> 29) & 0x7FFFFFFFF)
-
-
-def _count(budget: float | None, patches: int) -> int:
-    """Tokens that a budget gives an image of so many patches; the config makes sure that there is a budget."""
-    return patches if budget is None else sum(budget_split(patches, budget, 0, 0, 0))
-
-
-@functools.lru_cache(maxsize=64, typed=True)  # a budget of 1 is a token, one of 1.0 is all of them
-def _count_table(budget: float | None, patches: int) -> list[int]:
-    """`_count` for 0 to so many patches."""
-    return [_count(budget, count) for count in range(patches + 1)]
 
 
 # ---- pooling -------------------------------------------------------------------------------------------------------
@@ -152,7 +141,7 @@ def _shape(side: int | None, grid: tuple[int, int], budget: float | None) -> tup
     """Rows and columns of cells on a whole grid."""
     if side is not None:
         return -(-grid[0] // side), -(-grid[1] // side)
-    return cell_grid(grid, _count(budget, grid[0] * grid[1]))
+    return cell_grid(grid, count_of(budget, grid[0] * grid[1]))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -25,7 +25,15 @@ if TYPE_CHECKING:  # transformers 4.57 takes out of a local folder only the file
     from .methods import get_method  # noqa: F401
     from .methods_authors import AUTHORS  # noqa: F401
     from .methods_baselines import POOLING_2X2  # noqa: F401
+    from .methods_cdpruner import CDPRUNER  # noqa: F401
+    from .methods_divprune import DIVPRUNE  # noqa: F401
+    from .methods_prumerge import PRUMERGE  # noqa: F401
     from .methods_recoverable import RECOVERABLE  # noqa: F401
+    from .methods_shared import spend  # noqa: F401
+    from .methods_trim import TRIM  # noqa: F401
+    from .methods_visionzip import VISIONZIP  # noqa: F401
+    from .methods_vispruner import VISPRUNER  # noqa: F401
+    from .methods_visual import VISUAL  # noqa: F401
     from .outliers import upper_outliers  # noqa: F401
     from .recovery import recover_tokens  # noqa: F401
     from .recovery_modules import RecoveryModulesMixin  # noqa: F401

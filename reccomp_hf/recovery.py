@@ -130,6 +130,7 @@ class TokenSelection:
     """A method's choice, still on the device: masks (B, N), and how many merged tokens follow the kept ones.
 
     `known_sizes` holds the values of `sizes` where they follow from a fixed budget; `None` means they must be read.
+    `extra_mask` marks, among the centres, the place of a token that is not made around it, for the method's own merge.
     """
 
     visual_mask: Tensor
@@ -139,6 +140,7 @@ class TokenSelection:
     merged_counts: Tensor
     saliency: Tensor
     known_sizes: list[int] | None = None
+    extra_mask: Tensor | None = None
 
     @property
     def kept_mask(self) -> Tensor:
