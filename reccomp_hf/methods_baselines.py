@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 
 import torch
 from torch import Tensor
@@ -71,7 +72,8 @@ def _noise(features: VisualFeatures, seed: int) -> Tensor:
     weights = (torch.ones(_FINGERPRINT_BITS, dtype=torch.int64) << torch.arange(_FINGERPRINT_BITS)).to(
         device, non_blocking=True
     )
-    draw = (seed % 2**40) << 20  # beyond any tile's number
+    # Seeds of any size, far from each other; 0 gives what there was before there were seeds.
+    draw = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=7).digest(), "big") if seed else 0
     place = torch.tensor([draw + tile for size in features.tiles for tile in range(size)])
     start = _scrambled((bits * weights).sum(-1) + _scrambled(place.to(device, non_blocking=True)))  # (B,)
     mixed = _scrambled(start.unsqueeze(-1) + torch.arange(patches, device=device))

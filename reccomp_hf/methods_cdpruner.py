@@ -55,7 +55,7 @@ def _largest_volume(projected: Tensor, relevance: Tensor, valid: Tensor, counts:
     what is left of its diagonal.
     """
     scaled = normalize(finest(projected), dim=-1) * relevance.unsqueeze(-1)  # (B, N, D)
-    volume = scaled.square().sum(-1).masked_fill(~valid, -torch.inf)
+    volume = relevance.square().masked_fill(~valid, -torch.inf)  # the cosine of a patch with itself is 1
     factors = torch.zeros_like(volume).unsqueeze(1).repeat(1, steps, 1)  # (B, K, N)
     chosen = torch.zeros_like(valid)
     for step in range(steps):
