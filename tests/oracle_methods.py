@@ -1,0 +1,322 @@
+"""The methods to compare with as plain loops in float64: one tile at a time, from their definitions, no torch.
+
+`method_oracles` gives for every row what `recover_tokens` must return, from the saliency of oracle.py or another one.
+A row also has `gap`: how near its closest decision was that depends on rounding. Equal scores are not noted: the
+raster order decides them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from oracle import cosine, softmax, top
+
+Array = np.ndarray
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "prumerge": {"neighbors": 32},
+    "prumerge_plus": {"neighbors": 32, "uniform_share": 0.5},
+    "visionzip": {"contextual_share": 10 / 64},
+    "vispruner": {"important_share": 0.5, "step": 8},
+}
+"""Options of each method and what they are when they are not given."""
+
+
+@dataclasses.dataclass
+class Tile:
+    """What a method sees of one tile: `patches` are the raster indices of the valid ones."""
+
+    h: Array  # (N, C)
+    keys: Array  # (N, C), without the class token
+    a: Array  # (N,)
+    s: Array | None  # (N,)
+    p: Array | None  # (N, D)
+    patches: list[int]
+    num_heads: int
+    options: dict[str, Any]
+    gaps: list[float] = dataclasses.field(default_factory=list)
+
+    def note(self, left: float, right: float, scale: float = 1.0) -> None:
+        """Remember how near to each other two numbers are whose order decides something."""
+        if left != right:
+            self.gaps.append(abs(left - right) / scale)
+
+    def top_noted(self, indices: Sequence[int], scores: Any, count: int) -> list[int]:
+        """`top` for scores that were computed here, so that rounding may order them otherwise."""
+        order = top(indices, scores, len(indices))
+        if 0 < count < len(order):
+            self.note(float(scores[order[count - 1]]), float(scores[order[count]]))
+        return order[:count]
+
+
+@dataclasses.dataclass
+class Choice:
+    """Patches kept as they are, and merged tokens: (place, features, patches whose `cluster` is that token)."""
+
+    visual: list[int] = dataclasses.field(default_factory=list)
+    text: list[int] = dataclasses.field(default_factory=list)
+    coverage: list[int] = dataclasses.field(default_factory=list)
+    merged: list[tuple[int, Array, list[int]]] = dataclasses.field(default_factory=list)
+
+
+# ---- budgets -------------------------------------------------------------------------------------------------------
+
+
+def image_budget(budget: float, patches: int) -> int:
+    """Tokens of an image of so many valid patches."""
+    if isinstance(budget, int):
+        return min(budget, patches)
+    return min(patches, max(1, math.floor(budget * patches + 0.5)))
+
+
+def tile_budgets(budget: float, patches: Sequence[int]) -> list[int]:
+    """Tokens of each of an image's tiles, in proportion to their valid patches, by largest remainder."""
+    total, everything = image_budget(budget, sum(patches)), sum(patches)
+    shares = [Fraction(total * count, everything) if everything else Fraction(0) for count in patches]
+    given = [math.floor(share) for share in shares]
+    by_remainder = sorted(range(len(patches)), key=lambda t: (given[t] - shares[t], t))
+    for t in by_remainder[: total - sum(given)]:
+        given[t] += 1
+    return given
+
+
+# ---- choices by saliency -------------------------------------------------------------------------------------------
+
+
+def outlier_count(tile: Tile, scores: Sequence[float]) -> int:
+    """How many scores are above Q3 + 1.5 (Q3 - Q1); at least 1."""
+    first, third = np.quantile(np.array(scores, dtype=np.float64), [0.25, 0.75])
+    threshold = float(third + 1.5 * (third - first))
+    for score in scores:
+        tile.note(float(score), threshold, scale=abs(threshold))
+    return max(1, sum(float(score) > threshold for score in scores))
+
+
+def visual(tile: Tile, k: int | None) -> Choice:
+    """FasterVLM: the most salient patches."""
+    assert k is not None
+    return Choice(visual=top(tile.patches, tile.a, k))
+
+
+def centres_of_prumerge(tile: Tile, k: int | None) -> list[int]:
+    """The outliers, or all but one of the budget's tokens."""
+    n = outlier_count(tile, [tile.a[j] for j in tile.patches]) if k is None else max(1, k - 1)
+    return top(tile.patches, tile.a, n)
+
+
+def centres_of_prumerge_plus(tile: Tile, k: int | None) -> list[int]:
+    """Salient patches and evenly spread ones."""
+    if k is None:
+        salient = centres_of_prumerge(tile, None)
+        step = max(1, len(tile.patches) // len(salient))
+        return salient + [j for j in tile.patches[::step] if j not in salient]
+    n = max(1, k - 1)
+    uniform = math.floor(tile.options["uniform_share"] * n)
+    salient = top(tile.patches, tile.a, n - uniform)
+    rest = [j for j in tile.patches if j not in salient]
+    return salient + [rest[(2 * i + 1) * len(rest) // (2 * uniform)] for i in range(uniform)]
+
+
+def merge_around(tile: Tile, centres: list[int], k: int | None) -> Choice:
+    """PruMerge's tokens: each centre with its neighbours added, and all that is no centre in one more token."""
+    merged = []
+    for i in sorted(centres):
+        others = [j for j in tile.patches if j != i]
+        near = {j: cosine(tile.keys[i], tile.keys[j]) for j in others}
+        token = tile.h[i].copy()
+        for j in tile.top_noted(others, near, tile.options["neighbors"]):
+            token += float(tile.a[j]) * tile.h[j]
+        merged.append((i, token, [i]))
+    rest = [j for j in tile.patches if j not in centres]
+    if rest and k != 1:
+        place = top(rest, tile.a, 1)[0]
+        merged.append((place, np.sum([float(tile.a[j]) * tile.h[j] for j in rest], axis=0), [place]))
+    return Choice(merged=merged)
+
+
+def visionzip(tile: Tile, k: int | None) -> Choice:
+    """VisionZip: salient patches, and contextual tokens around evenly placed targets among the rest."""
+    assert k is not None
+    contextual = min(math.floor(tile.options["contextual_share"] * k), k - 1)
+    dominant = top(tile.patches, tile.a, k - contextual)
+    rest = [j for j in tile.patches if j not in dominant]
+    step = max(1, len(rest) // contextual) if contextual else 1
+    targets = [rest[i * step] for i in range(contextual)]
+    joined: dict[int, list[int]] = {target: [] for target in targets}
+    means = {j: tile.keys[j].reshape(tile.num_heads, -1).mean(0) for j in rest}
+    for j in rest:
+        if targets and j not in targets:
+            near = {target: cosine(means[j], means[target]) for target in targets}
+            joined[tile.top_noted(targets, near, 1)[0]].append(j)
+    merged = []
+    for target in targets:
+        token = tile.h[target].copy()
+        if joined[target]:
+            token += np.mean([tile.h[j] for j in joined[target]], axis=0)
+        merged.append((target, token, [target, *joined[target]]))
+    return Choice(visual=dominant, merged=merged)
+
+
+def vispruner(tile: Tile, k: int | None) -> Choice:
+    """VisPruner: salient patches, and of the rest those that are left when near duplicates are dropped."""
+    assert k is not None
+    important = top(tile.patches, tile.a, min(math.floor(tile.options["important_share"] * k), k - 1))
+    alive, wanted = [j for j in tile.patches if j not in important], k - len(important)
+    while len(alive) > wanted:
+        even, odd = alive[0::2], alive[1::2]
+        score = {i: max(cosine(tile.h[i], tile.h[j]) for j in odd) for i in even}
+        dropped = tile.top_noted(even, score, min(tile.options["step"], len(alive) - wanted, len(even)))
+        alive = [j for j in alive if j not in dropped]
+    return Choice(visual=important, coverage=alive)
+
+
+# ---- choices by the question and by the projected features ---------------------------------------------------------
+
+
+def trim(tile: Tile, k: int | None) -> Choice:
+    """TRIM: the most relevant patches, and the mean of the others."""
+    assert tile.s is not None
+    relevance = softmax([float(tile.s[j]) for j in tile.patches])
+    n = outlier_count(tile, relevance) if k is None else max(1, k - 1)
+    kept = top(tile.patches, tile.s, n)
+    dropped = [j for j in tile.patches if j not in kept]
+    if not dropped or k == 1:
+        return Choice(text=kept)
+    mean = np.mean([tile.h[j] for j in dropped], axis=0)
+    return Choice(text=kept, merged=[(top(dropped, tile.a, 1)[0], mean, dropped)])
+
+
+def divprune(tile: Tile, k: int | None) -> Choice:
+    """DivPrune: each patch is the one farthest from those chosen before it."""
+    assert tile.p is not None
+    assert k is not None
+    patches = tile.patches
+    distance = {i: {j: 1.0 - cosine(tile.p[i], tile.p[j]) for j in patches if j != i} for i in patches}
+    chosen: list[int] = []
+    while len(chosen) < k:
+        free = [i for i in patches if i not in chosen]
+        nearest = {i: min(gap for j, gap in distance[i].items() if j in chosen or not chosen) for i in free}
+        chosen += tile.top_noted(free, nearest, 1)
+    return Choice(coverage=chosen)
+
+
+def cdpruner(tile: Tile, k: int | None) -> Choice:
+    """CDPruner: greedy inference of a determinantal point process over relevant and different patches."""
+    assert tile.s is not None
+    assert tile.p is not None
+    assert k is not None
+    scores = [float(tile.s[j]) for j in tile.patches]
+    low, high = min(scores), max(scores)
+    r = {j: (float(tile.s[j]) - low + 1e-6) / (high - low + 1e-6) for j in tile.patches}
+    d = {j: r[j] * r[j] for j in tile.patches}  # the cosine of a patch with itself is 1
+    c: dict[int, list[float]] = {j: [] for j in tile.patches}
+    chosen: list[int] = []
+    while len(chosen) < k:
+        free = [i for i in tile.patches if i not in chosen]
+        best = top(free, d, 1)[0]
+        tile.note(d[best], 1e-9, scale=1e-9)
+        if d[best] <= 1e-9:
+            chosen += tile.top_noted(free, r, k - len(chosen))
+            break
+        for i in free:
+            tile.note(d[best], d[i], scale=d[best])
+        chosen.append(best)
+        for i in free:
+            if i != best:
+                kernel = r[best] * cosine(tile.p[best], tile.p[i]) * r[i]
+                e = (kernel - math.fsum(x * y for x, y in zip(c[best], c[i], strict=True))) / math.sqrt(d[best])
+                d[i] -= e * e
+                c[i].append(e)
+    return Choice(text=chosen)
+
+
+METHODS: dict[str, Callable[[Tile, int | None], Choice]] = {
+    "visual": visual,
+    "prumerge": lambda tile, k: merge_around(tile, centres_of_prumerge(tile, k), k),
+    "prumerge_plus": lambda tile, k: merge_around(tile, centres_of_prumerge_plus(tile, k), k),
+    "visionzip": visionzip,
+    "trim": trim,
+    "vispruner": vispruner,
+    "divprune": divprune,
+    "cdpruner": cdpruner,
+}
+
+
+# ---- the whole output ----------------------------------------------------------------------------------------------
+
+
+def choose(method: str, tile: Tile, k: int | None) -> Choice:
+    """The method's choice of `k` tokens (`None`: as many as it likes); a budget for all patches keeps them."""
+    if not tile.patches or k == 0:
+        return Choice()
+    if k is not None and k >= len(tile.patches):
+        return Choice(visual=list(tile.patches))
+    return METHODS[method](tile, k)
+
+
+def as_output(tile: Tile, choice: Choice) -> dict[str, Any]:
+    """The fields of `TokenRecoveryOutput` for one row, unpadded."""
+    n, kept = len(tile.h), sorted(choice.visual + choice.text + choice.coverage)
+    assert len(set(kept)) == len(kept)
+    cluster = [-1] * n
+    for place, j in enumerate(kept):
+        cluster[j] = place
+    for slot, (_, _, members) in enumerate(choice.merged):
+        for j in members:
+            cluster[j] = len(kept) + slot
+    places = kept + [place for place, _, _ in choice.merged]
+    tokens = [tile.h[j] for j in kept] + [token for _, token, _ in choice.merged]
+
+    def mask(members: Sequence[int]) -> list[bool]:
+        return [j in members for j in range(n)]
+
+    return {
+        "tokens": np.array(tokens).reshape(len(places), tile.h.shape[1]),
+        "counts": len(places),
+        "visual_mask": mask(choice.visual),
+        "text_mask": mask(choice.text),
+        "coverage_mask": mask(choice.coverage),
+        "centre_mask": mask([place for place, _, _ in choice.merged]),
+        "cluster": cluster,
+        "places": places,
+        "gap": min(tile.gaps, default=math.inf),
+    }
+
+
+def method_oracles(
+    h: Array,
+    keys: Array,
+    saliency: Array,
+    s: Array | None,
+    config: Any,
+    *,
+    num_heads: int = 1,
+    valid: Array | None = None,
+    tiles: Sequence[int] | None = None,
+    projected: Array | None = None,
+) -> list[dict[str, Any]]:
+    """Every row's output: `h` (B, N, C), `keys` (B, N + 1, C), `saliency` and `s` (B, N), `projected` (B, N, D)."""
+    rows, n = h.shape[:2]
+    valid = np.ones((rows, n), dtype=bool) if valid is None else valid
+    outputs: list[dict[str, Any]] = []
+    for size in [1] * rows if tiles is None else tiles:
+        counts = [int(valid[b].sum()) for b in range(len(outputs), len(outputs) + size)]
+        for k in [None] * size if config.budget is None else tile_budgets(config.budget, counts):
+            row = len(outputs)
+            tile = Tile(
+                h=h[row],
+                keys=keys[row, 1:],
+                a=saliency[row],
+                s=None if s is None else s[row],
+                p=None if projected is None else projected[row],
+                patches=[j for j in range(n) if valid[row, j]],
+                num_heads=num_heads,
+                options={**OPTIONS.get(config.method, {}), **config.method_options},
+            )
+            outputs.append(as_output(tile, choose(config.method, tile, k)))
+    return outputs
