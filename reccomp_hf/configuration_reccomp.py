@@ -66,8 +66,8 @@ class TokenRecoveryConfig:
         version: Layout of the section; 1.
         enabled: `False` gives bit for bit the stock model.
         method: `"recoverable"` (the paper's method), `"authors"` (its released code), a published method to compare
-            with, a baseline, or a registered name of your own, see [`get_method`]. `text_relevance`,
-            `text_relevance_sign`, `visual_layer` and `visual_heads` have the method's own defaults.
+            with, a baseline, or one of your own, registered before (`reccomp_hf.methods.method_names()` lists them).
+            Another method has its own defaults of how saliency and text relevance are found.
         method_options: Settings of the method alone, by name.
         budget: `None` lets the number of tokens adapt to the picture; an `int` is the exact number of tokens of an
             image; a `float` in (0, 1] is the share of the image's patches.

@@ -12,6 +12,7 @@ from torch import Tensor
 from .configuration_reccomp import TokenRecoveryConfig
 from .conversation_cache import VisualToken
 from .layout import PADDING
+from .methods import get_method
 from .recovery import TokenRecoveryOutput
 from .vision import EncodedImages
 
@@ -92,9 +93,9 @@ def call_fields(section: TokenRecoveryConfig, mode: str, overrides: Mapping[str,
     fields = dict(overrides or {}) if section.replace(overrides).enabled else dict(_WHOLE)
     if mode == "append":
         method = section.replace(fields).method
-        if method == "authors":
+        if get_method(method).compact_only:
             raise ValueError(
-                "mode='append' puts tokens at their original positions, which method 'authors' does not have: use "
+                f"mode='append' puts tokens at their original positions, which method {method!r} does not have: use "
                 "mode='rebuild' or 'keep'."
             )
         fields["position_ids"] = "original"

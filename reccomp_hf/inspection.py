@@ -103,7 +103,7 @@ def _tokens_per_image(config: Any, section: TokenRecoveryConfig) -> dict[str, An
     if after is not None:
         number = str(after) if tiled else f"{after} ({after / side**2:.0%})"
         return {"before": before, "after": after, "note": f"{all_of_them} become {number}{newlines}"}
-    reads_question = get_method(section.method).reads_text and section.text_encoder_config is not None
+    reads_question = get_method(section.method).reads_question(section) and section.text_encoder_config is not None
     asking = "the picture and the question ask" if reads_question else "the picture asks"
     note = f"{all_of_them} become as many as {asking} for; model.recover(**inputs) counts them"
     return {"before": before, "after": None, "note": note}
@@ -115,7 +115,8 @@ def _fixed_count(side: int, section: TokenRecoveryConfig) -> int | None:
     The method is run on a blank picture of width 1: it knows by itself what is fixed.
     """
     states, similarity = torch.zeros(1, side * side, 1), torch.zeros(1, side * side)
-    features = check_features(states, states[:, 0], torch.zeros(1, side * side + 1, 1), similarity, section)
+    keys = torch.zeros(1, side * side + 1, 1)
+    features = check_features(states, states[:, 0], keys, similarity, section, projected=states)
     sizes = select_tokens(features, section).known_sizes
     return None if sizes is None else sizes[0]
 

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from .configuration_reccomp import TokenRecoveryConfig
     from .recovery import MergedTokens, TokenSelection, VisualFeatures
 
-OF_A_METHOD = ("text_relevance", "text_relevance_sign", "visual_layer", "visual_heads")
+RELEVANCE = ("text_relevance", "text_relevance_sign")
+SALIENCY = ("visual_layer", "visual_heads")
+OF_A_METHOD = (*RELEVANCE, *SALIENCY)
 """Fields of the config section whose defaults are the method's own."""
 
 Budget = Literal["optional", "required", "none"]
@@ -48,6 +50,11 @@ class RecoveryMethod:
         compact_only: Whether a token may have no place in the picture, so that `position_ids` must be `"compact"`.
         defaults: Values of `text_relevance`, `text_relevance_sign`, `visual_layer` and `visual_heads` where the config
             does not give them: those of the published method.
+        fields: Which fields of the config section it reads beyond `method`, `method_options`, `budget` and
+            `position_ids`; `None`: perhaps any. Model cards show these, and costs are estimated by them.
+        compares: What it compares with all patches of a tile, for the estimate of its cost: `"nothing"`, the
+            `"tokens"` that come out, or all `"patches"`.
+        source: Whose method it is, with the arXiv number of its paper, for model cards; empty for a baseline.
         options: A frozen dataclass of the method's own settings, all with defaults, whose `__post_init__` raises
             ValueError for a bad value; `config.options` is an instance made from `method_options`.
 
@@ -65,6 +72,9 @@ class RecoveryMethod:
     compact_only: bool = False
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     options: type | None = None
+    fields: tuple[str, ...] | None = None
+    compares: Literal["nothing", "tokens", "patches"] = "nothing"
+    source: str = ""
 
     def __post_init__(self) -> None:
         """Check what can be checked before the method runs."""
@@ -191,6 +201,8 @@ def register_method(name: str, method: RecoveryMethod, *, overwrite: bool = Fals
 
 __all__ = [
     "OF_A_METHOD",
+    "RELEVANCE",
+    "SALIENCY",
     "Budget",
     "RecoveryMethod",
     "check_int",

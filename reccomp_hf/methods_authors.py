@@ -112,6 +112,7 @@ AUTHORS = RecoveryMethod(
     scales_similarity=True,
     budget="none",
     compact_only=True,  # its extra token has no place
+    source="Recoverable Compression as its authors' code computes it (Chen et al., AAAI 2025, arXiv 2409.01179)",
 )
 
 __all__ = ["AUTHORS"]

@@ -199,11 +199,11 @@ def _select_base_tile(features: VisualFeatures, config: TokenRecoveryConfig) -> 
 
 def _pooling(side: int | None, budget: Budget) -> RecoveryMethod:
     select, merge = functools.partial(_select_pooling, side), functools.partial(_merge_pooling, side)
-    return RecoveryMethod(select, merge, budget=budget)
+    return RecoveryMethod(select, merge, budget=budget, fields=())
 
 
-RANDOM = RecoveryMethod(_select_random, budget="required", options=RandomOptions)
+RANDOM = RecoveryMethod(_select_random, budget="required", options=RandomOptions, fields=())
 POOLING, POOLING_2X2, POOLING_3X3 = _pooling(None, "required"), _pooling(2, "none"), _pooling(3, "none")
-BASE_TILE = RecoveryMethod(_select_base_tile, budget="none")
+BASE_TILE = RecoveryMethod(_select_base_tile, budget="none", fields=())
 
 __all__ = ["BASE_TILE", "POOLING", "POOLING_2X2", "POOLING_3X3", "RANDOM", "cell_grid"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .configuration_reccomp import TokenRecoveryConfig
-from .methods import RecoveryMethod
+from .methods import RELEVANCE, RecoveryMethod
 from .methods_shared import finest, select, spend
 from .recovery import TokenSelection, VisualFeatures
 from .selection import gather_rows, top_mask
@@ -81,6 +81,9 @@ CDPRUNER = RecoveryMethod(
     reads_projected=True,
     budget="required",
     defaults={"text_relevance": "penultimate", "text_relevance_sign": -1},
+    fields=RELEVANCE,
+    compares="tokens",
+    source="CDPruner (Zhang et al., arXiv 2506.10967)",
 )
 
 __all__ = ["CDPRUNER"]

@@ -47,6 +47,13 @@ def _farthest_apart(projected: Tensor, valid: Tensor, counts: Tensor, steps: int
     return chosen & valid
 
 
-DIVPRUNE = RecoveryMethod(_select, budget="required", reads_projected=True)
+DIVPRUNE = RecoveryMethod(
+    _select,
+    budget="required",
+    reads_projected=True,
+    fields=(),
+    compares="patches",
+    source="DivPrune (Alvar et al., CVPR 2025, arXiv 2503.02175)",
+)
 
 __all__ = ["DIVPRUNE"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .configuration_reccomp import TokenRecoveryConfig
-from .methods import RecoveryMethod, check_int, check_share
+from .methods import SALIENCY, RecoveryMethod, check_int, check_share
 from .methods_shared import Spending, at_places, count_above_fence, select, spend, weighted_sums
 from .recovery import MergedTokens, TokenSelection, VisualFeatures
 from .selection import gather_rows, nonzero_first, positions, top_mask
@@ -136,7 +136,20 @@ def _merge(
 
 # The paper's code reads the last block; the attention is averaged over heads.
 _DEFAULTS = {"visual_layer": -1, "visual_heads": "mean"}
-PRUMERGE = RecoveryMethod(_select, _merge, defaults=_DEFAULTS, options=PruMergeOptions)
-PRUMERGE_PLUS = RecoveryMethod(_select_plus, _merge, defaults=_DEFAULTS, options=PruMergePlusOptions)
+PRUMERGE = RecoveryMethod(
+    _select,
+    _merge,
+    defaults=_DEFAULTS,
+    options=PruMergeOptions,
+    fields=SALIENCY,
+    compares="tokens",
+    source="LLaVA-PruMerge (Shang et al., arXiv 2403.15388)",
+)
+PRUMERGE_PLUS = dataclasses.replace(
+    PRUMERGE,
+    select=_select_plus,
+    options=PruMergePlusOptions,
+    source="LLaVA-PruMerge+ (Shang et al., arXiv 2403.15388)",
+)
 
 __all__ = ["PRUMERGE", "PRUMERGE_PLUS"]

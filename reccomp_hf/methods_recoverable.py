@@ -150,6 +150,11 @@ def _merge(
     return MergedTokens(tokens, centres, cluster)
 
 
-RECOVERABLE = RecoveryMethod(_select, _merge, reads_text=True)
+RECOVERABLE = RecoveryMethod(
+    _select,
+    _merge,
+    reads_text=True,
+    source="Recoverable Compression (Chen et al., AAAI 2025, arXiv 2409.01179)",
+)
 
 __all__ = ["RECOVERABLE", "budget_split"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from .configuration_reccomp import TokenRecoveryConfig
-from .methods import RecoveryMethod
+from .methods import OF_A_METHOD, RecoveryMethod
 from .methods_shared import count_above_fence, finest, select, spend
 from .recovery import MergedTokens, TokenSelection, VisualFeatures
 from .selection import cluster_means, nonzero_first, top_mask
@@ -58,6 +58,8 @@ TRIM = RecoveryMethod(
     reads_text=True,
     needs_text=True,
     defaults={"text_relevance": "penultimate", "text_relevance_sign": -1},
+    fields=OF_A_METHOD,  # saliency says where the mean of the dropped patches stands
+    source="TRIM (Song et al., arXiv 2409.10994)",
 )
 
 __all__ = ["TRIM"]

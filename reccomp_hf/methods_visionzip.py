@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import normalize
 
 from .configuration_reccomp import TokenRecoveryConfig
-from .methods import RecoveryMethod, check_share
+from .methods import SALIENCY, RecoveryMethod, check_share
 from .methods_shared import at_places, select, spend, weighted_sums
 from .recovery import MergedTokens, TokenSelection, VisualFeatures
 from .selection import gather_rows, nonzero_first, positions, top_mask
@@ -85,6 +85,9 @@ VISIONZIP = RecoveryMethod(
     budget="required",
     defaults={"visual_layer": -2, "visual_heads": "mean"},
     options=VisionZipOptions,
+    fields=SALIENCY,
+    compares="tokens",
+    source="VisionZip (Yang et al., arXiv 2412.04467)",
 )
 
 __all__ = ["VISIONZIP"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .configuration_reccomp import TokenRecoveryConfig
-from .methods import RecoveryMethod, check_int, check_share
+from .methods import SALIENCY, RecoveryMethod, check_int, check_share
 from .methods_shared import finest, select, spend
 from .recovery import TokenSelection, VisualFeatures
 from .selection import top_mask
@@ -93,6 +93,9 @@ VISPRUNER = RecoveryMethod(
     budget="required",
     defaults={"visual_layer": -2, "visual_heads": "mean"},
     options=VisPrunerOptions,
+    fields=SALIENCY,
+    compares="patches",
+    source="VisPruner (Zhang et al., ICCV 2025, arXiv 2412.01818)",
 )
 
 __all__ = ["VISPRUNER"]

@@ -7,7 +7,7 @@ the attention of CLIP's class token in the next-to-last block, averaged over hea
 from __future__ import annotations
 
 from .configuration_reccomp import TokenRecoveryConfig
-from .methods import RecoveryMethod
+from .methods import SALIENCY, RecoveryMethod
 from .methods_shared import select, spend
 from .recovery import TokenSelection, VisualFeatures
 from .selection import top_mask
@@ -19,6 +19,12 @@ def _select(features: VisualFeatures, config: TokenRecoveryConfig) -> TokenSelec
     return select(features, saliency, visual=visual, known_sizes=spending.sizes())
 
 
-VISUAL = RecoveryMethod(_select, budget="required", defaults={"visual_layer": -2, "visual_heads": "mean"})
+VISUAL = RecoveryMethod(
+    _select,
+    budget="required",
+    defaults={"visual_layer": -2, "visual_heads": "mean"},
+    fields=SALIENCY,
+    source="FasterVLM (Zhang et al., arXiv 2412.01818)",
+)
 
 __all__ = ["VISUAL"]

@@ -17,6 +17,7 @@ from .comparing import check_counts
 from .environment import environment
 from .features import PATCHES, WIDTH, Features, make_features, one_thread
 from .loops import Loop, plain, released
+from .methods import count_methods, time_methods
 from .timing import Measures, Stopwatch, interleave
 
 BATCH_SIZES, ROUNDS = (1, 32), 15
@@ -45,7 +46,7 @@ def compare_choosing(
     cpu_time: bool = False,
     progress: bool | None = None,
 ) -> dict[str, Any]:
-    """Time the choice of tokens per image on one CPU thread in float32, ours and the loops in turns.
+    """Time the choice of tokens per image on one CPU thread in float32, ours and the loops in turns; then each method.
 
     Args:
         batch_sizes: Images that `recover_tokens` gets at once; the loops take one at a time.
@@ -57,8 +58,8 @@ def compare_choosing(
         progress: Show a progress bar; `None` where stderr is a terminal.
 
     Returns:
-        JSON values: `"loops"` (seconds per image) and `"rows"`, one per setting and batch size, with seconds per image
-        and the ratios of each loop's over it.
+        JSON values: `"loops"` (seconds per image), `"rows"`, one per setting and batch size, with seconds per image
+        and the ratios of each loop's over it, and `"methods"`, see [`time_methods`].
 
     Raises:
         ImportError: scikit-learn is missing.
@@ -75,13 +76,14 @@ def compare_choosing(
         for turn in turns.values():  # warm up
             turn()
         bar = tqdm(
-            total=rounds * len(turns),
+            total=rounds * (len(turns) + count_methods()),
             desc="turns",
             file=sys.stderr,
             disable=None if progress is None else not progress,
         )
         with bar:
             taken = interleave(turns, rounds, bar.update)
+            methods = time_methods(features, rounds, stopwatch, bar.update, seed)
         facts = environment(torch.device("cpu"), torch.float32)
     times = {name: measures["seconds"] for name, measures in taken.items()}
     rows = [
@@ -103,6 +105,7 @@ def compare_choosing(
             for loop, (_, same) in LOOPS.items()
         },
         "rows": rows,
+        "methods": methods,
     }
 
 

@@ -60,7 +60,16 @@ def choosing_text(facts: Mapping[str, Any]) -> str:
     for loop, entry in loops.items():
         time = _milliseconds(entry["seconds_per_image"])
         lines.append(f"{loop}: {time} ms per image; it gives the tokens of setting {entry['same_tokens_as']}.")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_method_lines(facts["methods"])])
+
+
+def _method_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How long every method takes for one budget."""
+    rows = [
+        [row["method"], f"{row['tokens']:.1f}", _milliseconds(row["choosing"]), _milliseconds(row["all"])]
+        for row in found
+    ]
+    return _table([[f"budget {found[0]['budget']}, batch 1", "tokens", "ms to choose", "ms with merging"], *rows])
 
 
 def scaling_text(facts: Mapping[str, Any]) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 import textwrap
 from typing import Any
 
-from ..configuration_reccomp import PRESETS, LlavaNextRecCompConfig, TokenRecoveryConfig
+from ..configuration_reccomp import PRESETS, LlavaNextRecCompConfig, TokenRecoveryConfig, usual_fields
 from ..cost import PAPER_SHARE, compare_costs, compressed_tokens, fixed_tokens, picture_tokens
 from ..full_size import FULL_SIZE
-from ..methods import get_method
+from ..methods import OF_A_METHOD, RELEVANCE, SALIENCY, get_method
 
 WIDTH = 120
 NO_OWNER = "OWNER"
@@ -28,10 +29,10 @@ PAPER_RESULTS = """\
 | LLaVA-1.5-7B, uncompressed | 68.40 | 58.20 | 1476.9 | 79.10 | 86.40 | 66.10 |
 | Recoverable Compression, training-free, about 10 % of the tokens | 69.01 | 55.51 | 1284.9 | 70.41 | 72.00 | 57.90 |
 """
-OF_A_QUESTION = ("text_share", "text_relevance", "text_relevance_sign")
+OF_A_QUESTION = ("text_share", *RELEVANCE)
 OF_A_BUDGET = ("text_share", "merged_tokens", "coverage_share")
 OF_OUTLIERS = ("outlier_neighbors", "merge_neighbors", "outlier_threshold")
-OF_SALIENCY = ("visual_layer", "visual_heads")
+OF_SALIENCY = SALIENCY
 """Fields of the section that are read under a condition only; all others are always explained."""
 COST_ROWS: dict[str, tuple[str, float]] = {
     "prompt_tokens": ("prompt, tokens", 1),
@@ -128,10 +129,12 @@ def field_rows(section: TokenRecoveryConfig) -> list[dict[str, str]]:
 
 def recipe(section: TokenRecoveryConfig) -> tuple[str, dict[str, Any]]:
     """The preset that comes nearest, and the fields to set besides."""
-    values = section.to_dict()
+    values, of_method = section.to_dict(), usual_fields(section.method)
 
     def differing(preset: str) -> dict[str, Any]:
         usual = TokenRecoveryConfig.from_preset(preset).to_dict()
+        if usual["method"] != section.method:  # another method brings its own defaults
+            usual |= {name: of_method[name] for name in (*OF_A_METHOD, "method_options")}
         return {name: values[name] for name in usual if name != "text_encoder_config" and values[name] != usual[name]}
 
     preset = min(PRESETS, key=lambda name: len(differing(name)))
@@ -144,6 +147,7 @@ def _without_effect(section: TokenRecoveryConfig) -> set[str]:
         return {
             "version",
             "method",
+            "method_options",
             "budget",
             "position_ids",
             *OF_A_QUESTION,
@@ -152,9 +156,11 @@ def _without_effect(section: TokenRecoveryConfig) -> set[str]:
             *OF_SALIENCY,
         }
     silent = {"version", *(OF_OUTLIERS if section.budget is not None else OF_A_BUDGET)}
-    if not get_method(section.method).reads_text:  # for comparison: chance, or means of the grid's cells
-        silent |= {*OF_A_QUESTION, *OF_A_BUDGET, *OF_OUTLIERS, *OF_SALIENCY}
-        silent |= {"budget"} if section.budget is None else set()
+    method = get_method(section.method)
+    silent |= {"method_options"} if method.options is None else set()
+    if method.fields is not None:
+        silent |= {*OF_A_QUESTION, *OF_A_BUDGET, *OF_OUTLIERS, *OF_SALIENCY} - {*method.fields}
+        silent |= {"budget"} if method.budget == "none" else set()
     elif not _reads_question(section):
         silent |= {*OF_A_QUESTION} - {"text_share"}
     return silent
@@ -166,10 +172,18 @@ def _without_effect(section: TokenRecoveryConfig) -> set[str]:
 def _intro(facts: CardFacts) -> str:
     family = "A LLaVA-NeXT" if facts.tiled else "A LLaVA-1.5"
     return (
-        f"{family} that reads a fraction of its visual tokens: {_summary(facts)}. The method is Recoverable "
-        "Compression (Chen et al., AAAI 2025, arXiv [2409.01179](https://arxiv.org/abs/2409.01179)), which needs no "
-        "training; the checkpoint was made by `reccomp_hf`, which is independent of the paper's authors."
+        f"{family} that reads a fraction of its visual tokens: {_summary(facts)}. {_whose(facts.section.method)}; the "
+        "checkpoint was made by `reccomp_hf`, which is independent of the paper's authors."
     )
+
+
+def _whose(name: str) -> str:
+    """A sentence about the method, its arXiv number as a link."""
+    source = get_method(name).source
+    if not source:  # chance, means of the grid's cells, or a method of the checkpoint's maker
+        return f"The method is `{name}`, which is none of a paper's"
+    linked = re.sub(r"arXiv (\d+\.\d+)", r"arXiv [\1](https://arxiv.org/abs/\1)", source)
+    return f"The method is {linked}, which needs no training"
 
 
 def _summary(facts: CardFacts) -> str:
@@ -193,8 +207,7 @@ def _is_open(facts: CardFacts) -> bool:
 
 
 def _reads_question(section: TokenRecoveryConfig) -> bool:
-    spends = section.budget is None or section.text_share > 0
-    return section.text_encoder_config is not None and spends and get_method(section.method).reads_text
+    return section.text_encoder_config is not None and get_method(section.method).reads_question(section)
 
 
 def _origin(facts: CardFacts) -> str:
@@ -351,11 +364,17 @@ def _made(facts: CardFacts) -> str:
     if facts.section.text_encoder_config is not None:
         words.append(known[1] if len(known) > 1 else "CLIP")
     words += [facts.name, f"--preset{UNBROKEN}{preset}"]
-    words += [f"--set{UNBROKEN}{name}={json.dumps(value)}" for name, value in fields.items()]
+    words += [f"--set{UNBROKEN}{_quoted(name, value)}" for name, value in fields.items()]
     words += [] if facts.section.text_encoder_config is not None else ["--visual-only"]
     lines = textwrap.wrap(" ".join(words), 100, break_long_words=False, break_on_hyphens=False)
     command = " \\\n    ".join(lines).replace(UNBROKEN, " ")
     return f"```bash\n{command}\n```"
+
+
+def _quoted(name: str, value: Any) -> str:
+    """`name=value` for a shell, in one piece."""
+    text = f"{name}={json.dumps(value)}"
+    return shlex.quote(text).replace(" ", UNBROKEN) if isinstance(value, dict) else text
 
 
 def _licence(facts: CardFacts) -> str:

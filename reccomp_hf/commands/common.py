@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
+from ..methods import get_method
 from ..quiet import quiet
 
 
@@ -50,7 +51,7 @@ def section_lines(facts: dict[str, Any]) -> list[str]:
     fields = [f"{name} {json.dumps(value)}" for name, value in settings.items()]
     return [
         line("model type", facts["model_type"]),
-        line("method", method),
+        line("method", ": ".join(filter(None, (method, get_method(method).source)))),
         line("settings", ", ".join(fields) or "the defaults"),
         line("question encoder", reads),
         line("visual tokens", facts["tokens_per_image"]["note"]),

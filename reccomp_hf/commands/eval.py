@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..evaluation import (
     demo_samples,
     evaluate,
     load_samples,
+    named_settings,
     parse_settings,
     plot_accuracy,
 )
@@ -67,6 +69,12 @@ def run(arguments: argparse.Namespace) -> None:
         say("", f"Wrote {' and '.join(written)}.")
 
 
+def _methods() -> str:
+    """The names that are methods, in lines."""
+    names = [name for name, fields in named_settings().items() if "method" in fields and name != "pool"]
+    return textwrap.fill(", ".join(names), 100)
+
+
 def register(commands: Any) -> None:
     """Declare the command."""
     command = add_command(
@@ -76,10 +84,12 @@ def register(commands: Any) -> None:
         "Asks a checkpoint the same questions under several settings and prints a table.\n\n"
         "A setting is NAME[:BUDGET][+field=value...]. Names: off (all tokens), stored (the checkpoint's own),\n"
         "the presets paper, balanced and authors; visual, text (the paper's stages, one alone, nothing merged),\n"
-        "coverage (evenly spread), random, pool (means of the grid's cells), each with a budget. A budget is a\n"
-        "number of tokens or a share of them. off always runs. An answer is right if it equals an expected one\n"
-        "but for case, punctuation, articles and white space.",
+        "coverage (evenly spread), pool (means of the grid's cells), each with a budget; and every method by its\n"
+        f"name, with its published settings:\n{_methods()}.\n"
+        "(fastervlm is the method visual.) A budget is a number of tokens, a share of them, or dynamic. off always\n"
+        "runs. An answer is right if it equals an expected one but for case, punctuation, articles and white space.",
         " demo --settings paper,balanced:0.1,visual:16,text:16,random:16 --compare text:16 visual:16",
+        " demo --settings 'cdpruner:16,prumerge:dynamic,random:16+method_options={\"seed\":1}'",
         " ./llava-reccomp --data questions.jsonl --settings stored,text:64+text_relevance=value --json out.json",
     )
     command.add_argument("model", metavar="MODEL", help="a compressed checkpoint: folder, Hub id, demo or demo-global")

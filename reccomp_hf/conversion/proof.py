@@ -16,6 +16,7 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiMod
 
 from .. import compat
 from ..configuration_reccomp import TokenRecoveryConfig
+from ..methods import RELEVANCE
 from ..quiet import quiet
 from ..relevance import patch_embeddings, relevance_state, text_similarity
 from .shards import Headers, is_weight, place_of, read_tensor
@@ -73,7 +74,9 @@ def prove(folder: Path, model_class: Any, config: Any, llava: tuple[Path, Header
     proven, question = ["vision tower", "projector"], None
     if clip_model is not None:
         question = _question(clip_model.config.text_config)
-        section = config.token_recovery.replace({"method": "recoverable"})
+        own = config.token_recovery  # of whose similarity the released code takes a part
+        relevance = {name: getattr(own, name) for name in RELEVANCE}
+        section = own.replace({"method": "recoverable", **relevance})
         read = relevance_state(section.text_relevance, config.vision_config.num_hidden_layers)
         wanted = _clip_similarity(clip_model, compat.clip_vision_model(tower), states[read], question, section)
         windows, rows = torch.ones(1, 1, dtype=torch.bool), torch.zeros(len(tiles), dtype=torch.long)

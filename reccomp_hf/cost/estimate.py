@@ -20,6 +20,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 )
 
 from ..configuration_reccomp import TokenRecoveryConfig
+from ..methods import get_method
 from ..recovery import check_features, select_tokens
 from .hardware import DTYPES, HARDWARE, Hardware, get_hardware, get_width
 from .memory import NEW_TOKENS, USABLE, kv_cache_bytes, largest_batch, parameter_counts, weight_bytes
@@ -108,8 +109,8 @@ def vision_cost(
     """
     _at_least_one(tokens=tokens, tiles=tiles, windows=windows, batch=batch)
     device = get_hardware(hardware)
-    chooses = section is not None and section.enabled
-    encoder = section.text_encoder_config if section is not None and chooses else None
+    asks = section is not None and section.enabled and get_method(section.method).reads_question(section)
+    encoder = section.text_encoder_config if section is not None and asks else None
     parts: dict[str, list[Operator]] = {
         "vision_tower": vision_operators(config.vision_config, tiles * batch),
         "projector": projector_operators(config, tokens * batch),
@@ -154,7 +155,8 @@ def fixed_tokens(config: Any, section: TokenRecoveryConfig, picture: tuple[int, 
         return max(1, math.floor(section.budget * patches + 0.5))
     grid = _grid(config) ** 2
     blank, scores = torch.zeros(tiles, grid + 1, 1), torch.zeros(tiles, grid)
-    features = check_features(blank[:, 1:], blank[:, 0], blank, scores, section, tiles=[tiles])
+    states = blank[:, 1:]
+    features = check_features(states, blank[:, 0], blank, scores, section, tiles=[tiles], projected=states)
     sizes = select_tokens(features, section).known_sizes
     return None if sizes is None else min(sizes[2], patches)
 

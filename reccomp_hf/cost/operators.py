@@ -13,7 +13,7 @@ from typing import Any
 from transformers import CLIPTextConfig
 
 from ..configuration_reccomp import TokenRecoveryConfig
-from ..methods import get_method
+from ..methods import RecoveryMethod, get_method
 from .hardware import Hardware, get_width
 
 
@@ -224,26 +224,45 @@ def selection_operators(config: Any, section: TokenRecoveryConfig, tiles: int, t
     width, grid = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
     patches = grid * tiles
     gathered = Operator("gathering", 0, reads=tokens * width, writes=tokens * width)
-    if not method.reads_text:  # pooling and the like: means over all patches
+    if method.fields == () and not method.reads_projected:  # pooling and the like: means over all patches
         return [Operator("pooling", patches * width, reads=patches * width), gathered]
-    found = [
-        linear("class query", tiles, width, width),
-        linear("keys", patches, width, width),
-        Operator("saliency", 2 * patches * width, reads=patches * width, writes=patches),
-    ]
+    found = []
+    if method.fields is None or "visual_layer" in method.fields:
+        found += [
+            linear("class query", tiles, width, width),
+            linear("keys", patches, width, width),
+            Operator("saliency", 2 * patches * width, reads=patches * width, writes=patches),
+        ]
     encoder = section.text_encoder_config
-    if encoder is not None and (section.budget is None or section.text_share > 0):
+    if encoder is not None and method.reads_question(section):
         if section.text_relevance == "value":
             found += [linear("value path", patches, width, width)] * 2
         projection = encoder["projection_dim"]
         found.append(linear("visual projection", patches, width, projection))
         found.append(Operator("relevance", 2 * patches * projection, reads=patches * projection, writes=patches))
+    if method.reads_projected:
+        found += projector_operators(config, patches)
+    if method.fields is not None:
+        return [*found, *_comparison(config, method, tiles, tokens), gathered]
     found += _choice(section, patches, tokens)
     merged = tokens // 2 if section.budget is None else min(section.merged_tokens, tokens - 1)
     if merged > 0:  # in dynamic mode half of the tokens are taken for cluster centres
         found.append(Operator("clustering", 2 * patches * merged * width, reads=2 * patches * width, writes=patches))
         found.append(Operator("merging", 2 * patches * width, reads=patches * width, writes=merged * width))
     return [*found, gathered]
+
+
+def _comparison(config: Any, method: RecoveryMethod, tiles: int, tokens: int) -> Iterable[Operator]:
+    """Sorting scores, and comparing features with those of all patches of a tile."""
+    vision = config.vision_config
+    grid = (vision.image_size // vision.patch_size) ** 2
+    sort = Operator("top scores", grid * tiles * math.log2(grid), reads=grid * tiles, writes=grid * tiles)
+    rows = {"nothing": 0, "tokens": tokens, "patches": grid * tiles}[method.compares]
+    if not rows:
+        return [sort]
+    width = config.text_config.hidden_size if method.reads_projected else vision.hidden_size
+    reads = (grid * tiles + rows) * width
+    return [sort, Operator("comparison", 2 * rows * grid * width, reads=reads, writes=rows * grid)]
 
 
 def _choice(section: TokenRecoveryConfig, patches: int, tokens: int) -> Iterable[Operator]:

@@ -4,7 +4,7 @@ from .plotting import plot_accuracy
 from .report import EvaluationReport, Interval, SettingResult
 from .running import DEFAULT_BATCH_SIZE, evaluate
 from .samples import Sample, demo_samples, load_samples, normalize_answer
-from .settings import DEFAULT_SETTINGS, Setting, parse_setting, parse_settings
+from .settings import DEFAULT_SETTINGS, Setting, named_settings, parse_setting, parse_settings
 
 __all__ = [
     "DEFAULT_BATCH_SIZE",
@@ -17,6 +17,7 @@ __all__ = [
     "demo_samples",
     "evaluate",
     "load_samples",
+    "named_settings",
     "normalize_answer",
     "parse_setting",
     "parse_settings",
