@@ -39,12 +39,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     # The computation of the paper's released code, for reproduction.
     "authors": {"method": "authors"},
-    # A fixed budget with the settings that measured best on the demo models.
+    # A fixed budget with the settings that measured best on the demo models: the question takes the patches that stand
+    # out for it, and the rest of the budget stands for the picture as a whole.
     "balanced": {
         "budget": 64,
         "text_relevance": "value",
         "visual_layer": -2,
-        "coverage_share": 0.75,
+        "text_share": 1.0,
+        "text_limit": "outliers",
+        "coverage_share": 0.25,
+        "coverage_by": "content",
         "merged_tokens": 0,
         "position_ids": "original",
     },
@@ -54,6 +58,8 @@ CHOICES = {
     "text_relevance": ("last", "penultimate", "value"),
     "text_relevance_sign": (1, -1),
     "visual_heads": ("joint", "mean"),
+    "text_limit": ("share", "outliers"),
+    "coverage_by": ("place", "content"),
     "position_ids": ("compact", "original"),
 }
 
@@ -72,8 +78,13 @@ class TokenRecoveryConfig:
         budget: `None` lets the number of tokens adapt to the picture; an `int` is the exact number of tokens of an
             image; a `float` in (0, 1] is the share of the image's patches.
         text_share: Share in [0, 1] of the kept tokens of a fixed budget that the question chooses.
+        text_limit: `"share"`: the question chooses its whole share of a fixed budget; `"outliers"`: only patches that
+            stand out among the similarities, as many as the dynamic mode would, and no more than the share. What it
+            leaves goes to coverage.
         merged_tokens: How many tokens of a fixed budget are merged ones (cluster means of what was not kept).
-        coverage_share: Share in [0, 1] of the kept tokens of a fixed budget that are spread evenly over the image.
+        coverage_share: Share in [0, 1] of the kept tokens of a fixed budget that stand for the image as a whole.
+        coverage_by: `"place"` spreads these tokens evenly over the image; `"content"` chooses them so that their mean
+            is as near as it can be to the mean of all patches (kernel herding, Welling, ICML 2009).
         outlier_neighbors: Neighbours of the local outlier factor in the visual and text stage.
         merge_neighbors: Neighbours of the local outlier factor that chooses cluster centres.
         outlier_threshold: A local outlier factor above this is an outlier (scikit-learn's `"auto"` is 1.5).
@@ -95,8 +106,10 @@ class TokenRecoveryConfig:
     method_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     budget: int | float | None = None
     text_share: float = 0.5
+    text_limit: str = "share"
     merged_tokens: int = 8
     coverage_share: float = 0.0
+    coverage_by: str = "place"
     outlier_neighbors: int = 20
     merge_neighbors: int = 10
     outlier_threshold: float = 1.5

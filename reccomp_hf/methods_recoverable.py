@@ -12,7 +12,7 @@ from .configuration_reccomp import TokenRecoveryConfig
 from .methods import RecoveryMethod
 from .outliers import upper_outliers
 from .recovery import MergedTokens, TokenSelection, VisualFeatures
-from .selection import cluster_means, farthest_points, gather_rows, nonzero_first, squared_distances, top_mask
+from .selection import cluster_means, farthest_points, gather_rows, herded, nonzero_first, squared_distances, top_mask
 
 
 def _select(features: VisualFeatures, config: TokenRecoveryConfig) -> TokenSelection:
@@ -56,11 +56,18 @@ def _select_budget(features: VisualFeatures, saliency: Tensor, config: TokenReco
     n_visual, n_text, n_coverage, n_merged = table[row].unbind(-1)
     visual = top_mask(scores, n_visual, valid)
     rest = valid & ~visual
+    steps = max(split[2] for split in splits)
+    if has_text and config.text_limit == "outliers":
+        outliers = upper_outliers(similarity, config.outlier_neighbors, config.outlier_threshold, rest).sum(-1)
+        n_coverage = n_coverage + (n_text - outliers).clamp(min=0)
+        n_text, steps = torch.minimum(n_text, outliers), max(split[1] + split[2] for split in splits)
     text = top_mask(similarity, n_text, rest)
     rest = rest & ~text
-    steps = max(split[2] for split in splits)
     coverage = torch.zeros_like(rest)
-    if steps:
+    if steps and config.coverage_by == "content":
+        units = torch.nn.functional.normalize(features.hidden_states.detach().float(), dim=-1)
+        coverage = herded(features.per_image(units, 0.0), valid, rest, n_coverage, steps)
+    elif steps:
         distance = squared_distances(features.per_tile(visual | text), features.grid)
         coverage = farthest_points(features.per_image(distance, 0), rest, n_coverage, features.grid, steps)
     rest = rest & ~coverage

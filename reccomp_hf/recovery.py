@@ -105,12 +105,12 @@ class VisualFeatures:
         return class_saliency(self.class_query, self.keys, self.num_heads, heads, self.valid)
 
     def per_image(self, values: Tensor, fill: float) -> Tensor:
-        """Scores of an image's tiles side by side, `fill` where it has fewer: (B, N) -> (I, S * N)."""
+        """Scores of an image's tiles side by side, `fill` where it has fewer: (B, N, ...) -> (I, S * N, ...)."""
         images, slots = len(self.tiles), max(self.tiles)
         if slots == 1:
             return values
-        grouped = values.new_full((images * slots, values.shape[1]), fill)
-        return grouped.index_copy(0, self._rows, values).view(images, -1)
+        grouped = values.new_full((images * slots, *values.shape[1:]), fill)
+        return grouped.index_copy(0, self._rows, values).view(images, -1, *values.shape[2:])
 
     def per_tile(self, values: Tensor) -> Tensor:
         """The inverse of `per_image`: (I, S * X) -> (B, X)."""
@@ -350,7 +350,7 @@ def _grid(grid: tuple[int, int] | None, patches: int, config: TokenRecoveryConfi
     if grid is None:
         side = math.isqrt(patches)
         square = side * side == patches
-        if not square and config.budget is not None and config.coverage_share > 0:
+        if not square and config.budget is not None and config.coverage_share > 0 and config.coverage_by == "place":
             raise ValueError(f"coverage_share needs the grid of the {patches} patches, no square: pass grid=.")
         return (side, side) if square else (1, patches)
     if grid[0] * grid[1] != patches:

@@ -141,11 +141,42 @@ def farthest_points(distance: Tensor, candidates: Tensor, counts: Tensor, grid: 
     return (times > 0) & candidates
 
 
+def herded(units: Tensor, members: Tensor, candidates: Tensor, counts: Tensor, steps: int) -> Tensor:
+    """Choose `counts` patches that together look like the whole: their mean stays as near as it can to that of all.
+
+    Kernel herding (Welling, ICML 2009) with the linear kernel. The loop runs over steps, for all rows at once; a step
+    costs one product of the features with a vector. Of equal candidates the first one is taken.
+
+    Args:
+        units: (B, N, C) float32 features of length 1.
+        members: (B, N) bool, patches whose mean is wanted.
+        candidates: (B, N) bool, patches to choose from.
+        counts: (B,) int, how many to choose; no more than there are candidates.
+        steps: No entry of `counts` is larger.
+
+    Returns:
+        (B, N) bool.
+    """
+    share = members.to(units.dtype) / members.sum(-1, keepdim=True).clamp(min=1)
+    mean = (share.unsqueeze(1) @ units).squeeze(1)  # (B, C)
+    missing, left, chosen = mean, candidates, torch.zeros_like(candidates)
+    lengths = units.square().sum(-1)
+    for step in range(steps):
+        # After this step the sum of what is chosen should be `step + 1` times the mean.
+        scores = 2 * (units @ missing.unsqueeze(-1)).squeeze(-1) - lengths  # (B, N)
+        pick = scores.masked_fill(~left, -torch.inf).argmax(-1, keepdim=True)
+        left = left.scatter(-1, pick, False)
+        chosen = chosen.scatter(-1, pick, (step < counts).unsqueeze(-1) | chosen.gather(-1, pick))
+        missing = missing + mean - gather_rows(units, pick).squeeze(1)
+    return chosen & candidates
+
+
 __all__ = [
     "cluster_means",
     "farthest_points",
     "full_precision",
     "gather_rows",
+    "herded",
     "nonzero_first",
     "pack_rows",
     "positions",
