@@ -33,6 +33,7 @@ SECTIONS = {
     "saliency alone": {"budget": 16, "text_share": 0.0},
     "authors": {"method": "authors"},
     "pooling": {"method": "pooling_2x2"},
+    "prumerge": {"method": "prumerge_plus", "budget": 32, "method_options": {"neighbors": 16}},
     "off": {"enabled": False},
 }
 
