@@ -47,6 +47,7 @@ class RecoveryMethod:
         scales_similarity: Whether the text similarity is divided by the root of the projection width.
         budget: Whether `budget` may be given (`"optional"`), must be (`"required"`), or must not (`"none"`).
         compact_only: Whether a token may have no place in the picture, so that `position_ids` must be `"compact"`.
+        shares_patches: Whether a patch may enter several merged tokens; its `cluster` is -1 then.
         defaults: Values of `text_relevance`, `text_relevance_sign`, `visual_layer` and `visual_heads` where the config
             does not give them: those of the published method.
         fields: Which fields of the config section it reads beyond `method`, `method_options`, `budget` and
@@ -69,6 +70,7 @@ class RecoveryMethod:
     scales_similarity: bool = False
     budget: Budget = "optional"
     compact_only: bool = False
+    shares_patches: bool = False
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     options: type | None = None
     fields: tuple[str, ...] | None = None
