@@ -168,7 +168,7 @@ class TokenRecoveryConfig:
     @property
     def options(self) -> Any:
         """The method's own settings, an instance of its options dataclass; `None` for a method without any."""
-        return get_method(self.method).read_options(self.method, self.method_options)
+        return self._options
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values; validates, so that nothing impossible is ever written."""
@@ -220,7 +220,7 @@ class TokenRecoveryConfig:
 
     def _validate_combination(self) -> None:
         method = get_method(self.method)
-        method.read_options(self.method, self.method_options)
+        self._options = method.read_options(self.method, self.method_options)
         if method.budget == "required" and self.budget is None:
             raise ValueError(
                 f"method {self.method!r} needs a budget, got null; write an int >= 1 or a float in (0, 1]."

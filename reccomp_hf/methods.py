@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,6 +47,7 @@ class RecoveryMethod:
         scales_similarity: Whether the text similarity is divided by the root of the projection width.
         budget: Whether `budget` may be given (`"optional"`), must be (`"required"`), or must not (`"none"`).
         compact_only: Whether a token may have no place in the picture, so that `position_ids` must be `"compact"`.
+        shares_patches: Whether a patch may enter several merged tokens; its `cluster` is -1 then.
         defaults: Values of `text_relevance`, `text_relevance_sign`, `visual_layer` and `visual_heads` where the config
             does not give them: those of the published method.
         fields: Which fields of the config section it reads beyond `method`, `method_options`, `budget` and
@@ -70,6 +70,7 @@ class RecoveryMethod:
     scales_similarity: bool = False
     budget: Budget = "optional"
     compact_only: bool = False
+    shares_patches: bool = False
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     options: type | None = None
     fields: tuple[str, ...] | None = None
@@ -119,12 +120,18 @@ def check_share(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a number in [0, 1], got {value!r}.")
 
 
-_REGISTERED: dict[str, RecoveryMethod] = {}
+_METHODS: dict[str, RecoveryMethod] = {}
 
 
-@functools.cache
+def _registry() -> dict[str, RecoveryMethod]:
+    """All methods by name, the package's own ones first."""
+    if "recoverable" not in _METHODS:
+        _METHODS.update({**_built_in(), **_METHODS})
+    return _METHODS
+
+
 def _built_in() -> dict[str, RecoveryMethod]:
-    """The package's methods. Imported late, since they import what imports this; named, so that remote code copies."""
+    """The package's methods. Imported late, since they import what imports this; by name, for remote code's sake."""
     from .methods_authors import AUTHORS
     from .methods_baselines import BASE_TILE, POOLING, POOLING_2X2, POOLING_3X3, RANDOM
     from .methods_cdpruner import CDPRUNER
@@ -157,7 +164,7 @@ def _built_in() -> dict[str, RecoveryMethod]:
 
 def method_names() -> list[str]:
     """The names that `token_recovery.method` may have, the built-in ones first."""
-    return list({**_built_in(), **_REGISTERED})
+    return list(_registry())
 
 
 def get_method(name: str) -> RecoveryMethod:
@@ -166,7 +173,7 @@ def get_method(name: str) -> RecoveryMethod:
     Raises:
         ValueError: No such method.
     """
-    found = _REGISTERED.get(name) or _built_in().get(name)
+    found = _registry().get(name)
     if found is None:
         raise ValueError(
             f"Unknown token_recovery.method {name!r}; known methods are {', '.join(map(repr, method_names()))}. "
@@ -196,7 +203,7 @@ def register_method(name: str, method: RecoveryMethod, *, overwrite: bool = Fals
         raise ValueError(f"method must be a RecoveryMethod, got {type(method).__name__}.")
     if not overwrite and name in method_names():
         raise ValueError(f"The method name {name!r} is taken; choose another, or pass overwrite=True.")
-    _REGISTERED[name] = method
+    _registry()[name] = method
 
 
 __all__ = [

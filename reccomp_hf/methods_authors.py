@@ -111,6 +111,7 @@ AUTHORS = RecoveryMethod(
     needs_text=True,
     scales_similarity=True,
     budget="none",
+    shares_patches=True,
     compact_only=True,  # its extra token has no place
     source="Recoverable Compression as its authors' code computes it (Chen et al., AAAI 2025, arXiv 2409.01179)",
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 
 import torch
 from torch import Tensor
@@ -40,10 +39,10 @@ def _select_random(features: VisualFeatures, config: TokenRecoveryConfig) -> Tok
     """So many patches as the budget says, drawn without regard to what they show."""
     none = torch.zeros_like(features.valid)
     valid = features.per_image(features.valid, False)
-    uniform = features.all_valid and max(features.tiles) == 1
-    table = count_table(config.budget, valid.shape[1])
+    uniform, most = features.all_valid and max(features.tiles) == 1, count_of(config.budget, valid.shape[1])
     # How many patches are valid is known on the device alone.
-    counts = torch.tensor([table[-1]] * len(valid) if uniform else table).to(valid.device, non_blocking=True)
+    counts = torch.tensor([most] * len(valid) if uniform else count_table(config.budget, valid.shape[1]))
+    counts = counts.to(valid.device, non_blocking=True)
     counts = counts if uniform else counts[valid.sum(-1)]
     kept = features.per_tile(top_mask(features.per_image(_noise(features, config.options.seed), 0.0), counts, valid))
     return TokenSelection(
@@ -53,7 +52,7 @@ def _select_random(features: VisualFeatures, config: TokenRecoveryConfig) -> Tok
         centre_mask=none,
         merged_counts=torch.zeros_like(kept.sum(-1)),
         saliency=features.saliency(config.visual_heads),
-        known_sizes=[table[-1], 0, table[-1] * len(none)] if uniform else None,
+        known_sizes=[most, 0, most * len(none)] if uniform else None,
     )
 
 
@@ -72,12 +71,19 @@ def _noise(features: VisualFeatures, seed: int) -> Tensor:
     weights = (torch.ones(_FINGERPRINT_BITS, dtype=torch.int64) << torch.arange(_FINGERPRINT_BITS)).to(
         device, non_blocking=True
     )
-    # Seeds of any size, far from each other; 0 gives what there was before there were seeds.
-    draw = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=7).digest(), "big") if seed else 0
-    place = torch.tensor([draw + tile for size in features.tiles for tile in range(size)])
-    start = _scrambled((bits * weights).sum(-1) + _scrambled(place.to(device, non_blocking=True)))  # (B,)
-    mixed = _scrambled(start.unsqueeze(-1) + torch.arange(patches, device=device))
+    start = _start(seed)
+    place = torch.tensor([start + tile for size in features.tiles for tile in range(size)])
+    mixed = _scrambled((bits * weights).sum(-1) + _scrambled(place.to(device, non_blocking=True)))  # (B,)
+    mixed = _scrambled(mixed.unsqueeze(-1) + torch.arange(patches, device=device))
     return (mixed & 0xFFFFFF).float() / 2**24
+
+
+def _start(seed: int) -> int:
+    """Where a seed of any size begins to count: far from other seeds, below 2^56; 0 for seed 0."""
+    start = seed.bit_length()
+    while seed:
+        start, seed = (start + seed % 2**32) * 6364136223846793005 % 2**56, seed >> 32
+    return start
 
 
 def _scrambled(values: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ def _farthest_apart(projected: Tensor, valid: Tensor, counts: Tensor, steps: int
     if steps == 0:
         return chosen
     unit = normalize(finest(projected), dim=-1)
-    distance = (unit @ unit.transpose(1, 2)).neg_().add_(1)  # (B, N, N)
+    cosine = unit @ unit.transpose(1, 2)  # (B, N, N), alike both ways but for rounding
+    distance = (cosine + cosine.transpose(1, 2)).div_(-2).add_(1)
     distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
     distance.masked_fill_(~valid.unsqueeze(1), torch.inf)
     pick = distance.amin(-1).masked_fill(~valid, -torch.inf).argmax(-1, keepdim=True)  # (B, 1)

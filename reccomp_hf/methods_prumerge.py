@@ -141,6 +141,7 @@ PRUMERGE = RecoveryMethod(
     _merge,
     defaults=_DEFAULTS,
     options=PruMergeOptions,
+    shares_patches=True,
     fields=SALIENCY,
     compares="tokens",
     source="LLaVA-PruMerge (Shang et al., arXiv 2403.15388)",

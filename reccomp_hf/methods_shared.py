@@ -66,16 +66,17 @@ def tile_budgets(features: VisualFeatures, config: TokenRecoveryConfig) -> tuple
         (B,) int64, of equal remainders the lower tile first; and a number that none of them exceeds.
     """
     patches, tiles = features.valid.shape[1], max(features.tiles)
-    table = count_table(config.budget, patches * tiles)
+    most = count_of(config.budget, patches * tiles)
     if features.all_valid and tiles == 1:
-        return torch.full_like(features.valid[:, 0], table[-1], dtype=torch.long), table[-1]
+        return torch.full_like(features.valid[:, 0], most, dtype=torch.long), most
     own = features.per_image(features.valid.sum(-1, keepdim=True), 0)  # (I, S)
     total = own.sum(-1, keepdim=True)
-    budget = torch.tensor(table).to(own.device, non_blocking=True)[total]  # (I, 1)
+    table = torch.tensor(count_table(config.budget, patches * tiles))
+    budget = table.to(own.device, non_blocking=True)[total]  # (I, 1)
     exact, total = budget * own, total.clamp(min=1)
     seats, remainder = exact // total, exact % total
     seats = seats + top_mask(remainder.float(), budget.squeeze(-1) - seats.sum(-1), own > 0)
-    return features.per_tile(seats).squeeze(-1), min(patches, table[-1])
+    return features.per_tile(seats).squeeze(-1), min(patches, most)
 
 
 def count_of(budget: float | None, patches: int) -> int:

@@ -29,11 +29,13 @@ class TokenRecoveryOutput:
     Args:
         tokens: (B, K, C), the kept patches in raster order, then the merged tokens; right-padded with zeros.
         counts: (B,) int64, tokens of each image.
-        visual_mask: (B, N) bool, patches kept for their saliency; by `random` and `base_tile`, all that are kept.
+        visual_mask: (B, N) bool, patches kept for their saliency; by `random` and `base_tile`, all that are kept; and
+            by most methods all patches of a tile whose budget is that large.
         text_mask: (B, N) bool, patches recovered for the question.
-        coverage_mask: (B, N) bool, patches kept to cover the image evenly.
-        centre_mask: (B, N) bool, patches around which the rest was merged; of a pooled cell the first patch.
-        cluster: (B, N) int64, index in `tokens` that a patch went into; -1 where it was dropped.
+        coverage_mask: (B, N) bool, patches kept to cover the image: spread evenly, or unlike each other.
+        centre_mask: (B, N) bool, patches around which the rest was merged; of a pooled cell the first patch, of all
+            that was dropped the most salient one.
+        cluster: (B, N) int64, index in `tokens` that a patch went into; -1 where it was dropped, or went into several.
         places: (B, K) int64, raster index of the patch that a token stands for (the centre of a merged one); -1 for
             padding and for a token that has no place.
         saliency: (B, N) float32, class attention; higher means more salient.

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw
 
+from .methods import get_method
 from .recovery import TokenRecoveryOutput
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ _WORDS = {
     "dropped": ("patch not read at all", "patches not read at all"),
 }
 _VISUAL_WORDS = {"random": "drawn at random", "base_tile": "of the overview tile"}
+_COVERING = "kept to cover the picture"  # by other methods than the paper's, whatever they go by
+_SHARED = "in several of the averages, or in none"
 _PANEL = 3.3  # inches
 _WRITING = 1.45  # inches above and below a panel
 _PANELS_ACROSS = 3
@@ -328,6 +331,8 @@ def _legend(axis: Any, counts: dict[str, int], method: str) -> None:
             continue
         words = _WORDS[name][count != 1]
         words = _VISUAL_WORDS.get(method, words) if name == "visual" else words
+        words = _SHARED if name == "dropped" and get_method(method).shares_patches else words
+        words = _COVERING if name == "coverage" and method != "recoverable" else words
         look: dict[str, Any] = {"marker": "s", "markersize": 9, "markerfacecolor": "white", "markeredgewidth": 2.2}
         if name == "merged":
             look |= {"marker": "o", "markerfacecolor": _unit(COLORS["centre"]), "markeredgewidth": 0}

@@ -36,10 +36,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "spread": {"budget": 0.25, "coverage_share": 0.25, "text_relevance": "value", "position_ids": "original"},
     "visual": {"budget": 16, "text_share": 0.0},
     "penultimate": {"text_relevance": "penultimate", "text_relevance_sign": -1, "visual_layer": -2},
-    "authors": {"method": "authors"},
-    "random": {"method": "random", "budget": 24},
-    "pooling": {"method": "pooling", "budget": 0.16, "position_ids": "original"},
 }
+# Every other method once: its fields, and the masks that mark something in a record of it.
+METHODS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "authors": ({}, ("visual", "text")),
+    "random": ({"budget": 24, "method_options": {"seed": 7}}, ("visual",)),
+    "pooling": ({"budget": 0.16, "position_ids": "original"}, ("centre",)),
+    "visual": ({"budget": 16}, ("visual",)),
+    "prumerge": ({}, ("centre",)),
+    "prumerge_plus": ({"budget": 0.2, "position_ids": "original"}, ("centre",)),
+    "visionzip": ({"budget": 24, "method_options": {"contextual_share": 0.5}}, ("visual", "centre")),
+    "trim": ({"position_ids": "original"}, ("text", "centre")),
+    "vispruner": ({"budget": 24}, ("visual", "coverage")),
+    "divprune": ({"budget": 0.2}, ("coverage",)),
+    "cdpruner": ({"budget": 16, "position_ids": "original"}, ("text",)),
+}
+SETTINGS |= {f"method {name}": {"method": name, **fields} for name, (fields, _) in METHODS.items()}
 OF_THE_STOCK_CONFIG = ("model_type", "architectures", "transformers_version")
 
 

@@ -10,6 +10,7 @@ from test_authors import GOLDEN, load
 from reccomp_hf.benchmark import choosing, loops, scaling
 from reccomp_hf.benchmark.features import make_features, one_thread
 from reccomp_hf.configuration_reccomp import TokenRecoveryConfig
+from reccomp_hf.methods import get_method, method_names
 from reccomp_hf.recovery import recover_tokens
 
 SMALL = {"rounds": 2, "patches": 144, "width": 32, "progress": False}
@@ -79,6 +80,12 @@ def test_rows_of_settings_and_batch_sizes():
             own = row["seconds_per_image"]["values"]
             assert ratio["values"] == pytest.approx([one / two for one, two in zip(loops_seconds, own, strict=True)])
     assert all(entry["difference"] < 1e-5 for entry in found["loops"].values())
+    timed = {row["method"]: row for row in found["methods"]}
+    assert timed.keys() == {name for name in method_names() if get_method(name).budget != "none"}
+    assert {name: row["tokens"] for name, row in timed.items()} == dict.fromkeys(timed, 64)  # 8 x 8 cells of 12 x 12
+    for row in timed.values():
+        assert len(row["choosing"]["values"]) == SMALL["rounds"]
+        assert all(one < all_ for one, all_ in zip(row["choosing"]["values"], row["all"]["values"], strict=True))
 
 
 def test_seconds_are_per_image():

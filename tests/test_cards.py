@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,11 @@ from reccomp_hf.cards import (
 )
 from reccomp_hf.cards.content import field_descriptions, field_rows, recipe
 from reccomp_hf.cli import main
+from reccomp_hf.commands.common import setting
 from reccomp_hf.configuration_reccomp import PRESETS, TokenRecoveryConfig
 from reccomp_hf.demo import CHECKPOINTS, checkpoint_folder
 from reccomp_hf.full_size import CLIP_VIT_L_336, FULL_SIZE
+from reccomp_hf.methods import get_method, method_names
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 BASES = ["llava-hf/llava-1.5-7b-hf", CLIP_VIT_L_336]
@@ -33,6 +36,7 @@ SECTIONS = {
     "saliency alone": {"budget": 16, "text_share": 0.0},
     "authors": {"method": "authors"},
     "pooling": {"method": "pooling_2x2"},
+    "prumerge": {"method": "prumerge_plus", "budget": 32, "method_options": {"neighbors": 16}},
     "off": {"enabled": False},
 }
 
@@ -202,6 +206,9 @@ def test_a_new_field_cannot_be_forgotten(monkeypatch):
         ({"budget": 16, "text_share": 0.0}, {"text_share", "visual_layer"}, {"text_relevance"}),
         ({"method": "pooling_3x3"}, {"method"}, {"visual_layer", "text_share", "budget"}),
         ({"enabled": False}, {"enabled"}, {"method", "budget"}),
+        ({"method": "visionzip", "budget": 9}, {"visual_layer", "method_options", "budget"}, {"text_relevance"}),
+        ({"method": "cdpruner", "budget": 9}, {"text_relevance"}, {"text_share", "visual_layer", "method_options"}),
+        ({"method": "prumerge"}, {"visual_heads", "budget"}, {"text_relevance", "outlier_threshold"}),
     ],
 )
 def test_only_fields_that_matter(fields, shown, silent):
@@ -222,6 +229,31 @@ def test_the_command_makes_the_section(preset, fields):
     assert command.split()[:4] == ["reccomp-hf", "convert", *BASES]
     assert f"--preset {name}" in command
     assert command.count("--set ") == len(overrides)
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_a_card_says_whose_method_it_is(name):
+    method = get_method(name)
+    budget = {"budget": 64} if method.budget == "required" else {}
+    options = {field.name: field.default for field in dataclasses.fields(method.options)} if method.options else {}
+    facts = full_size(preset="paper", method=name, method_options=options, text_relevance="value", **budget)
+    card = render_card(facts)
+    shown = " ".join(card.split())
+    if method.source:
+        number = re.search(r"arXiv (\d+\.\d+)", method.source)[1]
+        assert f"The method is {method.source.split(' (')[0]} (" in shown
+        assert f"[{number}](https://arxiv.org/abs/{number})), which needs no training" in shown
+    else:
+        assert f"The method is `{name}`, which is none of a paper's" in shown
+    preset, overrides = recipe(facts.section)
+    assert TokenRecoveryConfig.from_preset(preset, **overrides).to_dict() == {
+        **facts.section.to_dict(),
+        "text_encoder_config": None,
+    }
+    (command,) = blocks(card, "bash")
+    words = shlex.split(command.replace("\\\n", " "))
+    told = dict(setting(words[place + 1]) for place, word in enumerate(words) if word == "--set")
+    assert told == overrides
 
 
 def test_numbers_have_their_source():

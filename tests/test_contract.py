@@ -1,8 +1,10 @@
 """What every compressed model promises about its forward pass, for every architecture, setting and kind of batch."""
 
 import pytest
+import tiny
 import torch
 from architectures import (
+    METHODS,
     ROWS,
     SETTINGS,
     assert_same_records,
@@ -18,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, DynamicCache
 
 from reccomp_hf.compat import clip_vision_model
+from reccomp_hf.methods import get_method
 from reccomp_hf.splicing import counted_positions
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -45,9 +48,9 @@ def test_a_row_of_a_batch_is_its_single_run(architecture, setting, side):
     assert batch["recovery_input_ids"].shape[1] > 1  # a row has a question of several windows
     records = model.recover(**batch, token_recovery=setting)
     assert len(records) == PICTURES
-    assert all(record.visual_mask.any() for record in records) or setting.get("method") == "pooling"
-    if setting.get("text_share") != 0 and setting.get("method") not in ("random", "pooling"):
-        assert all(record.text_mask.any() for record in records)
+    masks = METHODS[setting["method"]][1] if "method" in setting else ("visual", "text")
+    for name in masks if setting.get("text_share") != 0 else ("visual",):
+        assert all(getattr(record, f"{name}_mask").any() for record in records), name
     if "budget" not in setting:
         assert len({int(record.counts.sum()) for record in records}) > 1
 
@@ -122,7 +125,7 @@ def test_loss_and_logits_are_of_the_shortened_sequence(architecture, setting, si
 @each_architecture
 def test_settings_of_the_config_act_as_settings_of_a_call(architecture):
     batch = architecture.encode()
-    for setting in (SETTINGS["spread"], SETTINGS["authors"]):
+    for setting in (SETTINGS["spread"], SETTINGS["method authors"]):
         model = architecture.build(**setting)
         with torch.no_grad():
             called = architecture.compressed()(**batch, token_recovery=setting).logits
@@ -255,13 +258,17 @@ def test_the_device_is_read_as_often_as_needed(architecture, setting, monkeypatc
 @each_setting
 @pytest.mark.parametrize("run", ["forward", "generate"])
 def test_vision_tower_and_projector_run_once(architecture, setting, run):
-    """Every block of the tower, but for the last one where only a text relevance of "last" reads what it gives."""
+    """Every block of the tower, but for the last one where only a text relevance of "last" reads what it gives.
+
+    A method that chooses by projected features has the projector run on all patches before.
+    """
     model, batch, calls = architecture.compressed(), architecture.encode(), []
     tower, projector = clip_vision_model(model.model.vision_tower), model.model.multi_modal_projector
     section = model.config.token_recovery.replace(setting)
     blocks = list(tower.encoder.layers)
     reads_last = section.text_relevance == "last" and model._reads_question(section)
-    parts = [tower.embeddings, *(blocks if reads_last else blocks[:-1]), projector]
+    before = [projector] if get_method(section.method).reads_projected else []
+    parts = [tower.embeddings, *(blocks if reads_last else blocks[:-1]), *before, projector]
     hooks = [
         part.register_forward_pre_hook(lambda module, args: calls.append((module, args)))
         for part in (tower.embeddings, *blocks, projector)
@@ -276,6 +283,8 @@ def test_vision_tower_and_projector_run_once(architecture, setting, run):
             hook.remove()
     assert [module for module, _ in calls] == parts
     assert calls[-1][1][0].shape[:-1].numel() == int(counts.sum())
+    if before:
+        assert calls[-2][1][0].shape[:-1].numel() == len(calls[0][1][0]) * tiny.PATCHES
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ def test_eager_equals_sdpa(architecture, folders):
 
 @torch.no_grad()
 @each_architecture
-@pytest.mark.parametrize("setting", [SETTINGS["paper"], SETTINGS["spread"], SETTINGS["authors"]], ids=str)
+@pytest.mark.parametrize("setting", [SETTINGS["paper"], SETTINGS["spread"], SETTINGS["method authors"]], ids=str)
 def test_bfloat16_is_finite(architecture, setting, folders):
     model = architecture.model_class.from_pretrained(folders(architecture), dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

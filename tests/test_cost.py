@@ -221,6 +221,10 @@ def test_the_vision_side():
         ({"budget": 64, "text_share": 0.0}, {"clustering"}, {"relevance", "visual projection"}),
         ({"text_relevance": "value"}, {"value path"}, set()),
         ({"method": "pooling_2x2"}, {"pooling"}, {"keys"}),
+        ({"method": "visual", "budget": 64}, {"keys", "top scores"}, {"relevance", "comparison", "projector in"}),
+        ({"method": "visionzip", "budget": 64}, {"keys", "comparison"}, {"relevance", "projector in"}),
+        ({"method": "divprune", "budget": 64}, {"projector in", "comparison"}, {"keys", "relevance"}),
+        ({"method": "cdpruner", "budget": 64, "text_share": 0.0}, {"projector in", "relevance"}, {"keys"}),
     ],
 )
 def test_what_a_section_computes(fields, present, absent):
@@ -228,6 +232,18 @@ def test_what_a_section_computes(fields, present, absent):
     names = {operator.name for operator in selection_operators(SEVEN, section, tiles=1, tokens=64)}
     assert present <= names
     assert not absent & names
+
+
+def test_all_pairs_cost_more_than_what_comes_out():
+    seconds = {}
+    for name in ("visual", "cdpruner", "divprune"):
+        section = SEVEN.token_recovery.replace({"method": name, "budget": 64})
+        operators = selection_operators(SEVEN, section, tiles=1, tokens=64)
+        seconds[name] = sum(operator.operations for operator in operators if operator.name == "comparison")
+        encoder = cost.vision_cost(SEVEN, 64, section=section)["text_encoder"].flops
+        assert (encoder > 0) == (name == "cdpruner")
+    width = SEVEN.text_config.hidden_size
+    assert seconds == {"visual": 0, "cdpruner": 2 * 64 * 576 * width, "divprune": 2 * 576 * 576 * width}
 
 
 def test_stock_against_compressed():

@@ -8,15 +8,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from reccomp_hf import TokenRecoveryConfig, recover_tokens
+from reccomp_hf.methods import get_method, method_names
 
 BATCH, WIDTH = 2, 32
+PROJECTED = 4
 BUDGETS = {
     "plain": {"budget": 16},
     "merged": {"budget": 16, "merged_tokens": 4},
     "spread": {"budget": 0.1, "coverage_share": 0.25},
     "visual": {"budget": 16, "text_share": 0.0, "visual_heads": "mean"},
 }
+METHODS = {name: {"method": name, "budget": 9} for name in method_names() if get_method(name).budget != "none"}
+HOST_SIDE = ("random", "pooling")  # what they draw and tabulate on the host is no part of a graph
 each_budget = pytest.mark.parametrize("fields", BUDGETS.values(), ids=BUDGETS)
+COMPILED = {**BUDGETS, **{f"method {name}": fields for name, fields in METHODS.items() if name not in HOST_SIDE}}
+each_method_and_budget = pytest.mark.parametrize("fields", COMPILED.values(), ids=COMPILED)
 
 
 class Counts(TorchDispatchMode):
@@ -45,8 +51,10 @@ def random_image(patches, batch=BATCH, width=WIDTH):
 
 
 def counted(config, patches, **shape):
+    image = random_image(patches, **shape)
+    projected = torch.randn(*image[0].shape[:2], PROJECTED)
     with Counts() as counts:
-        recover_tokens(*random_image(patches, **shape), config)
+        recover_tokens(*image, config, projected=projected)
     return counts
 
 
@@ -57,20 +65,23 @@ def test_operators_and_elements_are_counted():
     assert counts.largest == 15
 
 
-@each_budget
+@each_method_and_budget
 def test_a_fixed_budget_compiles_to_one_graph(fields):
     config = TokenRecoveryConfig.from_preset("paper", **fields)
     torch._dynamo.reset()
-    report = torch._dynamo.explain(lambda *image: recover_tokens(*image, config).tokens)(*random_image(64))
+    image, projected = random_image(64), torch.randn(BATCH, 64, PROJECTED)
+    explain = torch._dynamo.explain(lambda *image: recover_tokens(*image[:-1], config, projected=image[-1]).tokens)
+    report = explain(*image, projected)
     assert (report.graph_count, report.graph_break_count) == (1, 0), report.break_reasons
 
 
-@each_budget
+@each_method_and_budget
 def test_a_compiled_choice_is_the_choice(fields):
     config, image = TokenRecoveryConfig.from_preset("paper", **fields), random_image(64)
     torch._dynamo.reset()
-    compiled = torch.compile(recover_tokens, backend="eager", fullgraph=True)(*image, config)
-    wanted = recover_tokens(*image, config)
+    projected = torch.randn(BATCH, 64, PROJECTED)
+    compiled = torch.compile(recover_tokens, backend="eager", fullgraph=True)(*image, config, projected=projected)
+    wanted = recover_tokens(*image, config, projected=projected)
     assert compiled.cluster.equal(wanted.cluster)
     torch.testing.assert_close(compiled.tokens, wanted.tokens)
 
@@ -82,6 +93,16 @@ def test_operators_do_not_depend_on_images_or_patches(fields):
     wanted = counted(config, 64).operators
     assert counted(config, 64, batch=7).operators == wanted
     assert counted(config, 256).operators == wanted
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "pooling"])
+def test_operators_of_methods_do_not_depend_on_images_or_patches(method):
+    """Greedy methods take a step per token; `vispruner` takes one for some dropped patches, hence not more patches."""
+    config = TokenRecoveryConfig(method=method, budget=9)
+    wanted = counted(config, 64).operators
+    assert counted(config, 64, batch=7).operators == wanted
+    if method != "vispruner":
+        assert counted(config, 256).operators == wanted
 
 
 @pytest.mark.parametrize("fields", [{"budget": 16}, {"budget": 16, "text_share": 0.0}], ids=["text", "visual"])

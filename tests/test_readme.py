@@ -10,6 +10,7 @@ from test_next_layout import NEWLINE, packed_oracle
 from reccomp_hf import cli
 from reccomp_hf.demo import checkpoint_folder
 from reccomp_hf.evaluation.settings import parse_settings
+from reccomp_hf.methods import _registry, method_names
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -25,6 +26,21 @@ def test_the_first_snippets_run(blocks, tmp_path, monkeypatch, capsys):
     exec(blocks[0], names)
     assert capsys.readouterr().out.split("\n")[:2] == ["N", "tensor([16])"]
     exec(blocks[1].replace("llava-1.5-7b-reccomp", str(checkpoint_folder("demo"))), names)
+    before = dict(_registry())
+    try:
+        exec(blocks[2], names)
+        model, inputs = names["model"], names["inputs"]
+        (record,) = model.recover(**inputs, token_recovery={"method": "corners", "budget": 4})
+        assert record.places.tolist() == [[0, 11, 132, 143]]
+    finally:
+        _registry().clear()
+        _registry().update(before)
+
+
+def test_every_method_has_a_row():
+    text = README.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`\"[^|]*) \|", text, flags=re.MULTILINE)
+    assert sorted(re.findall(r'`"(\w+)"`', " ".join(rows))) == sorted(set(method_names()) - {"recoverable"})
 
 
 def test_the_first_forty_lines_hold_what_a_newcomer_needs():

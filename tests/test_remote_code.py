@@ -188,11 +188,13 @@ def test_the_files_need_only_what_transformers_needs(folders):
 
 
 @each_architecture
-def test_every_file_is_named_by_the_modeling_file(architecture):
+def test_every_file_is_named_by_the_modeling_file_and_the_configs(architecture):
     """Transformers 4.57 takes out of a local folder only those: a new file must be entered there."""
-    module = sys.modules[architecture.model_class.__module__]
-    named, needed = get_relative_imports(module.__file__), get_relative_import_files(module.__file__)
-    assert set(named) == {Path(file).stem for file in needed} - {Path(module.__file__).stem}
+    for entry in (architecture.model_class, architecture.config_class):  # the config comes first and needs the methods
+        module = sys.modules[entry.__module__]
+        named, needed = get_relative_imports(module.__file__), get_relative_import_files(module.__file__)
+        assert set(named) == {Path(file).stem for file in needed} - {Path(module.__file__).stem}
+    assert {f"methods_{name}" for name in ("cdpruner", "prumerge", "shared")} < set(named)
 
 
 @each_architecture

@@ -131,6 +131,13 @@ def test_several_questions_stand_side_by_side_with_counts_and_words():
 
 
 def test_what_does_not_occur_is_not_in_the_legend():
+    legends = {
+        "prumerge": ["4 averages of tinted areas (at the dots)", "96 in several of the averages, or in none"],
+        "divprune": ["4 kept to cover the picture", "96 patches not read at all"],
+    }
+    for method, wanted in legends.items():
+        figure = plot_recovery(GREY, record_of(method=method, budget=4), method=method)
+        assert [line.get_text() for line in figure.axes[1].get_legend().get_texts()] == wanted
     lines = plot_recovery(GREY, record_of(method="random", budget=9), method="random").axes[1].get_legend().get_texts()
     assert [line.get_text() for line in lines] == ["9 drawn at random", "91 patches not read at all"]
 

@@ -80,7 +80,8 @@ def register(commands: Any) -> None:
         "oracle, the limit, which is the stock vision tower and the short prompt's embeddings for nothing.\n"
         "Ratios are taken within a round and come with their quartiles. A --config has random weights, so\n"
         "nothing is downloaded; its dynamic counts are set to about a tenth. Two other modes time the choice of\n"
-        "tokens alone, on one CPU thread: --selection against loops with scikit-learn, --scaling over sizes.",
+        "tokens alone, on one CPU thread: --selection against loops with scikit-learn and of every method, --scaling\n"
+        "over sizes.",
         " demo --batch-sizes 1,8 --budgets dynamic,16",
         " --config mid --device cpu --json bench.json --plot bench.png",
         " --config llava-1.5-7b --device cuda --dtype bfloat16 --batch-sizes 1,8,32 --largest-batch",
@@ -91,7 +92,9 @@ def register(commands: Any) -> None:
         "model", metavar="MODEL", nargs="?", help="a compressed checkpoint: folder, Hub id, demo or demo-global"
     )
     what.add_argument("--config", metavar="NAME", help=f"random weights; one of {', '.join(CONFIGS)}")
-    what.add_argument("--selection", action="store_true", help="recover_tokens against loops, at (576, 1024)")
+    what.add_argument(
+        "--selection", action="store_true", help="recover_tokens against loops, and each method, at (576, 1024)"
+    )
     what.add_argument("--scaling", action="store_true", help="recover_tokens over batch, tiles and patches")
     command.add_argument("--preset", choices=PRESETS, help=f"settings of a --config ({DEFAULT_PRESET})")
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
