@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import transformers
 from run_notebooks import FOLDER, execute, paths, printed, read
 
 MOST_BYTES = 800_000
@@ -58,6 +59,7 @@ def test_a_notebook_knows_no_machine(path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(transformers.__version__.startswith("4"), reason="they show files as transformers 5 writes them")
 @each_notebook
 def test_a_notebook_still_prints_what_it_shows(path):
     stored, executed = read(path), execute(path)
