@@ -12,10 +12,10 @@ from torch import Tensor
 
 from .checks import cache_length
 from .conversation_cache import ConversationCache, visual_tokens
-from .conversation_inputs import Asked, Part, call_fields, chat_message, check_options, together
+from .conversation_inputs import Asked, Part, call_fields, chat_message, check_options
 from .generation_reccomp import PromptStreamer
 from .recovery import TokenRecoveryOutput
-from .vision import EncodedImages
+from .vision import EncodedImages, together
 from .visualization import plot_recovery
 
 if TYPE_CHECKING:

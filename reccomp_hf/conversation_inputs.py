@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .configuration_reccomp import TokenRecoveryConfig
 from .conversation_cache import VisualToken
-from .layout import PADDING
 from .methods import get_method
 from .recovery import TokenRecoveryOutput
 from .vision import EncodedImages
@@ -107,28 +105,4 @@ def chat_message(role: str, text: str, pictures: int = 0) -> dict[str, Any]:
     return {"role": role, "content": [*([{"type": "image"}] * pictures), {"type": "text", "text": text}]}
 
 
-def together(parts: Sequence[EncodedImages | None]) -> EncodedImages | None:
-    """Pictures that were encoded at different times as one."""
-    given = [part for part in parts if part is not None]
-    if len(given) < 2:
-        return given[0] if given else None
-    layouts, tiles = [part.layout for part in given], 0
-    longest, slots, rows = max(layout.slots.shape[1] for layout in layouts), [], []
-    for layout in layouts:
-        padding = (0, longest - layout.slots.shape[1])
-        shifted = torch.where(layout.slots < 0, layout.slots, layout.slots + tiles * layout.patches)
-        slots.append(torch.nn.functional.pad(shifted, padding, value=PADDING))
-        rows.append(torch.nn.functional.pad(layout.rows, padding))
-        tiles += sum(layout.tiles)
-    layout = dataclasses.replace(
-        layouts[0],
-        slots=torch.cat(slots),
-        rows=torch.cat(rows),
-        tiles=[size for layout in layouts for size in layout.tiles],
-        lengths=[length for layout in layouts for length in layout.lengths],
-    )
-    states = {index: torch.cat([part.states[index] for part in given]) for index in given[0].states}
-    return dataclasses.replace(given[0], states=states, layout=layout)
-
-
-__all__ = ["Asked", "Part", "call_fields", "chat_message", "check_options", "together"]
+__all__ = ["Asked", "Part", "call_fields", "chat_message", "check_options"]

@@ -290,11 +290,15 @@ class RecCompMixin(RecoveryModulesMixin):
     ) -> EncodedImages:
         """`encode_images` with its settings; no graph is built for a frozen tower."""
         pixel_values, layout = self._layout(pixel_values, image_sizes)
-        tower = clip_vision_model(self._llava.vision_tower)
-        needed = needed_states(section, feature_layer, len(tower.encoder.layers), self._reads_question(section))
+        tower, needed = clip_vision_model(self._llava.vision_tower), self._needed_states(section, feature_layer)
         frozen = not any(weight.requires_grad for weight in tower.parameters())
         with record_function("reccomp::vision_tower"), torch.no_grad() if frozen else contextlib.nullcontext():
             return EncodedImages(vision_states(tower, pixel_values, needed), layout, self._grid(pixel_values))
+
+    def _needed_states(self, section: TokenRecoveryConfig, feature_layer: int) -> set[int]:
+        """The vision tower's hidden states that a section reads from this model."""
+        blocks = len(clip_vision_model(self._llava.vision_tower).encoder.layers)
+        return needed_states(section, feature_layer, blocks, self._reads_question(section))
 
     def _look(
         self,
@@ -315,7 +319,7 @@ class RecCompMixin(RecoveryModulesMixin):
             encoded = self._encode(pixel_values, image_sizes, section, vision_feature_layer)
         tower, layout, states = clip_vision_model(self._llava.vision_tower), encoded.layout, encoded.states
         blocks = len(tower.encoder.layers)
-        check_states(states, needed_states(section, vision_feature_layer, blocks, reads_question))
+        check_states(states, self._needed_states(section, vision_feature_layer))
         placeholders = map_placeholders(
             input_ids == self.config.image_token_id,
             torch.tensor(layout.lengths).to(input_ids.device, non_blocking=True),

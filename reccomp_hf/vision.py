@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .compat import run_block
 from .configuration_reccomp import TokenRecoveryConfig
-from .layout import ImageLayout
+from .layout import PADDING, ImageLayout
 from .relevance import relevance_state
 
 
@@ -27,6 +29,30 @@ class EncodedImages:
     states: dict[int, Tensor]
     layout: ImageLayout
     grid: tuple[int, int]
+
+
+def together(parts: Sequence[EncodedImages | None]) -> EncodedImages | None:
+    """Pictures that were encoded at different times as one."""
+    given = [part for part in parts if part is not None]
+    if len(given) < 2:
+        return given[0] if given else None
+    layouts, tiles = [part.layout for part in given], 0
+    longest, slots, rows = max(layout.slots.shape[1] for layout in layouts), [], []
+    for layout in layouts:
+        padding = (0, longest - layout.slots.shape[1])
+        shifted = torch.where(layout.slots < 0, layout.slots, layout.slots + tiles * layout.patches)
+        slots.append(torch.nn.functional.pad(shifted, padding, value=PADDING))
+        rows.append(torch.nn.functional.pad(layout.rows, padding))
+        tiles += sum(layout.tiles)
+    layout = dataclasses.replace(
+        layouts[0],
+        slots=torch.cat(slots),
+        rows=torch.cat(rows),
+        tiles=[size for layout in layouts for size in layout.tiles],
+        lengths=[length for layout in layouts for length in layout.lengths],
+    )
+    states = {index: torch.cat([part.states[index] for part in given]) for index in given[0].states}
+    return dataclasses.replace(given[0], states=states, layout=layout)
 
 
 def needed_states(section: TokenRecoveryConfig, feature_layer: int, blocks: int, text: bool) -> set[int]:
@@ -89,4 +115,4 @@ def check_pixels(pixel_values: Any) -> None:
         )
 
 
-__all__ = ["EncodedImages", "check_pixels", "check_states", "needed_states", "vision_states"]
+__all__ = ["EncodedImages", "check_pixels", "check_states", "needed_states", "together", "vision_states"]

@@ -94,9 +94,9 @@ def plot_recovery(
     regions = _regions(image.convert("RGB"), records, processor)
     plain = _canvas(regions, None)
     panels = 1 + len(records)
-    # Side by side where it fits; a picture of tiles is wide and gets a line of its own.
-    across = max(1, min(panels, _PANELS_ACROSS if plain.width < 1.6 * plain.height else 1))
-    down = -(-panels // across)
+    # Side by side where it fits, in rows of about equal length; a picture of tiles is wide and gets a line of its own.
+    down = -(-panels // (_PANELS_ACROSS if plain.width < 1.6 * plain.height else 1))
+    across = -(-panels // down)
     width = _PANEL * (1 if across > 1 else 2.2)
     height = width * plain.height / plain.width
     figure = Figure(figsize=(width * across, (height + _WRITING) * down), dpi=110, layout="constrained")

@@ -211,6 +211,21 @@ def generate(model: Any, batch: dict[str, Any], new_tokens: int = 6, **kwargs: A
     return model.generate(**batch, **{"do_sample": False, "max_new_tokens": new_tokens, **kwargs})
 
 
+@torch.no_grad()
+def greedy_by_hand(
+    architecture: Architecture, embeds: Tensor, mask: Tensor, positions: Tensor, new_tokens: int = 6
+) -> Tensor:
+    """Greedy ids (R, new_tokens) of the stock language model behind embeddings (R, L, D): no `generate`, no cache."""
+    stock, ids = architecture.shared_stock(), []
+    for _ in range(new_tokens):
+        states = stock.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions)
+        ids.append(stock.lm_head(states.last_hidden_state[:, -1]).argmax(-1, keepdim=True))
+        embeds = torch.cat([embeds, stock.get_input_embeddings()(ids[-1])], dim=1)
+        mask = torch.cat([mask, torch.ones_like(ids[-1])], dim=1)
+        positions = torch.cat([positions, positions[:, -1:] + 1], dim=1)
+    return torch.cat(ids, dim=1)
+
+
 def assert_same_records(ours: Sequence[Any], theirs: Sequence[Any]) -> None:
     """Equal choices, and scores and tokens that agree to 1e-5."""
     assert len(ours) == len(theirs)

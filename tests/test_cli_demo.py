@@ -155,7 +155,7 @@ def test_demo_on_a_picture_with_questions_of_ones_own(run, tmp_path, monkeypatch
     assert "Reading 8 of 144 visual tokens (6%)" in out
     assert "= 8" in " ".join(out.split())
     assert "How many?" in out and "knows drawn shapes only" in out
-    assert Image.open("reccomp-demo.png").size[0] > 900
+    assert min(Image.open("reccomp-demo.png").size) > 700  # four panels, two in a row
 
 
 def test_plot_draws_with_a_checkpoints_own_settings_or_others(run, error, converted, tmp_path, monkeypatch):

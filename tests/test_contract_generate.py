@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from architectures import ROWS, SETTINGS, each_architecture, each_setting, generate, single_runs
+from architectures import ROWS, SETTINGS, each_architecture, each_setting, generate, greedy_by_hand, single_runs
 from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer, set_seed
 
 from reccomp_hf.splicing import counted_positions
@@ -24,20 +24,6 @@ each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 def new_ids(model, batch, **kwargs):
     return generate(model, batch, **kwargs)[:, batch["input_ids"].shape[1] :]
-
-
-@torch.no_grad()
-def greedy_by_hand(architecture, short, new_tokens=6):
-    """Greedy ids of the stock language model over a shortened batch, without `generate` and without a cache."""
-    stock, embeds, mask = architecture.shared_stock(), short["inputs_embeds"], short["attention_mask"]
-    positions, ids = short.get("position_ids", counted_positions(mask)), []
-    for _ in range(new_tokens):
-        states = stock.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions)
-        ids.append(stock.lm_head(states.last_hidden_state[:, -1]).argmax(-1, keepdim=True))
-        embeds = torch.cat([embeds, stock.get_input_embeddings()(ids[-1])], dim=1)
-        mask = torch.cat([mask, torch.ones_like(ids[-1])], dim=1)
-        positions = torch.cat([positions, positions[:, -1:] + 1], dim=1)
-    return torch.cat(ids, dim=1)
 
 
 def compressed(model, batch, setting):
@@ -67,7 +53,10 @@ def test_generate_is_stock_generate_on_the_short_prompt(architecture, options):
 def test_greedy_is_a_loop_over_the_stock_language_model(architecture, setting):
     model, batch = architecture.compressed(), architecture.encode()
     ids = new_ids(model, batch, token_recovery=setting)
-    by_hand = greedy_by_hand(architecture, compressed(model, batch, setting))
+    short = compressed(model, batch, setting)
+    mask, positions = short["attention_mask"], short.get("position_ids")
+    positions = counted_positions(mask) if positions is None else positions
+    by_hand = greedy_by_hand(architecture, short["inputs_embeds"], mask, positions)
     ended = ((by_hand == model.generation_config.eos_token_id).cumsum(-1) > 0).roll(1, 1)
     ended[:, 0] = False
     assert torch.equal(ids, by_hand.masked_fill(ended, model.generation_config.pad_token_id)[:, : ids.shape[1]])

@@ -7,7 +7,7 @@ import functools
 import pytest
 import tiny
 import torch
-from architectures import LLAVA, LLAVA_NEXT, each_architecture
+from architectures import LLAVA, LLAVA_NEXT, each_architecture, greedy_by_hand
 from transformers import GenerationConfig, LogitsProcessorList, TextIteratorStreamer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
@@ -165,20 +165,11 @@ def uncut(conversation, inputs):
     return conversation.model.compress_inputs(**inputs, token_recovery=whole)[0]["inputs_embeds"][0]
 
 
-@torch.no_grad()
-def greedy(architecture, embeds, positions, new_tokens=4):
-    stock, ids = architecture.shared_stock(), []
-    embeds, positions = embeds.unsqueeze(0), torch.tensor([positions])
-    mask = torch.ones_like(positions)
-    for _ in range(new_tokens):
-        states = stock.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions)
-        ids.append(int(stock.lm_head(states.last_hidden_state[:, -1]).argmax(-1)))
-        embeds = torch.cat([embeds, stock.get_input_embeddings()(torch.tensor([ids[-1:]]))], dim=1)
-        positions = torch.cat([positions, positions[:, -1:] + 1], dim=1)
-        mask = torch.ones_like(positions)
-        if ids[-1] == 2:
-            break
-    return ids
+def greedy(architecture, embeds, positions):
+    positions = torch.tensor([positions])
+    ids = greedy_by_hand(architecture, embeds.unsqueeze(0), torch.ones_like(positions), positions, new_tokens=4)
+    ids = ids[0].tolist()
+    return ids[: ids.index(2) + 1] if 2 in ids else ids
 
 
 def chosen_places(architecture, inputs, setting):
@@ -194,9 +185,10 @@ def chosen_places(architecture, inputs, setting):
 @torch.no_grad()
 @each_architecture
 @pytest.mark.parametrize("setting", [SETTINGS[name] for name in ("paper", "budget", "original")])
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_append_is_a_loop_over_what_joined(architecture, setting, template):
+@pytest.mark.parametrize(("template", "turns"), [("vicuna", "last"), ("spelled", "all")])
+def test_append_is_a_loop_over_what_joined(architecture, setting, template, turns):
     conversation, pictures = start(architecture, "append", setting, template), [PICTURES[:1], [], []]
+    conversation.processor.recovery_turns = turns
     inputs = encode(conversation, QUESTIONS[0], pictures)
     short, _ = conversation.model.compress_inputs(**inputs, token_recovery={**setting, "position_ids": "original"})
     embeds, positions = short["inputs_embeds"][0], short["position_ids"][0].tolist()
@@ -330,6 +322,25 @@ def test_the_vision_tower_sees_a_picture_once(architecture, mode):
     finally:
         hook.remove()
     assert len(runs) == 2
+
+
+@each_architecture
+@each_mode
+@pytest.mark.parametrize("turns", ["last", "all"])
+def test_a_system_prompt_is_no_part_of_the_question(architecture, mode, turns):
+    """With it the scores that choose are those without it, and it is read."""
+    plain, told = (start(architecture, mode, {"budget": 24}, system=system) for system in (None, QUESTIONS[2]))
+    for conversation in (plain, told):
+        conversation.processor.recovery_turns = turns
+        for number, question in enumerate(QUESTIONS[:2]):
+            ask(conversation, question, None if number else PICTURES[0], new_tokens=1)
+    for turn, other in zip(plain.turns, told.turns, strict=True):
+        assert torch.equal(turn.records[0].text_similarity, other.records[0].text_similarity)
+        assert torch.equal(turn.records[0].kept_mask, other.records[0].kept_mask)
+    assert told.turns[0].prefilled > plain.turns[0].prefilled
+    asked = told.turns[0].records[0].text_similarity
+    ask(told, QUESTIONS[2], new_tokens=1)
+    assert not torch.equal(told.turns[2].records[0].text_similarity, asked) or mode == "keep"
 
 
 # The cap

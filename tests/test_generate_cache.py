@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from architectures import ROWS, each_architecture, generate
+from architectures import ROWS, each_architecture, generate, greedy_by_hand
 from transformers import DynamicCache, LogitsProcessorList, TextStreamer
 
 from reccomp_hf.splicing import counted_positions
@@ -42,19 +42,12 @@ def second_turn(held, last, rows=ROWS):
     return {"input_ids": new, "attention_mask": mask, "position_ids": positions}
 
 
-@torch.no_grad()
-def from_scratch(architecture, held, new, new_tokens=6):
+def from_scratch(architecture, held, new):
     """Greedy ids of the stock language model over everything, without a cache."""
-    stock, ids = architecture.shared_stock(), []
-    embeds = torch.cat([held["embeds"][:, :-1], stock.get_input_embeddings()(new["input_ids"])], dim=1)
-    mask, positions = new["attention_mask"], torch.cat([held["positions"][:, :-1], new["position_ids"]], dim=1)
-    for _ in range(new_tokens):
-        states = stock.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions)
-        ids.append(stock.lm_head(states.last_hidden_state[:, -1]).argmax(-1, keepdim=True))
-        embeds = torch.cat([embeds, stock.get_input_embeddings()(ids[-1])], dim=1)
-        mask = torch.cat([mask, torch.ones_like(ids[-1])], dim=1)
-        positions = torch.cat([positions, positions[:, -1:] + 1], dim=1)
-    return torch.cat(ids, dim=1)
+    read = architecture.shared_stock().get_input_embeddings()(new["input_ids"])
+    embeds = torch.cat([held["embeds"][:, :-1], read], dim=1)
+    positions = torch.cat([held["positions"][:, :-1], new["position_ids"]], dim=1)
+    return greedy_by_hand(architecture, embeds, new["attention_mask"], positions)
 
 
 @each_architecture
@@ -168,12 +161,8 @@ def test_a_picture_goes_on_as_compress_inputs_leaves_it(architecture):
     mask = torch.cat([held["mask"][:, :-1], short["attention_mask"]], dim=1)
     positions = cache.get_seq_length() + torch.arange(short["input_ids"].shape[1]).unsqueeze(0)
     new = {"input_ids": short["input_ids"], "attention_mask": mask, "position_ids": positions}
-    stock, ids = architecture.shared_stock(), []
     embeds = torch.cat([held["embeds"][:, :-1], short["inputs_embeds"]], dim=1)
-    for _ in range(4):
-        states = stock.model.language_model(inputs_embeds=embeds)
-        ids.append(stock.lm_head(states.last_hidden_state[:, -1]).argmax(-1, keepdim=True))
-        embeds = torch.cat([embeds, stock.get_input_embeddings()(ids[-1])], dim=1)
+    expected = greedy_by_hand(architecture, embeds, mask, counted_positions(mask), new_tokens=4)
     options = {"past_key_values": cache, "new_tokens": 4, **ENDLESS}
     output = generate(model, {**new, "inputs_embeds": short["inputs_embeds"]}, **options)
-    assert torch.equal(output[:, short["input_ids"].shape[1] :], torch.cat(ids, dim=1))
+    assert torch.equal(output[:, short["input_ids"].shape[1] :], expected)

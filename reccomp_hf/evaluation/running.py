@@ -14,7 +14,9 @@ import torch
 from tqdm import tqdm
 
 from .. import splicing
+from ..methods import get_method
 from ..recovery import TokenRecoveryOutput
+from ..vision import EncodedImages
 from .report import EvaluationReport, SettingResult
 from .samples import Sample, normalize_answer
 from .settings import OFF, Setting, parse_setting, parse_settings
@@ -72,7 +74,7 @@ def evaluate(
     with bar:
         for start in starts:
             batch = samples[start : start + batch_size]
-            inputs = encode(processor, batch, instruction).to(model.device, model.dtype)
+            inputs = _Inputs(encode(processor, batch, instruction).to(model.device, model.dtype))
             for run in runs.values():
                 if start == 0:  # what the first call of all costs is not the setting's
                     run.ask(model, processor, inputs, batch, max_new_tokens=1)
@@ -87,6 +89,29 @@ def evaluate(
     )
 
 
+class _Inputs:
+    """A batch; its pictures go through the vision tower once for all settings that read the same hidden states."""
+
+    def __init__(self, tensors: Any) -> None:
+        self.tensors = tensors
+        self._encoded: dict[tuple[Any, ...], tuple[EncodedImages, float]] = {}
+
+    def of(self, model: Any, fields: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        """Arguments of a call with these settings, and the seconds that their share of the vision tower took."""
+        section = model.config.token_recovery.replace(fields)
+        if not section.enabled:
+            return dict(self.tensors), 0.0
+        reads = get_method(section.method).reads_question(section)
+        key = (section.visual_layer, section.text_relevance if reads else None)
+        if key not in self._encoded:
+            began = _now(model)
+            encoded = model.encode_images(**self.tensors, token_recovery=fields)
+            self._encoded[key] = encoded, _now(model) - began
+        encoded, seconds = self._encoded[key]
+        others = {name: value for name, value in self.tensors.items() if name not in ("pixel_values", "image_sizes")}
+        return {**others, "pixel_values": encoded}, seconds
+
+
 class _Run:
     """A setting while it is evaluated."""
 
@@ -98,17 +123,18 @@ class _Run:
         self.seconds = 0.0
 
     def ask(
-        self, model: Any, processor: Any, inputs: Any, batch: Sequence[Sample], max_new_tokens: int
+        self, model: Any, processor: Any, inputs: _Inputs, batch: Sequence[Sample], max_new_tokens: int
     ) -> tuple[list[str], list[int], list[tuple[float, float]], float]:
         """Answers, visual tokens and object hits of a batch, and the seconds it took."""
         fields, image_token = self.setting.fields, model.config.image_token_id
         positions = {}
         if fields.get("enabled", True) and _position_ids(model, fields) == "original":
-            positions["position_ids"] = splicing.counted_positions(inputs["attention_mask"])
+            positions["position_ids"] = splicing.counted_positions(inputs.tensors["attention_mask"])
+        tensors, seconds = inputs.of(model, fields)
         began = _now(model)
-        short, record = model.compress_inputs(**inputs, **positions, token_recovery=fields)
+        short, record = model.compress_inputs(**tensors, **positions, token_recovery=fields)
         ids = model.generate(**short, do_sample=False, max_new_tokens=max_new_tokens)
-        seconds = _now(model) - began
+        seconds += _now(model) - began
         prompt = short["input_ids"]
         answers = processor.batch_decode(ids[:, prompt.shape[1] :], skip_special_tokens=True)
         tokens = (prompt == image_token).sum(-1).tolist()
