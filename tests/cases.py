@@ -131,4 +131,16 @@ DYNAMIC = [{}, {"outlier_neighbors": 5, "merge_neighbors": 4}, {"outlier_thresho
 BUDGETS = [{"budget": b, "merged_tokens": m} for b in (1, 2, 9, 24, 99, 100, 0.03, 0.25, 1.0) for m in (0, 8)]
 SHARES = [{"budget": 40, "coverage_share": c, "text_share": t} for c in (0.0, 0.25, 1.0) for t in (0.0, 0.3, 1.0)]
 SHARES += [{"budget": 0.37, "coverage_share": 0.25, "merged_tokens": 3}, {"budget": 30, "merged_tokens": 29}]
-SETTINGS = [*DYNAMIC, *BUDGETS, *SHARES]
+LIMITED = [
+    {
+        "budget": budget,
+        "text_share": share,
+        "text_limit": limit,
+        "coverage_share": 0.25,
+        "coverage_by": by,
+        "merged_tokens": m,
+    }
+    for budget, share, m in ((1, 1.0, 0), (20, 1.0, 0), (0.37, 0.5, 4), (99, 1.0, 3), (100, 1.0, 0))
+    for limit, by in (("outliers", "content"), ("outliers", "place"), ("share", "content"))
+]
+SETTINGS = [*DYNAMIC, *BUDGETS, *SHARES, *LIMITED]

@@ -103,6 +103,21 @@ def farthest_points(kept: Iterable[int], free: Iterable[int], count: int, column
     return chosen
 
 
+def herded(h: Array, patches: Sequence[int], free: Iterable[int], count: int) -> list[int]:
+    """Choose `count` of `free`, each time the one that brings the mean direction of the chosen nearest to the mean."""
+    lengths = {j: math.sqrt(float(np.dot(h[j], h[j]))) for j in patches}
+    unit = {j: h[j] / (lengths[j] or 1) for j in patches}
+    mean = sum(unit.values()) / len(patches)
+    free, chosen = sorted(free), []
+    for step in range(1, min(count, len(free)) + 1):
+        total = sum((unit[j] for j in chosen), np.zeros(h.shape[1]))
+        gaps = [float(np.sum((mean * step - total - unit[j]) ** 2)) for j in free]
+        best = free[int(np.argmin(gaps))]
+        chosen.append(best)
+        free.remove(best)
+    return chosen
+
+
 def budget_split(config: Any, n: int, has_text: bool) -> tuple[int, int, int, int]:
     """How many visual, text, coverage and merged tokens a fixed budget gives to an image of `n` patches."""
     total = config.budget
@@ -112,6 +127,14 @@ def budget_split(config: Any, n: int, has_text: bool) -> tuple[int, int, int, in
     coverage = math.floor(config.coverage_share * (total - merged))
     text = math.floor(config.text_share * (total - merged - coverage)) if has_text else 0
     return total - merged - coverage - text, text, coverage, merged
+
+
+def limited(config: Any, s: Array | None, rest: list[int], n_text: int, n_coverage: int) -> tuple[int, int]:
+    """Numbers of text and coverage tokens once text recovery takes outliers only, if it is to."""
+    if s is None or config.text_limit == "share":
+        return n_text, n_coverage
+    found = min(n_text, len(upper_outliers(rest, s, config.outlier_neighbors, config.outlier_threshold)))
+    return found, n_coverage + n_text - found
 
 
 def dynamic_stages(a: Array, s: Array | None, patches: list[int], config: Any) -> tuple[list[int], ...]:
@@ -125,14 +148,20 @@ def dynamic_stages(a: Array, s: Array | None, patches: list[int], config: Any) -
     return visual, text, [], centres
 
 
-def budget_stages(a: Array, s: Array | None, patches: list[int], config: Any, columns: int) -> tuple[list[int], ...]:
+def budget_stages(
+    a: Array, s: Array | None, h: Array, patches: list[int], config: Any, columns: int
+) -> tuple[list[int], ...]:
     """Visual, text and coverage patches and merge centres of a fixed budget."""
     n_visual, n_text, n_coverage, n_merged = budget_split(config, len(patches), s is not None)
     visual = top(patches, a, n_visual)
     rest = [j for j in patches if j not in visual]
+    n_text, n_coverage = limited(config, s, rest, n_text, n_coverage)
     text = [] if s is None else top(rest, s, n_text)
     rest = [j for j in rest if j not in text]
-    coverage = farthest_points(visual + text, rest, n_coverage, columns) if n_coverage else []
+    if config.coverage_by == "content":
+        coverage = herded(h, patches, rest, n_coverage)
+    else:
+        coverage = farthest_points(visual + text, rest, n_coverage, columns) if n_coverage else []
     rest = [j for j in rest if j not in coverage]
     return visual, text, coverage, top(rest, a, n_merged)
 
@@ -185,7 +214,7 @@ def recover_oracle(
         visual, text, coverage, centres = dynamic_stages(saliency, s, patches, config)
     else:
         columns = grid[1] if grid else math.isqrt(n)
-        visual, text, coverage, centres = budget_stages(saliency, s, patches, config, columns)
+        visual, text, coverage, centres = budget_stages(saliency, s, h, patches, config, columns)
     kept, centres = sorted(visual + text + coverage), sorted(centres)
     places = kept + centres
     cluster = [-1] * n

@@ -11,7 +11,7 @@ import torch
 from cases import Case, make_case, mask_of_counts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import budget_split, merge, nearest_centre, saliency_oracle, top
+from oracle import budget_split, herded, limited, merge, nearest_centre, saliency_oracle, top
 from torch import Tensor
 
 from reccomp_hf.configuration_reccomp import TokenRecoveryConfig
@@ -61,10 +61,15 @@ def image_oracle(
     n_visual, n_text, n_coverage, n_merged = budget_split(config, len(patches), text is not None)
     stages: dict[str, Any] = {"visual_mask": top(patches, relative, n_visual)}
     rest = [j for j in patches if j not in stages["visual_mask"]]
+    n_text, n_coverage = limited(config, text, rest, n_text, n_coverage)
     stages["text_mask"] = [] if text is None else top(rest, text, n_text)
     rest = [j for j in rest if j not in stages["text_mask"]]
     kept = stages["visual_mask"] + stages["text_mask"]
-    stages["coverage_mask"] = spread_oracle(kept, rest, n_coverage, n, columns)
+    if config.coverage_by == "content":
+        features = case.hidden_states.double().numpy().reshape(tiles * n, -1)
+        stages["coverage_mask"] = herded(features, patches, rest, n_coverage)
+    else:
+        stages["coverage_mask"] = spread_oracle(kept, rest, n_coverage, n, columns)
     rest = [j for j in rest if j not in stages["coverage_mask"]]
     by_tile = [[j for j in rest if j // n == tile] for tile in range(tiles)]
     # Relative saliency adds up to the number of patches: a tile of which nothing was taken has exactly that left.
@@ -141,6 +146,8 @@ SHARES: list[dict[str, Any]] = [
     {"budget": 24, "text_share": 1.0, "merged_tokens": 23},
     {"budget": 10, "coverage_share": 1.0, "merged_tokens": 1},
     {"budget": 1.0},
+    {"budget": 30, "text_share": 1.0, "text_limit": "outliers", "coverage_share": 0.25, "coverage_by": "content"},
+    {"budget": 0.4, "text_limit": "outliers", "outlier_neighbors": 5, "merged_tokens": 2},
 ]
 
 

@@ -17,7 +17,7 @@ from cases import (
     make_case,
     mask_of_counts,
 )
-from oracle import cosine
+from oracle import cosine, upper_outliers
 
 from reccomp_hf.configuration_reccomp import TokenRecoveryConfig
 
@@ -67,6 +67,36 @@ def test_dynamic_mode_accounts_for_every_valid_patch_exactly_once(n: int, text: 
     assert torch.equal(output.cluster >= 0, valid)
     for b in range(4):
         assert output.cluster[b][valid[b]].unique().tolist() == list(range(int(output.counts[b])))
+
+
+def test_coverage_by_content_keeps_the_mean_of_the_features() -> None:
+    case = make_case(batch=8, n=144, c=16)
+    units = torch.nn.functional.normalize(case.hidden_states, dim=-1)
+
+    def gap(**fields: Any) -> float:
+        kept = case.recover(
+            TokenRecoveryConfig(budget=16, merged_tokens=0, coverage_share=1.0, **fields)
+        ).coverage_mask
+        mean = (units * kept.unsqueeze(-1)).sum(1) / 16
+        return float((mean - units.mean(1)).norm(dim=-1).mean())
+
+    assert gap(coverage_by="content") < 0.5 * gap(coverage_by="place")
+
+
+def test_text_recovery_limited_to_outliers_leaves_the_others_to_coverage() -> None:
+    case = make_case(batch=3, n=144)
+    fields = {"budget": 100, "text_share": 1.0, "merged_tokens": 0, "coverage_share": 0.25}
+    limited = case.recover(TokenRecoveryConfig(text_limit="outliers", coverage_by="content", **fields))
+    assert not limited.visual_mask.any()
+    for b in range(3):
+        outliers = upper_outliers(range(144), case.text_similarity[b].numpy(), 20, 1.5)
+        assert 0 < len(outliers) < 75
+        assert int(limited.text_mask[b].sum()) == len(outliers)
+        assert int(limited.coverage_mask[b].sum()) == 100 - len(outliers)
+    few = case.recover(TokenRecoveryConfig(text_limit="outliers", **{**fields, "budget": 8}))
+    assert few.text_mask.sum(-1).tolist() == [6, 6, 6]  # no more than the share, outliers or not
+    flat = dataclasses.replace(case, text_similarity=torch.zeros(3, 144))
+    assert not flat.recover(TokenRecoveryConfig(text_limit="outliers", **fields)).text_mask.any()
 
 
 @pytest.mark.parametrize("fields", SETTINGS, ids=str)

@@ -29,8 +29,8 @@ PAPER_RESULTS = """\
 | LLaVA-1.5-7B, uncompressed | 68.40 | 58.20 | 1476.9 | 79.10 | 86.40 | 66.10 |
 | Recoverable Compression, training-free, about 10 % of the tokens | 69.01 | 55.51 | 1284.9 | 70.41 | 72.00 | 57.90 |
 """
-OF_A_QUESTION = ("text_share", *RELEVANCE)
-OF_A_BUDGET = ("text_share", "merged_tokens", "coverage_share")
+OF_A_QUESTION = ("text_share", "text_limit", *RELEVANCE)
+OF_A_BUDGET = ("text_share", "text_limit", "merged_tokens", "coverage_share", "coverage_by")
 OF_OUTLIERS = ("outlier_neighbors", "merge_neighbors", "outlier_threshold")
 OF_SALIENCY = SALIENCY
 """Fields of the section that are read under a condition only; all others are always explained."""
@@ -155,7 +155,8 @@ def _without_effect(section: TokenRecoveryConfig) -> set[str]:
             *OF_OUTLIERS,
             *OF_SALIENCY,
         }
-    silent = {"version", *(OF_OUTLIERS if section.budget is not None else OF_A_BUDGET)}
+    unread = OF_OUTLIERS if section.text_limit == "share" else ("merge_neighbors",)
+    silent = {"version", *(unread if section.budget is not None else OF_A_BUDGET)}
     method = get_method(section.method)
     silent |= {"method_options"} if method.options is None else set()
     if method.fields is not None:

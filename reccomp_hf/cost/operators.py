@@ -244,7 +244,7 @@ def selection_operators(config: Any, section: TokenRecoveryConfig, tiles: int, t
         found += projector_operators(config, patches)
     if method.fields is not None:
         return [*found, *_comparison(config, method, tiles, tokens), gathered]
-    found += _choice(section, patches, tokens)
+    found += _choice(section, patches, tokens, width)
     merged = tokens // 2 if section.budget is None else min(section.merged_tokens, tokens - 1)
     if merged > 0:  # in dynamic mode half of the tokens are taken for cluster centres
         found.append(Operator("clustering", 2 * patches * merged * width, reads=2 * patches * width, writes=patches))
@@ -265,16 +265,24 @@ def _comparison(config: Any, method: RecoveryMethod, tiles: int, tokens: int) ->
     return [sort, Operator("comparison", 2 * rows * grid * width, reads=reads, writes=rows * grid)]
 
 
-def _choice(section: TokenRecoveryConfig, patches: int, tokens: int) -> Iterable[Operator]:
-    """Sorting, outliers or even coverage, over one score per patch."""
+def _choice(section: TokenRecoveryConfig, patches: int, tokens: int, width: int) -> Iterable[Operator]:
+    """Sorting, outliers or coverage, over one score per patch; coverage by content reads the features at each step."""
     sort = patches * max(math.log2(patches), 1)
+
+    def outliers(factors: int, neighbours: int) -> Operator:
+        flops = factors * sort + 8 * patches * neighbours
+        return Operator("outliers", flops, reads=patches * neighbours, writes=patches)
+
     if section.budget is None:  # two local outlier factors of 2 k neighbours each, and the one of the centres
-        neighbours = 4 * section.outlier_neighbors + 2 * section.merge_neighbors
-        return [Operator("outliers", 3 * sort + 8 * patches * neighbours, reads=patches * neighbours, writes=patches)]
-    spread = int(section.coverage_share * tokens)
+        return [outliers(3, 4 * section.outlier_neighbors + 2 * section.merge_neighbors)]
+    limited = section.text_limit == "outliers"
+    steps = int((section.coverage_share + limited * (1 - section.coverage_share) * section.text_share) * tokens)
+    per_step = 2 * width if section.coverage_by == "content" else 6
+    read = steps * patches * (width if section.coverage_by == "content" else 1)
     return [
         Operator("top scores", 2 * sort, reads=2 * patches, writes=2 * patches),
-        Operator("coverage", 6 * spread * patches, reads=spread * patches, writes=spread * patches),
+        *([outliers(1, 2 * section.outlier_neighbors)] if limited else []),
+        Operator("coverage", per_step * steps * patches, reads=read, writes=steps * patches),
     ]
 
 
