@@ -27,7 +27,7 @@ from reccomp_hf.evaluation import (
 )
 from reccomp_hf.evaluation.report import ALL, MEAN
 from reccomp_hf.evaluation.running import _hits, _patches_in
-from reccomp_hf.methods import get_method, method_names
+from reccomp_hf.methods import get_method
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 
@@ -101,29 +101,6 @@ def test_off_and_stored_leave_the_section_alone():
 def test_impossible_settings_are_named(text, message):
     with pytest.raises(ValueError, match=message):
         parse_settings(f"off,{text}")
-
-
-def test_commas_and_pluses_of_json_do_not_split():
-    text = 'prumerge_plus:9+method_options={"neighbors":3,"uniform_share":5e+0},off,random:4+method_options={"seed":2}'
-    with pytest.raises(ValueError, match=r"uniform_share must be a number in \[0, 1\], got 5.0"):
-        parse_settings(text)
-    settings = parse_settings(text.replace("5e+0", "25e-2"))
-    assert [setting.name.partition(":")[0] for setting in settings] == ["prumerge_plus", "off", "random"]
-    assert settings[0].fields["method_options"] == {"neighbors": 3, "uniform_share": 0.25}
-    assert settings[2].fields["method_options"] == {"seed": 2}
-
-
-@pytest.mark.parametrize("name", method_names())
-def test_every_method_is_a_setting(name):
-    budget = {"required": ":9", "optional": ":dynamic", "none": ""}[get_method(name).budget]
-    if name == "visual":  # the paper's stage is called that, since its figures were measured under this name
-        assert parse_setting("visual:9").fields["method"] == "recoverable"
-        name, method = "fastervlm", name
-    else:
-        method = name
-    fields = parse_setting(name + budget).fields
-    assert fields["method"] == method
-    assert fields.items() >= get_method(method).defaults.items()
 
 
 def test_a_list_of_settings_counts_each_once():

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 import reccomp_hf
 from reccomp_hf import MergedTokens, RecoveryMethod, TokenRecoveryConfig, TokenSelection, register_method
 from reccomp_hf.compat import clip_vision_model
+from reccomp_hf.evaluation import parse_setting, parse_settings
 from reccomp_hf.methods import OF_A_METHOD, _registry, get_method, method_names
 
 NAMES = tuple(method_names())
@@ -224,6 +225,29 @@ def test_another_method_brings_its_own_settings():
 def test_impossible_settings(fields, message):
     with pytest.raises(ValueError, match=message):
         TokenRecoveryConfig(**fields)
+
+
+def test_commas_and_pluses_of_json_do_not_split():
+    text = 'prumerge_plus:9+method_options={"neighbors":3,"uniform_share":5e+0},off,random:4+method_options={"seed":2}'
+    with pytest.raises(ValueError, match=r"uniform_share must be a number in \[0, 1\], got 5.0"):
+        parse_settings(text)
+    settings = parse_settings(text.replace("5e+0", "25e-2"))
+    assert [setting.name.partition(":")[0] for setting in settings] == ["prumerge_plus", "off", "random"]
+    assert settings[0].fields["method_options"] == {"neighbors": 3, "uniform_share": 0.25}
+    assert settings[2].fields["method_options"] == {"seed": 2}
+
+
+@each_name
+def test_every_method_is_a_setting(name):
+    budget = {"required": ":9", "optional": ":dynamic", "none": ""}[get_method(name).budget]
+    if name == "visual":  # the paper's stage is called that, since its figures were measured under this name
+        assert parse_setting("visual:9").fields["method"] == "recoverable"
+        name, method = "fastervlm", name
+    else:
+        method = name
+    fields = parse_setting(name + budget).fields
+    assert fields["method"] == method
+    assert fields.items() >= get_method(method).defaults.items()
 
 
 # ---- what a choice promises ----------------------------------------------------------------------------------------
