@@ -98,8 +98,8 @@ def check_encoder_outputs(inputs: Mapping[str, Any]) -> None:
     """Refuse pictures that the stock vision tower and projector have been over."""
     if inputs.get("mm_encoder_outputs"):
         raise ValueError(
-            "mm_encoder_outputs hold encoded pictures, which token recovery cannot compress: pass pixel_values or what "
-            "encode_images makes of them, or token_recovery={'enabled': False} to have them read uncompressed."
+            "mm_encoder_outputs hold encoded pictures, which token recovery cannot compress: pass pixel_values or the "
+            "result of encode_images, or token_recovery={'enabled': False} to have them read uncompressed."
         )
 
 
