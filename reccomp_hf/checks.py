@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .compat import CACHE, cache_of
 from .configuration_reccomp import TokenRecoveryConfig
 from .methods import get_method
 from .recovery import check_budget
@@ -78,17 +79,27 @@ def check_call(config: Any, section: TokenRecoveryConfig, inputs: Mapping[str, A
             f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)} beside pictures, got "
             f"{tuple(attention_mask.shape)}."
         )
-    if past := cache_length(inputs.get("past_key_values")):
+    check_encoder_outputs(inputs)
+    if past := cache_length(cache_of(inputs)):
         raise ValueError(
-            "Pictures with a non-empty past_key_values: the cache holds the shortened prompt, so full-length "
+            f"Pictures with a non-empty {CACHE}: it holds the shortened prompt, so full-length "
             f"input_ids do not fit it. {_how_to_go_on(past)} A picture that joins later goes through "
-            "reccomp_hf.Conversation, or through compress_inputs without past_key_values."
+            f"reccomp_hf.Conversation, or through compress_inputs without {CACHE}."
         )
     attention = getattr(config.get_text_config(), "_attn_implementation", None) or ""
     if section.position_ids == "original" and attention.startswith("flash"):
         raise ValueError(
             f"position_ids 'original' leaves gaps, which {attention} takes for packed sequences: load the model "
             "with attn_implementation='sdpa' or set position_ids to 'compact'."
+        )
+
+
+def check_encoder_outputs(inputs: Mapping[str, Any]) -> None:
+    """Refuse pictures that the stock vision tower and projector have been over."""
+    if inputs.get("mm_encoder_outputs"):
+        raise ValueError(
+            "mm_encoder_outputs hold encoded pictures, which token recovery cannot compress: pass pixel_values or the "
+            "result of encode_images, or token_recovery={'enabled': False} to have them read uncompressed."
         )
 
 
@@ -105,7 +116,7 @@ def goes_on(prompt: Tensor, inputs: Mapping[str, Any], image_token_id: int, sect
 
     Args:
         prompt: (R, L) int64.
-        inputs: The call's other arguments, `past_key_values` with P > 0 entries among them.
+        inputs: The call's other arguments, a cache with P > 0 entries among them.
         image_token_id: Of the placeholders.
         section: The settings of the call.
 
@@ -113,7 +124,7 @@ def goes_on(prompt: Tensor, inputs: Mapping[str, Any], image_token_id: int, sect
         ValueError: A length that fits neither, placeholders that the cache cannot hold, positions that are missing,
             or an assistant.
     """
-    past, length, mask = cache_length(inputs["past_key_values"]), prompt.shape[1], inputs.get("attention_mask")
+    past, length, mask = cache_length(cache_of(inputs)), prompt.shape[1], inputs.get("attention_mask")
     width = length if mask is None else mask.shape[-1]
     if width == length and (length <= past or section.enabled):
         _check_whole_sequence(prompt, past, image_token_id)
@@ -121,7 +132,7 @@ def goes_on(prompt: Tensor, inputs: Mapping[str, Any], image_token_id: int, sect
         return False
     if width != past + length:
         raise ValueError(
-            f"attention_mask covers {width} tokens, but past_key_values holds {past} and input_ids {length} more: "
+            f"attention_mask covers {width} tokens, but {CACHE} holds {past} and input_ids {length} more: "
             f"give it the shape (rows, {past + length}) where input_ids are the new ids alone."
         )
     if inputs.get("inputs_embeds") is None and bool((prompt == image_token_id).any()):
@@ -137,7 +148,7 @@ def goes_on(prompt: Tensor, inputs: Mapping[str, Any], image_token_id: int, sect
         )
     for name in ("assistant_model", "prompt_lookup_num_tokens"):
         if inputs.get(name) is not None:
-            raise ValueError(f"{name} reads the whole prompt, but past_key_values holds a part of it: leave it out.")
+            raise ValueError(f"{name} reads the whole prompt, but {CACHE} holds a part of it: leave it out.")
     return True
 
 
@@ -145,12 +156,12 @@ def _check_whole_sequence(prompt: Tensor, past: int, image_token_id: int) -> Non
     """Refuse a prompt that cannot be the whole sequence of a cache."""
     if bool((prompt == image_token_id).any()):
         raise ValueError(
-            "input_ids hold image placeholders, but past_key_values is not empty: the cache holds the "
+            f"input_ids hold image placeholders, but {CACHE} is not empty: it holds the "
             f"shortened prompt, so full-length input_ids do not fit it. {_how_to_go_on(past)}"
         )
     if prompt.shape[1] <= past:
         raise ValueError(
-            f"input_ids hold {prompt.shape[1]} ids and past_key_values already {past}, so they cannot be the whole "
+            f"input_ids hold {prompt.shape[1]} ids and {CACHE} already {past}, so they cannot be the whole "
             f"sequence, which they are taken for without a mask of cache and new ids. {_how_to_go_on(past)}"
         )
 
@@ -158,13 +169,14 @@ def _check_whole_sequence(prompt: Tensor, past: int, image_token_id: int) -> Non
 def _how_to_go_on(past: int) -> str:
     return (
         f"Pass the new ids alone with attention_mask of shape (rows, {past} + new ids), the cache's {past} first; or "
-        "start without past_key_values."
+        f"start without {CACHE}."
     )
 
 
 __all__ = [
     "cache_length",
     "check_call",
+    "check_encoder_outputs",
     "check_feature_layer",
     "check_question",
     "check_supported",

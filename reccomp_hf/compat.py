@@ -1,16 +1,51 @@
-"""What differs between transformers 4.57 and 5.x, and nothing else; no other file asks for versions."""
+"""What differs between the versions of transformers, and nothing else; no other file asks for them."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils import is_accelerate_available
 
 IS_V5 = Version(transformers.__version__) >= Version("5.0.0.dev0")
+
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What stock methods and outputs call the key-value cache: `"cache"` from 5.24 on."""
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """The cache that a call is given, under either name; `None` without one."""
+    cache = arguments.get("cache")
+    return arguments.get("past_key_values") if cache is None else cache
+
+
+def stock_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with the cache under a name that the stock method takes.
+
+    From 5.24 on that is either, and of the older one it warns by itself.
+    """
+    renamed = {name: value for name, value in arguments.items() if name != "cache" or CACHE == "cache"}
+    return renamed if arguments.get("cache") is None else {**renamed, CACHE: arguments["cache"]}
+
+
+def image_fields(output_class: type, features: Tensor) -> dict[str, Any]:
+    """Fields of an output with the projected tokens (tokens, D) of all pictures."""
+    fields: dict[str, Any] = {"image_hidden_states": features}
+    if "image_outputs" in {field.name for field in dataclasses.fields(output_class)}:
+        fields["image_outputs"] = BaseModelOutputWithPooling(pooler_output=[features])  # a list, as in the stock model
+    return fields
+
+
+def stock_image_fields(output: Mapping[str, Any]) -> dict[str, Any]:
+    """The field that 5.24 replaced by `image_outputs`, of a stock output; nothing where it has the field."""
+    encoded = output.get("image_outputs")
+    return {} if encoded is None else {"image_hidden_states": torch.cat(list(encoded.pooler_output))}
 
 
 def clip_vision_model(tower: nn.Module) -> Any:
@@ -109,16 +144,21 @@ def auto_class(name: str) -> Any:
 
 
 __all__ = [
+    "CACHE",
     "IS_V5",
     "auto_class",
     "auto_model_for_vision2seq",
     "behind_cache",
+    "cache_of",
     "clip_vision_model",
     "default_max_length",
     "extended_positions",
+    "image_fields",
     "is_prefill",
     "parameter",
     "register_key_renames",
     "rename_vision_key",
     "run_block",
+    "stock_cache",
+    "stock_image_fields",
 ]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .checks import cache_length
+from .compat import CACHE
 from .conversation_cache import ConversationCache, visual_tokens
 from .conversation_inputs import Asked, Part, call_fields, chat_message, check_options
 from .generation_reccomp import PromptStreamer
@@ -218,7 +219,7 @@ class Conversation:
             question=asked.text,
             answer=self._text(output.sequences[0, asked.ids.shape[1] :]),
             prefilled=asked.ids.shape[1] - sum(asked.lengths) + visual,
-            cache_length=cache_length(output.past_key_values),
+            cache_length=cache_length(getattr(output, CACHE)),
             visual_tokens=visual,
             recovered=sum(int(mask.sum()) for mask in new_patches),
             records=records,
@@ -258,7 +259,7 @@ class Conversation:
                 input_ids=part.ids,
                 attention_mask=part.ids.new_ones((1, past + width)),
                 position_ids=part.positions,
-                past_key_values=held.cache,
+                cache=held.cache,
                 token_recovery=self._fields,
                 **options,
             )

@@ -39,7 +39,7 @@ class ConversationCache:
     """A `DynamicCache` of one sequence, and what its entries are.
 
     Attributes:
-        cache: What `generate` takes as `past_key_values`.
+        cache: What `generate` takes as `cache`.
         ids: Ids of the uncut conversation that the cache stands for, all placeholders of its pictures among them.
         prompt: How many of them were read up to the last question; the rest is of the answer.
         visual: The visual tokens.

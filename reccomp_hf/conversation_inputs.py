@@ -30,7 +30,7 @@ _OURS = (
 )
 _LENGTHS = ("max_length", "min_length")
 _NOT_BEHIND_A_CACHE = (
-    *("past_key_values", "cache_implementation", "use_cache"),
+    *("cache", "past_key_values", "cache_implementation", "use_cache"),
     *("num_beams", "prompt_lookup_num_tokens", "assistant_model"),
 )
 

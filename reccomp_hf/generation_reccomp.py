@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from .checks import cache_length, goes_on
-from .compat import behind_cache, default_max_length, extended_positions, is_prefill
+from .checks import cache_length, check_encoder_outputs, goes_on
+from .compat import behind_cache, cache_of, default_max_length, extended_positions, is_prefill, stock_cache
 from .configuration_reccomp import TokenRecoveryConfig
 from .modeling_reccomp import RecCompMixin
 from .splicing import counted_positions
@@ -29,12 +29,13 @@ class RecCompGenerationMixin(RecCompMixin):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         image_sizes: Tensor | None = None,
         recovery_input_ids: Tensor | None = None,
         recovery_attention_mask: Tensor | None = None,
         token_recovery: Mapping[str, Any] | None = None,
+        past_key_values: Any = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: Any = None,
@@ -47,15 +48,16 @@ class RecCompGenerationMixin(RecCompMixin):
             pixel_values: Pictures of all rows in reading order, as the processor gives them.
             attention_mask: (R, L), 0 for padding.
             position_ids: (R, L) int64.
-            past_key_values: As in the stock method; empty beside pictures.
+            cache: As in the stock method of transformers 5.24; empty beside pictures.
             inputs_embeds: As in the stock method.
             image_sizes: (I, 2) height and width in pixels of every picture; LLaVA-NeXT only.
             recovery_input_ids: (R, W, T) int64, the questions as the text encoder's tokens.
             recovery_attention_mask: (R, W, T), 0 for padding.
             token_recovery: Fields of the config section to override for this call.
+            past_key_values: The older name of `cache`; every version takes both, and 5.24 warns of this one.
             labels: (R, L) int64 for the uncut sequence; they are cut with it.
             logits_to_keep: As in the stock method.
-            mm_encoder_outputs: As in the stock method of transformers 5; what it holds is not compressed.
+            mm_encoder_outputs: As in the stock method of transformers 5, for the uncompressed model alone.
             **kwargs: Everything else that the stock method takes.
 
         Returns:
@@ -66,8 +68,8 @@ class RecCompGenerationMixin(RecCompMixin):
         """
         inputs: dict[str, Any] = {"input_ids": input_ids, "pixel_values": pixel_values, "image_sizes": image_sizes}
         inputs |= {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        inputs |= {"past_key_values": past_key_values, "labels": labels, "logits_to_keep": logits_to_keep}
-        inputs |= {"mm_encoder_outputs": mm_encoder_outputs, **kwargs}
+        inputs |= {"cache": cache, "past_key_values": past_key_values, "labels": labels}
+        inputs |= {"logits_to_keep": logits_to_keep, "mm_encoder_outputs": mm_encoder_outputs, **kwargs}
         return self._compressed_forward(inputs, (recovery_input_ids, recovery_attention_mask), token_recovery)
 
     @torch.no_grad()
@@ -84,11 +86,11 @@ class RecCompGenerationMixin(RecCompMixin):
     ) -> Any:
         """As the stock method; pictures are compressed once, before the prefill.
 
-        With a non-empty `past_key_values` of P entries the prompt is the new part alone if `attention_mask` is (R, P +
-        L), padding in the cache being 0: `position_ids` (R, L) then go on behind what the mask attends to unless they
-        are given, which they must be with positions `"original"`; `inputs_embeds` (R, L, D) may stand beside the ids,
-        as `compress_inputs` returns them. With a mask of (R, L), or without one, the prompt is the whole sequence, as
-        in the stock method, and holds no picture.
+        With a non-empty `cache` (or `past_key_values`) of P entries the prompt is the new part alone if
+        `attention_mask` is (R, P + L), padding in the cache being 0: `position_ids` (R, L) then go on behind what the
+        mask attends to unless they are given, which they must be with positions `"original"`; `inputs_embeds`
+        (R, L, D) may stand beside the ids, as `compress_inputs` returns them. With a mask of (R, L), or without one,
+        the prompt is the whole sequence, as in the stock method, and holds no picture.
 
         Args:
             inputs: (R, L) prompt ids, as `input_ids`.
@@ -107,7 +109,7 @@ class RecCompGenerationMixin(RecCompMixin):
         Raises:
             ValueError: Inputs that do not fit, or an assistant model.
         """
-        section = self._section(token_recovery)
+        section, kwargs = self._section(token_recovery), stock_cache(kwargs)
         stock = super().generate  # type: ignore[misc]
         prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
         if section.enabled:
@@ -169,6 +171,7 @@ class RecCompGenerationMixin(RecCompMixin):
         )
 
     def _check_generation(self, kwargs: Mapping[str, Any]) -> None:
+        check_encoder_outputs(kwargs)
         if kwargs.get("assistant_model") is not None and kwargs.get("pixel_values") is not None:
             raise ValueError(
                 "Assisted generation with an assistant_model does not work on a compressed prompt: the assistant "
@@ -179,7 +182,7 @@ class RecCompGenerationMixin(RecCompMixin):
         self, prompt: Tensor | None, kwargs: dict[str, Any], section: TokenRecoveryConfig
     ) -> dict[str, Any]:
         """The arguments for the stock method where new ids alone stand behind a non-empty cache."""
-        past = cache_length(kwargs.get("past_key_values"))
+        past = cache_length(cache_of(kwargs))
         if not past or prompt is None or kwargs.get("pixel_values") is not None:
             return kwargs
         if not goes_on(prompt, kwargs, self.config.image_token_id, section):

@@ -54,6 +54,7 @@ class LlavaNextRecCompModelOutputWithPast(LlavaNextModelOutputWithPast):
         newline_counts: (I,) int64, newline embeddings beside them.
     """
 
+    image_hidden_states: Tensor | None = None  # the stock field; 5.24 has a property, which would warn
     visual_token_counts: LongTensor | None = None
     newline_counts: LongTensor | None = None
 
@@ -68,6 +69,7 @@ class LlavaNextRecCompCausalLMOutputWithPast(LlavaNextCausalLMOutputWithPast):
         newline_counts: (I,) int64, newline embeddings beside them.
     """
 
+    image_hidden_states: Tensor | None = None  # the stock field; 5.24 has a property, which would warn
     visual_token_counts: LongTensor | None = None
     newline_counts: LongTensor | None = None
 

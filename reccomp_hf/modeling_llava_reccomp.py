@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from torch import LongTensor
+from torch import LongTensor, Tensor
 from transformers import LlavaForConditionalGeneration, LlavaModel
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 
@@ -49,6 +49,7 @@ class LlavaRecCompModelOutputWithPast(LlavaModelOutputWithPast):
         newline_counts: (I,) int64, newline embeddings among its tokens, not counted above; 0 for LLaVA-1.5.
     """
 
+    image_hidden_states: Tensor | None = None  # the stock field; 5.24 has a property, which would warn
     visual_token_counts: LongTensor | None = None
     newline_counts: LongTensor | None = None
 
@@ -63,6 +64,7 @@ class LlavaRecCompCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
         newline_counts: (I,) int64, newline embeddings among its tokens, not counted above; 0 for LLaVA-1.5.
     """
 
+    image_hidden_states: Tensor | None = None  # the stock field; 5.24 has a property, which would warn
     visual_token_counts: LongTensor | None = None
     newline_counts: LongTensor | None = None
 

@@ -11,8 +11,15 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from .checks import check_call, check_feature_layer, check_question, check_supported, without_question
-from .compat import clip_vision_model, parameter
+from .checks import (
+    check_call,
+    check_encoder_outputs,
+    check_feature_layer,
+    check_question,
+    check_supported,
+    without_question,
+)
+from .compat import clip_vision_model, image_fields, parameter, stock_cache, stock_image_fields
 from .configuration_reccomp import TokenRecoveryConfig
 from .layout import ImageLayout
 from .methods import get_method
@@ -90,18 +97,19 @@ class RecCompMixin(RecoveryModulesMixin):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         image_sizes: Tensor | None = None,
         recovery_input_ids: Tensor | None = None,
         recovery_attention_mask: Tensor | None = None,
         token_recovery: Mapping[str, Any] | None = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
         """As the stock method on the shortened sequence, see [`RecCompMixin.compress_inputs`]."""
         inputs: dict[str, Any] = {"input_ids": input_ids, "pixel_values": pixel_values, "image_sizes": image_sizes}
         inputs |= {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        inputs |= {"past_key_values": past_key_values, **kwargs}
+        inputs |= {"cache": cache, "past_key_values": past_key_values, **kwargs}
         return self._compressed_forward(inputs, (recovery_input_ids, recovery_attention_mask), token_recovery)
 
     def encode_images(
@@ -270,20 +278,22 @@ class RecCompMixin(RecoveryModulesMixin):
         self, inputs: dict[str, Any], question: _Question, token_recovery: Mapping[str, Any] | None
     ) -> Any:
         """The stock `forward` on the shortened inputs, its output with the counts."""
-        inputs = {name: value for name, value in inputs.items() if value is not None}
+        inputs = stock_cache({name: value for name, value in inputs.items() if value is not None})
         stock = super().forward  # type: ignore[misc]
         if "pixel_values" not in inputs and "inputs_embeds" in inputs:
             inputs.pop("input_ids", None)  # what compress_inputs returns holds both
         if "pixel_values" not in inputs or not (section := self._section(token_recovery)).enabled:
             check_pixels(inputs.get("pixel_values"))
+            if inputs.get("mm_encoder_outputs") and self._section(token_recovery).enabled:
+                check_encoder_outputs(inputs)
             output = stock(**inputs)
-            return self.output_class(**output) if isinstance(output, Mapping) else output
+            return self.output_class(**output, **stock_image_fields(output)) if isinstance(output, Mapping) else output
         compressed = self._compress(inputs, question, section)
         output = stock(**{**compressed.inputs, "input_ids": None})
         if not isinstance(output, Mapping):
             return output
         counts = {"visual_token_counts": compressed.token_counts, "newline_counts": compressed.newline_counts}
-        return self.output_class(**{**output, **counts, "image_hidden_states": compressed.image_features})
+        return self.output_class(**{**output, **counts, **image_fields(self.output_class, compressed.image_features)})
 
     def _encode(
         self, pixel_values: Tensor, image_sizes: Tensor | None, section: TokenRecoveryConfig, feature_layer: int

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,9 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "cdpruner": ({"budget": 16, "position_ids": "original"}, ("text",)),
 }
 SETTINGS |= {f"method {name}": {"method": name, **fields} for name, (fields, _) in METHODS.items()}
+_PARAMETERS = inspect.signature(LlavaForConditionalGeneration.forward).parameters
+CACHE = "cache" if "cache" in _PARAMETERS else "past_key_values"
+"""What this transformers calls the key-value cache, in calls and outputs."""
 OF_THE_STOCK_CONFIG = ("model_type", "architectures", "transformers_version")
 
 

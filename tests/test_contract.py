@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from architectures import (
+    CACHE,
     METHODS,
     ROWS,
     SETTINGS,
@@ -154,10 +155,10 @@ def test_without_pictures_nothing_is_compressed(architecture):
 def test_a_cache_of_the_short_prompt_reads_on(architecture):
     model, batch, cache = architecture.compressed(), architecture.encode(), DynamicCache()
     short, _ = model.compress_inputs(**batch)
-    model(**batch, past_key_values=cache, use_cache=True)
+    model(**batch, **{CACHE: cache}, use_cache=True)
     new = batch["input_ids"][:, -5:]
     mask = torch.cat([short["attention_mask"], torch.ones_like(new)], dim=1)
-    read_on = model(input_ids=new, attention_mask=mask, past_key_values=cache).logits
+    read_on = model(input_ids=new, attention_mask=mask, **{CACHE: cache}).logits
     embeds = torch.cat([short["inputs_embeds"], model.get_input_embeddings()(new)], dim=1)
     at_once = model(inputs_embeds=embeds, attention_mask=mask).logits[:, -5:]
     torch.testing.assert_close(read_on, at_once, **CLOSE)

@@ -1,9 +1,14 @@
 """What outputs, autocast and freezing promise, whatever was compressed."""
 
+import contextlib
+import inspect
+
 import pytest
 import torch
-from architectures import each_architecture
+from architectures import CACHE, ROWS, each_architecture, generate
 from peft import LoraConfig, get_peft_model
+from tiny import logged_warnings
+from transformers import DynamicCache
 
 
 @torch.no_grad()
@@ -19,6 +24,83 @@ def test_outputs_always_have_the_counts(architecture, enabled):
     assert (generated.visual_token_counts is not None) == enabled
     text = {name: batch[name] for name in ("input_ids", "attention_mask")}
     assert model(**text).visual_token_counts is None
+
+
+@torch.no_grad()
+@each_architecture
+@pytest.mark.parametrize("enabled", [True, False])
+def test_projected_tokens_have_one_name_on_every_line(architecture, enabled):
+    model, batch, setting = architecture.compressed(), architecture.encode(), {"enabled": enabled}
+    short, _ = model.compress_inputs(**batch, token_recovery=setting)
+    with logged_warnings() as logged:
+        output = model(**batch, token_recovery=setting)
+        tokens = output.image_hidden_states
+        assert output["image_hidden_states"] is tokens
+        assert tokens.shape == (int((short["input_ids"] == model.config.image_token_id).sum()), 32)
+        if hasattr(output, "image_outputs"):
+            assert torch.equal(torch.cat(list(output.image_outputs.pooler_output)), tokens)
+        if not enabled:
+            stock = architecture.shared_stock()(**stock_inputs(batch))
+            encoded = getattr(stock, "image_outputs", None)
+            expected = stock.image_hidden_states if encoded is None else torch.cat(list(encoded.pooler_output))
+            assert torch.equal(tokens, expected)
+        text = model(**{name: batch[name] for name in ("input_ids", "attention_mask")})
+        assert text.image_hidden_states is None
+        assert model(**batch, token_recovery=setting, return_dict=False)[0].shape == output.logits.shape
+    assert logged == []
+    assert output.keys() - {"logits"} <= set(model.config.keys_to_ignore_at_inference)
+
+
+def stock_inputs(batch):
+    """What the stock model reads of a batch."""
+    return {name: value for name, value in batch.items() if not name.startswith("recovery_")}
+
+
+@torch.no_grad()
+@each_architecture
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_is_taken_under_either_name(architecture, name):
+    """The newer one everywhere, the older one as the stock method takes it."""
+    model, batch = architecture.compressed(), architecture.encode(ROWS[:1])
+    deprecated = name == "past_key_values" != CACHE
+
+    def warned():
+        warning = pytest.warns(FutureWarning, match="`past_key_values` is deprecated")
+        return warning if deprecated else contextlib.nullcontext()
+
+    cache = DynamicCache()
+    with warned():
+        output = model(**batch, **{name: cache}, use_cache=True)
+    assert getattr(output, CACHE) is cache
+    past = cache.get_seq_length()
+    assert past == output.logits.shape[1]
+    new = {"input_ids": batch["input_ids"][:, -4:], "attention_mask": torch.ones(1, past + 4, dtype=torch.long)}
+    with warned():
+        read_on = model(**new, **{name: cache}).logits[:, -1].argmax(-1)
+    cache.crop(-4)
+    with warned():
+        generated = generate(model, new, new_tokens=1, min_new_tokens=1, **{name: cache})
+    assert cache.get_seq_length() == past + 4
+    assert torch.equal(generated[:, 4], read_on)
+    with pytest.raises(ValueError, match=f"non-empty {CACHE}"):
+        model.generate(**batch, **{name: cache})
+
+
+@torch.no_grad()
+@each_architecture
+def test_encoded_pictures_of_the_stock_model_are_refused(architecture):
+    model, batch = architecture.compressed(), stock_inputs(architecture.encode(ROWS[:1]))
+    pixels = {name: batch.pop(name) for name in ("pixel_values", "image_sizes") if name in batch}
+    stock = inspect.signature(architecture.shared_stock().forward).parameters
+    encoded = {"image": model.get_image_features(**pixels, **({"return_dict": True} if CACHE == "cache" else {}))}
+    off = {"token_recovery": {"enabled": False}}
+    for call in (model, model.generate, architecture.base_class(model.config)):
+        for pictures in ({}, pixels):
+            with pytest.raises(ValueError, match=r"mm_encoder_outputs hold encoded pictures.*pass pixel_values"):
+                call(**batch, **pictures, mm_encoder_outputs=encoded)
+    if "mm_encoder_outputs" in stock:
+        logits = model(**batch, mm_encoder_outputs=encoded, **off).logits
+        assert torch.equal(logits, architecture.shared_stock()(**batch, **pixels).logits)
 
 
 @torch.no_grad()

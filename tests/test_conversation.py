@@ -484,6 +484,7 @@ def test_what_a_conversation_refuses():
     refused = {
         "ask makes attention_mask itself": {"attention_mask": 1},
         "past_key_values does not go": {"past_key_values": 3},
+        "cache does not go": {"cache": 3},
         "ask makes input_ids itself": {"input_ids": 1},
         "ask makes token_recovery itself": {"token_recovery": {}},
         "max_length would count what a turn reads: write max_new_tokens": {"max_length": 9},

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from architectures import ROWS, each_architecture, generate
+from architectures import CACHE, ROWS, each_architecture, generate
 from transformers import DynamicCache, SiglipVisionConfig
 
 from reccomp_hf import TokenRecoveryConfig
@@ -203,14 +203,14 @@ def test_authors_needs_a_question(architecture):
 @each_architecture
 def test_a_full_prompt_beside_a_filled_cache(architecture):
     model, batch, cache = architecture.compressed(), architecture.encode(ROWS[:1]), DynamicCache()
-    model(**batch, past_key_values=cache, use_cache=True)
+    model(**batch, **{CACHE: cache}, use_cache=True)
     assert cache.get_seq_length() > 0
     for call in (model, model.generate, model.compress_inputs):
-        with pytest.raises(ValueError, match=r"non-empty past_key_values: the cache holds the shortened prompt"):
-            call(**batch, past_key_values=cache)
+        with pytest.raises(ValueError, match=rf"non-empty {CACHE}: it holds the shortened prompt"):
+            call(**batch, **{CACHE: cache})
     prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    with pytest.raises(ValueError, match=r"hold image placeholders, but past_key_values is not empty"):
-        model.generate(**prompt, past_key_values=cache)
+    with pytest.raises(ValueError, match=rf"hold image placeholders, but {CACHE} is not empty: it holds"):
+        model.generate(**prompt, **{CACHE: cache})
 
 
 @each_architecture

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from architectures import ROWS, each_architecture, generate, greedy_by_hand
+from architectures import CACHE, ROWS, each_architecture, generate, greedy_by_hand
 from transformers import DynamicCache, LogitsProcessorList, TextStreamer
 
 from reccomp_hf.splicing import counted_positions
@@ -20,7 +20,7 @@ def first_turn(architecture, positions="compact", rows=ROWS):
     counted = counted_positions(batch["attention_mask"])
     short, _ = model.compress_inputs(**batch, position_ids=counted, token_recovery=setting)
     cache = DynamicCache()
-    ids = generate(model, short, new_tokens=3, min_new_tokens=3, past_key_values=cache, token_recovery=setting)
+    ids = generate(model, short, new_tokens=3, min_new_tokens=3, **{CACHE: cache}, token_recovery=setting)
     answer = ids[:, short["input_ids"].shape[1] :]
     held = {
         "embeds": torch.cat([short["inputs_embeds"], model.get_input_embeddings()(answer)], dim=1),
@@ -64,7 +64,7 @@ def test_new_ids_alone_go_on(architecture, positions, embedded):
         inputs["inputs_embeds"] = architecture.compressed().get_input_embeddings()(new["input_ids"])
         inputs["input_ids"] = torch.full_like(new["input_ids"], 7)  # not read
     setting = {"position_ids": positions}
-    options = {"past_key_values": cache, "token_recovery": setting, **ENDLESS}
+    options = {CACHE: cache, "token_recovery": setting, **ENDLESS}
     ids = generate(architecture.compressed(), inputs, **options)
     assert torch.equal(ids, torch.cat([inputs["input_ids"], expected], dim=1))
     assert cache.get_seq_length() == new["attention_mask"].shape[1] + 5
@@ -76,7 +76,7 @@ def test_one_embedding_is_read_once(architecture):
     new = {name: value[:, : value.shape[1] - 5] for name, value in second_turn(held, last).items()}
     expected = from_scratch(architecture, held, new)
     embeds = architecture.compressed().get_input_embeddings()(new["input_ids"])
-    options = {"past_key_values": cache, **ENDLESS}
+    options = {CACHE: cache, **ENDLESS}
     assert torch.equal(
         generate(architecture.compressed(), {**new, "inputs_embeds": embeds}, **options)[:, 1:], expected
     )
@@ -90,7 +90,7 @@ def test_lengths_streams_and_processors_know_the_new_ids_alone(architecture, cap
     new = second_turn(held, last, rows)
     options = {"max_length": 6 + 4, "max_new_tokens": None, "streamer": TextStreamer(tokenizer), **ENDLESS}
     watch = LogitsProcessorList([lambda ids, scores: seen.append(ids) or scores])
-    ids = generate(model, new, past_key_values=cache, logits_processor=watch, **options)
+    ids = generate(model, new, **{CACHE: cache}, logits_processor=watch, **options)
     assert capsys.readouterr().out == tokenizer.decode(ids[0]) + "\n"
     assert [shown.shape[1] for shown in seen] == [6, 7, 8, 9]
     assert torch.equal(seen[-1], ids[:, :9])
@@ -107,9 +107,9 @@ def test_whole_sequences_of_text_are_stock(architecture, enabled, masked):
     outputs = []
     for model in (architecture.shared_stock(), architecture.compressed()):
         cache = DynamicCache()
-        model(input_ids=ids[:, :9], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, :9], **{CACHE: cache}, use_cache=True)
         options = {} if model is architecture.shared_stock() else {"token_recovery": {"enabled": enabled}}
-        outputs.append(generate(model, inputs, past_key_values=cache, **options))
+        outputs.append(generate(model, inputs, **{CACHE: cache}, **options))
     assert torch.equal(*outputs)
 
 
@@ -122,14 +122,14 @@ def test_what_does_not_fit_a_cache(architecture):
 
     def refused(match, **inputs):
         with pytest.raises(ValueError, match=match):
-            model.generate(**inputs, past_key_values=cache, max_new_tokens=2)
+            model.generate(**inputs, **{CACHE: cache}, max_new_tokens=2)
         assert cache.get_seq_length() == past
 
     how = rf"new ids alone with attention_mask of shape \(rows, {past} \+ new ids\)"
-    refused(rf"input_ids hold 6 ids and past_key_values already {past}.*{how}", input_ids=ids)
+    refused(rf"input_ids hold 6 ids and {CACHE} already {past}.*{how}", input_ids=ids)
     refused(f"already {past}", input_ids=ids, attention_mask=mask[:, -6:])
     refused(
-        rf"attention_mask covers {past + 5} tokens, but past_key_values holds {past} and input_ids 6 more: "
+        rf"attention_mask covers {past + 5} tokens, but {CACHE} holds {past} and input_ids 6 more: "
         rf"give it the shape \(rows, {past + 6}\)",
         input_ids=ids,
         attention_mask=mask[:, 1:],
@@ -139,7 +139,7 @@ def test_what_does_not_fit_a_cache(architecture):
     refused("without their pictures.*reccomp_hf.Conversation", input_ids=placeholder, attention_mask=mask)
     batch = architecture.encode(rows)
     prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    refused(f"hold image placeholders, but past_key_values is not empty.*{how}", **prompt)
+    refused(f"hold image placeholders, but {CACHE} is not empty.*{how}", **prompt)
     original = {"position_ids": "original"}
     refused(
         r"'original' the cache does not tell.*pass position_ids \(rows, 6\)",
@@ -163,6 +163,6 @@ def test_a_picture_goes_on_as_compress_inputs_leaves_it(architecture):
     new = {"input_ids": short["input_ids"], "attention_mask": mask, "position_ids": positions}
     embeds = torch.cat([held["embeds"][:, :-1], short["inputs_embeds"]], dim=1)
     expected = greedy_by_hand(architecture, embeds, mask, counted_positions(mask), new_tokens=4)
-    options = {"past_key_values": cache, "new_tokens": 4, **ENDLESS}
+    options = {CACHE: cache, "new_tokens": 4, **ENDLESS}
     output = generate(model, {**new, "inputs_embeds": short["inputs_embeds"]}, **options)
     assert torch.equal(output[:, short["input_ids"].shape[1] :], expected)

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from tqdm import tqdm
 
+from ..compat import CACHE
 from ..recovery import check_budget
 from .batches import Inputs
 from .contenders import ORACLE, OURS, STOCK, Contender, oracle, ours, stock
@@ -216,7 +217,7 @@ def _facts(contender: Contender, times: Mapping[str, Spread], device: torch.devi
         "prompt_tokens": float(mask.sum(-1).float().mean()),
         "prompt_length": mask.shape[1],  # of the longest row
         "visual_tokens": float(contender.visual_tokens.float().mean()),
-        "kv_cache_bytes": cache_bytes(contender.prefill().past_key_values),
+        "kv_cache_bytes": cache_bytes(getattr(contender.prefill(), CACHE)),
         "memory": peak_memory(contender.prefill, device),
         "device_reads": device_reads(contender.prefill, device),
     }

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat import CACHE
 from .batches import Inputs
 from .timing import Measures, Stopwatch
 
@@ -44,17 +45,17 @@ class Contender:
         """So many further tokens, greedily, whatever they are: (R, steps) ids."""
         rows, length = self.attention_mask.shape
         mask = torch.cat([self.attention_mask, self.attention_mask.new_ones(rows, steps)], dim=1)
-        logits, cache, chosen = prefilled.logits, prefilled.past_key_values, []
+        logits, cache, chosen = prefilled.logits, getattr(prefilled, CACHE), []
         for step in range(steps):
             chosen.append(logits[:, -1:].argmax(-1))
             output = self.model(
                 input_ids=chosen[-1],
                 attention_mask=mask[:, : length + step + 1],
                 position_ids=(self.next_position + step).unsqueeze(-1),
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
             )
-            logits, cache = output.logits, output.past_key_values
+            logits, cache = output.logits, getattr(output, CACHE)
         return torch.cat(chosen, dim=1)
 
     def turn(self, stopwatch: Stopwatch, steps: int) -> Measures:
