@@ -30,8 +30,8 @@ def stock_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
     From 5.24 on that is either, and of the older one it warns by itself.
     """
-    renamed = {name: value for name, value in arguments.items() if name != "cache" or CACHE == "cache"}
-    return renamed if arguments.get("cache") is None else {**renamed, CACHE: arguments["cache"]}
+    others = {name: value for name, value in arguments.items() if name != "cache"}
+    return others if arguments.get("cache") is None else {**others, CACHE: arguments["cache"]}
 
 
 def image_fields(output_class: type, features: Tensor) -> dict[str, Any]:
