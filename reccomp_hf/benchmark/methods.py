@@ -15,6 +15,8 @@ from .features import Features
 from .timing import Measures, Stopwatch, interleave
 
 BUDGET = 64
+PRESET = "balanced"
+"""Timed beside the methods: `recoverable` with the settings that are advised."""
 WIDER, HEAD = 4, 64
 """How much wider LLaVA-1.5-7B's language model is than CLIP's ViT-L, and the width of one of that one's heads."""
 
@@ -23,7 +25,7 @@ WIDER, HEAD = 4, 64
 def time_methods(
     features: Features, rounds: int, stopwatch: Stopwatch, update: Callable[[], object], seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Time the registered methods that take a budget, one image at a time and in turns.
+    """Time the registered methods that take a budget, and one preset, one image at a time and in turns.
 
     Args:
         features: Images; a round takes the next one. Projected features are made up beside them.
@@ -40,10 +42,9 @@ def time_methods(
     generator = torch.Generator().manual_seed(seed)
     projected = torch.randn(min(images, rounds), patches, WIDER * width, generator=generator)
     budget = min(BUDGET, patches)
-    configs = [
-        TokenRecoveryConfig(method=name, budget=budget) for name in method_names() if get_method(name).budget != "none"
-    ]
-    turns = {config.method: _Turn(config, features, projected, stopwatch) for config in configs}
+    configs = {name: TokenRecoveryConfig(method=name, budget=budget) for name in _names()}
+    configs[PRESET] = TokenRecoveryConfig.from_preset(PRESET, budget=budget)
+    turns = {name: _Turn(config, features, projected, stopwatch) for name, config in configs.items()}
     for turn in turns.values():  # warm up
         turn()
     taken = interleave(turns, rounds, update)
@@ -59,8 +60,12 @@ def time_methods(
 
 
 def count_methods() -> int:
-    """How many methods `time_methods` times."""
-    return sum(get_method(name).budget != "none" for name in method_names())
+    """How many rows `time_methods` gives."""
+    return len(_names()) + 1
+
+
+def _names() -> list[str]:
+    return [name for name in method_names() if get_method(name).budget != "none"]
 
 
 class _Turn:
