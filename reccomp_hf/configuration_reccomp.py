@@ -196,7 +196,7 @@ class _RecCompConfigMixin:
 
     _auto_class = "AutoConfig"  # save_pretrained copies this file and what it imports
     # What evaluation loops do not collect as predictions.
-    keys_to_ignore_at_inference = ("past_key_values", "image_hidden_states", "visual_token_counts", "newline_counts")
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states", "visual_token_counts", "newline_counts"]
 
     token_recovery: TokenRecoveryConfig
 
