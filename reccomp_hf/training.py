@@ -6,7 +6,9 @@ from typing import Any
 
 
 class CompressedTrainerMixin:
-    """Shortens every batch before a trainer computes its loss: `class Trainer(CompressedTrainerMixin, SFTTrainer): ...`.
+    """Shortens every batch before a trainer computes its loss.
+
+    It stands in front of the trainer: `class CompressedSFTTrainer(CompressedTrainerMixin, SFTTrainer): ...`.
 
     TRL's `SFTTrainer` (1.x) never calls `forward`: it takes the states of the model without its head and pairs them
     with the labels that the collator gave, so that the pictures would be read uncompressed and without a word. Given

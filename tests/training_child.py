@@ -14,7 +14,7 @@ KINDS = ("Trainer", "SFTTrainer")
 def train(kind: str, ranks: int) -> tuple[torch.Tensor, list[int]]:
     """The trained weights after two steps of four rows, and the rows that this rank's projector mapped."""
     model = adapted(LLAVA)
-    options = {"per_device_train_batch_size": 4 // ranks, "learning_rate": 1e-2}
+    options = {"per_device_train_batch_size": 4 // ranks, "optim": "sgd", "learning_rate": 1.0}
     if ranks > 1:
         options["ddp_backend"] = "gloo"
     if kind == "Trainer":

@@ -1,7 +1,7 @@
 """Fine-tuning with compression in the loop: LoRA on few tokens, against the same steps on all of them.
 
-`python -m reccomp_hf.evaluation.finetuning demo` trains on the demo's scenes and prints the table. It needs `trl`, whose
-collator prepares the batches; the training loop is transformers' own `Trainer`.
+`python -m reccomp_hf.evaluation.finetuning demo` trains on the demo's scenes and prints the table. It needs `trl`,
+whose collator prepares the batches; the training loop is transformers' own `Trainer`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ DEFAULT_SETTING = (
     "paper:0.1+text_relevance=value+visual_layer=-2+coverage_share=0.5+merged_tokens=0+position_ids=original"
 )
 UNTRAINED, COMPRESSED, UNCOMPRESSED = "untrained", "trained compressed", "trained uncompressed"
+WAYS = (COMPRESSED, UNCOMPRESSED)
 
 
 class SceneQuestions(torch.utils.data.Dataset[dict[str, Any]]):
@@ -141,11 +142,13 @@ class FinetuningReport:
         answers: Of all runs; a run is "untrained", or one of the two ways to train and a seed. Each is asked at the
             budget, and with every token (named "..., off").
         seeds: Of the trainings.
+        ways: To train, of `WAYS`.
         seconds: Of each training.
     """
 
     answers: EvaluationReport
     seeds: list[int]
+    ways: list[str]
     seconds: dict[str, float]
 
     def accuracies(self, way: str, kind: str = MEAN, suffix: str = "") -> list[float]:
@@ -155,8 +158,9 @@ class FinetuningReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
-        pairs = [(f"{COMPRESSED}, seed {seed}", f"{UNCOMPRESSED}, seed {seed}") for seed in self.seeds]
-        pairs += [(f"{COMPRESSED}, seed {seed}", UNTRAINED) for seed in self.seeds]
+        pairs = [(f"{way}, seed {seed}", UNTRAINED) for way in self.ways for seed in self.seeds]
+        if len(self.ways) > 1:
+            pairs += [(f"{COMPRESSED}, seed {seed}", f"{UNCOMPRESSED}, seed {seed}") for seed in self.seeds]
         return {"seeds": self.seeds, "seconds": self.seconds, **self.answers.to_dict(pairs)}
 
     def markdown(self) -> str:
@@ -164,7 +168,7 @@ class FinetuningReport:
         kinds = [*self.answers.kind_names, MEAN]
         rows = [["model", "asked with", *kinds, f"{MEAN} by seed"]]
         for suffix in ("", f", {OFF}"):
-            for way in (UNTRAINED, UNCOMPRESSED, COMPRESSED):
+            for way in (UNTRAINED, *self.ways):
                 cells = [_spread(self.accuracies(way, kind, suffix)) for kind in kinds]
                 by_seed = ", ".join(f"{value:.3f}" for value in self.accuracies(way, MEAN, suffix))
                 rows.append([way, "all tokens" if suffix else "the budget", *cells, by_seed])
@@ -179,9 +183,10 @@ def finetune(
     recipe: Recipe,
     seeds: Iterable[int] = (0, 1, 2),
     *,
+    ways: Sequence[str] = WAYS,
     progress: bool | None = None,
 ) -> FinetuningReport:
-    """Train a model twice for every seed, with and without compression, and ask it held-out questions.
+    """Train a model for every seed, with and without compression, and ask it held-out questions.
 
     Both trainings of a seed see the same questions in the same order and start from the same adapters.
 
@@ -191,7 +196,8 @@ def finetune(
         setting: How to compress, see `parse_setting`.
         samples: What is asked, see `demo_samples`.
         recipe: See [`Recipe`].
-        seeds: One pair of trainings each, on scenes of their own.
+        seeds: One training of each way for each, on scenes of its own.
+        ways: To train, of `WAYS`: the second is what the first is compared with.
         progress: Show a progress bar; `None` where stderr is a terminal.
 
     Raises:
@@ -206,9 +212,9 @@ def finetune(
         )
     seconds: dict[str, float] = {}
     report = _asked(model, processor, setting, samples, UNTRAINED)
-    ways = [(way, seed) for seed in seeds for way in (COMPRESSED, UNCOMPRESSED)]
+    trainings = [(way, seed) for seed in seeds for way in ways]
     disable = None if progress is None else not progress
-    for way, seed in tqdm(ways, desc="trainings", file=sys.stderr, disable=disable):
+    for way, seed in tqdm(trainings, desc="trainings", file=sys.stderr, disable=disable):
         name = f"{way}, seed {seed}"
         learner = copy.deepcopy(model)
         learner.config.token_recovery = learner.config.token_recovery.replace(
@@ -219,7 +225,7 @@ def finetune(
         adapted = train_lora(learner, processor, SceneQuestions(range(last - number, last)), recipe, seed)
         seconds[name] = time.perf_counter() - began
         report.results |= _asked(adapted.merge_and_unload(), processor, setting, samples, name).results
-    return FinetuningReport(report, seeds, seconds)
+    return FinetuningReport(report, seeds, list(ways), seconds)
 
 
 def _asked(model: Any, processor: Any, setting: Setting, samples: Sequence[Sample], name: str) -> EvaluationReport:
@@ -252,9 +258,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--setting", default=DEFAULT_SETTING, metavar="SETTING", help=f"({DEFAULT_SETTING})")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(0 1 2)")
     parser.add_argument("--steps", type=int, default=recipe.steps, metavar="N", help=f"({recipe.steps})")
-    parser.add_argument("--batch-size", type=int, default=recipe.batch_size, metavar="N", help=f"({recipe.batch_size})")
+    parser.add_argument(
+        "--batch-size", type=int, default=recipe.batch_size, metavar="N", help=f"({recipe.batch_size})"
+    )
     rate = recipe.learning_rate
     parser.add_argument("--learning-rate", type=float, default=rate, metavar="RATE", help=f"({rate})")
+    parser.add_argument("--compressed-only", action="store_true", help="leave the training on all tokens out")
     parser.add_argument("--limit", type=int, default=1000, metavar="N", help="held-out questions (1000)")
     parser.add_argument("--skip", type=int, default=0, metavar="N", help="pass over the first N held-out scenes")
     parser.add_argument("--json", type=check_file, metavar="FILE", help="write everything as JSON")
@@ -262,10 +271,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     setting = parse_setting(arguments.setting)
     recipe = Recipe(arguments.steps, arguments.batch_size, arguments.learning_rate)
-    samples = demo_samples(arguments.limit, arguments.skip)
+    samples, ways = demo_samples(arguments.limit, arguments.skip), WAYS[:1] if arguments.compressed_only else WAYS
     with quiet():
         model, processor = load(arguments.model, {}, arguments.device, "float32")
-        report = finetune(model, processor, setting, samples, recipe, arguments.seeds)
+        report = finetune(model, processor, setting, samples, recipe, arguments.seeds, ways=ways)
     pictures = len({sample.picture for sample in samples})
     say(f"{arguments.model}, {setting.name}: {len(samples)} questions on {pictures} held-out scenes; {recipe}", "")
     say(report.markdown())

@@ -17,7 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from .report import ALL, EvaluationReport, _table
+from .finetuning import DEFAULT_SETTING
+from .report import EvaluationReport, _table
 from .running import DEFAULT_BATCH_SIZE, encode, evaluate
 from .samples import Sample, demo_samples
 from .settings import OFF, Setting, parse_settings
@@ -29,9 +30,7 @@ PRECISIONS = (FULL, "bfloat16", "int8", "int4", "bnb-int8", "bnb-nf4")
 GROUP_SIZE = 32
 """Weights that share a scale in `int4`; it must divide the width of every projection."""
 
-DEFAULT_SETTINGS = (
-    "paper:0.1+text_relevance=value+visual_layer=-2+coverage_share=0.5+merged_tokens=0+position_ids=original,paper:0.1"
-)
+DEFAULT_SETTINGS = f"{DEFAULT_SETTING},paper:0.1"
 
 
 def quantization_config(precision: str) -> Any:
@@ -54,8 +53,9 @@ def quantization_config(precision: str) -> Any:
 
         if precision == "int8":
             return TorchAoConfig(Int8WeightOnlyConfig())
+        four_bits = torch.int4  # type: ignore[attr-defined]
         # Int4WeightOnlyConfig has no kernels for a CPU; this one keeps a weight in a byte.
-        return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP_SIZE)))
+        return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=four_bits, granularity=PerGroup(GROUP_SIZE)))
     return None
 
 
@@ -116,7 +116,7 @@ class PrecisionReport:
     """Every precision under every setting on the same questions.
 
     Attributes:
-        answers: Of all runs, named "PRECISION, SETTING"; agreement is told against full precision uncompressed.
+        answers: Of all runs, named "PRECISION, SETTING"; their reference is full precision without compression.
         overlaps: By run, for every question the share of full precision's patches that is kept too.
         megabytes: Of the weights by precision.
     """
@@ -125,6 +125,11 @@ class PrecisionReport:
     overlaps: dict[str, npt.NDArray[np.float64]]
     megabytes: dict[str, float]
 
+    def setting_agreement(self, name: str) -> float:
+        """Share of a run's answers that full precision gives under the same setting."""
+        reference = f"{FULL}, {name.split(', ', 1)[1]}"
+        return dataclasses.replace(self.answers, reference=reference).agreement(name).value
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
         facts = {name: {"mean": float(row.mean()), "min": float(row.min())} for name, row in self.overlaps.items()}
@@ -132,14 +137,24 @@ class PrecisionReport:
 
     def markdown(self) -> str:
         """A row for every run."""
-        rows = [["precision", "weights, MB", "setting", "accuracy [95 %]", "agrees with full", "same patches, mean", "least"]]
+        rows = [
+            [
+                "precision",
+                "weights, MB",
+                "setting",
+                "accuracy [95 %]",
+                "agrees with full",
+                "same patches, mean",
+                "least",
+            ]
+        ]
         for name in self.answers.results:
             precision, setting = name.split(", ", 1)
             shares = self.overlaps.get(name)
             same = ["-", "-"] if shares is None else [f"{shares.mean():.3f}", f"{shares.min():.2f}"]
-            agrees = f"{self.answers.agreement(name).value:.3f}"
+            agrees = [f"{self.answers.agreement(name).value:.3f}", f"{self.setting_agreement(name):.3f}"]
             accuracy = str(self.answers.accuracy(name))
-            rows.append([precision, f"{self.megabytes[precision]:.2f}", setting, accuracy, agrees, *same])
+            rows.append([precision, f"{self.megabytes[precision]:.2f}", setting, accuracy, *agrees, *same])
         return "\n".join(_table(rows))
 
 
@@ -178,7 +193,9 @@ def compare(
                 kept = kept_patches(model, processor, samples, setting)
                 overlaps[f"{precision}, {setting.name}"] = overlap(kept, full.setdefault(setting.name, kept))
         results = {f"{precision}, {name}": result for name, result in found.results.items()}
-        report = dataclasses.replace(found, results={} if report is None else report.results, reference=f"{FULL}, {OFF}")
+        report = dataclasses.replace(
+            found, results={} if report is None else report.results, reference=f"{FULL}, {OFF}"
+        )
         report.results |= results
     assert report is not None
     return PrecisionReport(report, overlaps, megabytes)
