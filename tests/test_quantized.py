@@ -10,6 +10,7 @@ from demo_model import demo_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
+from reccomp_hf.compat import IS_V5
 from reccomp_hf.demo import checkpoint_folder
 from reccomp_hf.evaluation import precision
 from reccomp_hf.evaluation.precision import compare, kept_patches, load_in, overlap, quantization_config, weight_bytes
@@ -134,6 +135,21 @@ def test_the_report_compares_with_full_precision():
     with pytest.raises(ValueError, match="Unknown precision 'int3'; write one of float32"):
         compare(checkpoint_folder("demo"), processor, samples, settings, ["int3"])
     assert quantization_config("bfloat16") is None
+
+
+@torch.no_grad()
+@each_precision
+def test_a_quantized_checkpoint_loads_again(name, tmp_path):
+    if name in ("int8", "int4") and not IS_V5:
+        pytest.skip("transformers 4.57 does not write TorchAO's weights as safetensors")
+    model, (_, processor) = load_in(checkpoint_folder("demo"), name), demo_model()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    assert not any(is_quantized(weight) for weight in linear_weights(again.token_recovery.text_encoder))
+    assert all(is_quantized(weight) for weight in linear_weights(again.model.language_model))
+    prompt = "USER: <image>\nHow many objects are there? ASSISTANT:"
+    inputs = processor(images=demo_samples(1)[0].open(), text=prompt, return_tensors="pt").to(dtype=torch.bfloat16)
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
 
 
 # PEFT 0.21 asks for an attribute that transformers 5.23 renamed.
