@@ -14,6 +14,7 @@ from .outliers import local_outlier_factor
 from .processing_reccomp import LlavaNextRecCompProcessor, LlavaRecCompProcessor
 from .recovery import MergedTokens, TokenRecoveryOutput, TokenSelection, VisualFeatures, recover_tokens
 from .registration import register
+from .training import CompressedTrainerMixin
 from .visualization import plot_recovery
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ register()
 
 __all__ = [
     "AutoModelForVision2Seq",
+    "CompressedTrainerMixin",
     "Conversation",
     "LlavaNextRecCompConfig",
     "LlavaNextRecCompForConditionalGeneration",

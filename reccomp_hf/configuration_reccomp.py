@@ -241,11 +241,11 @@ class _RecCompConfigMixin:
 
     _auto_class = "AutoConfig"  # save_pretrained copies this file and what it imports
     # What evaluation loops do not collect as predictions.
-    keys_to_ignore_at_inference = (
+    keys_to_ignore_at_inference = [
         *("past_key_values", "image_hidden_states"),
         *("cache", "image_outputs"),  # from transformers 5.24 on
         *("visual_token_counts", "newline_counts"),
-    )
+    ]
 
     token_recovery: TokenRecoveryConfig
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers.quantizers import AutoQuantizationConfig
 
 from .checks import check_supported
 from .compat import rename_vision_key
+
+_SKIP_LISTS = ("modules_to_not_convert", "llm_int8_skip_modules")  # TorchAO's and most others', bitsandbytes'
 
 
 class TokenRecoveryModules(nn.Module):
@@ -100,9 +104,13 @@ class RecoveryModulesMixin:
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As the stock method, but weights that are missing from the checkpoint raise instead of being random.
 
+        A `quantization_config` never reaches CLIP's text side.
+
         Raises:
             ValueError: The checkpoint lacks weights that the config asks for.
         """
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _sparing_text_side(kwargs["quantization_config"])
         model, info = super().from_pretrained(  # type: ignore[misc]
             *args, output_loading_info=True, **kwargs
         )
@@ -137,6 +145,21 @@ class RecoveryModulesMixin:
         yield from super().named_buffers(prefix, recurse, remove_duplicate)  # type: ignore[misc]
         for path, module in self._text_side(prefix) if recurse else ():
             yield from module.named_buffers(path, recurse, remove_duplicate)
+
+
+def _sparing_text_side(quantization_config: Any) -> Any:
+    """A quantisation config that also skips the recovery modules, which some quantisers find by their weights' names.
+
+    A list that is `None` stands for what transformers skips by itself, the output embeddings.
+    """
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    sparing = copy.copy(quantization_config)
+    for name in _SKIP_LISTS:
+        if hasattr(sparing, name):
+            given = getattr(sparing, name)
+            setattr(sparing, name, [*(["lm_head"] if given is None else given), "token_recovery"])
+    return sparing
 
 
 def _build_recovery_modules(config: Any) -> TokenRecoveryModules | None:

@@ -65,7 +65,7 @@ def check_placeholders(per_row: list[int], lengths: list[int]) -> None:
         raise ValueError(
             f"Image placeholders and images do not match: the prompts hold {sum(per_row)} image placeholder tokens, "
             f"{len(lengths)} image(s) need {sum(lengths)}. Put one image token per image into the prompt and let "
-            "the processor expand it."
+            "the processor expand it, without a max_length that cuts it off."
         )
     starts, total = {0}, 0
     for length in lengths:

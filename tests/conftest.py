@@ -44,6 +44,12 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(socket.socket, name, guarded(name))
 
 
+@pytest.fixture(autouse=True)
+def no_precision_is_left_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers 4.57 asks accelerate for bfloat16 by an environment variable, which would outlive a test."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """A Hub of our own that the client takes for the real one, with an empty cache, logged in as "me"."""

@@ -3,8 +3,10 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from test_next_layout import NEWLINE, packed_oracle
 
 from reccomp_hf import cli
@@ -41,6 +43,26 @@ def test_every_method_has_a_row():
     text = README.read_text(encoding="utf-8")
     rows = re.findall(r"^\| (`\"[^|]*) \|", text, flags=re.MULTILINE)
     assert sorted(re.findall(r'`"(\w+)"`', " ".join(rows))) == sorted(set(method_names()) - {"recoverable"})
+
+
+# PEFT and TRL read what transformers 5.23 renamed; the README's reader may have a GPU, for which memory is pinned.
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing(_kwargs)?` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found:UserWarning")
+def test_the_training_snippet_runs(blocks, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = [block for block in blocks if "CompressedTrainerMixin" in block]
+    names: dict[str, Any] = {}
+    exec(blocks[0], names)
+    projected: list[int] = []
+    watch = (
+        "fresh.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))"
+    )
+    names["seen"] = projected
+    exec(snippet.replace("options = SFTConfig", f"{watch}\noptions = SFTConfig"), names)
+    assert projected == [16]
+    assert any("lora_B" in name and value.any() for name, value in names["model"].named_parameters())
+    assert type(names["small"].model.language_model.layers[0].mlp.up_proj.weight).__name__ == "Int8Tensor"
+    assert type(names["small"].token_recovery.visual_projection.weight) is torch.nn.Parameter
 
 
 def test_the_first_forty_lines_hold_what_a_newcomer_needs():
