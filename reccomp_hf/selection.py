@@ -144,8 +144,8 @@ def farthest_points(distance: Tensor, candidates: Tensor, counts: Tensor, grid: 
 def herded(units: Tensor, members: Tensor, candidates: Tensor, counts: Tensor, steps: int) -> Tensor:
     """Choose `counts` patches that together look like the whole: their mean stays as near as it can to that of all.
 
-    Kernel herding (Welling, ICML 2009) with the linear kernel. The loop runs over steps, for all rows at once; a step
-    costs one product of the features with a vector. Of equal candidates the first one is taken.
+    Kernel herding (Welling, ICML 2009) with the linear kernel. All cosines are computed at once; the loop runs over
+    steps, for all rows at once, and reads one row of them. Of equal candidates the first one is taken.
 
     Args:
         units: (B, N, C) float32 features of length 1.
@@ -157,17 +157,17 @@ def herded(units: Tensor, members: Tensor, candidates: Tensor, counts: Tensor, s
     Returns:
         (B, N) bool.
     """
+    alike = units @ units.transpose(1, 2)  # (B, N, N)
     share = members.to(units.dtype) / members.sum(-1, keepdim=True).clamp(min=1)
-    mean = (share.unsqueeze(1) @ units).squeeze(1)  # (B, C)
-    missing, left, chosen = mean, candidates, torch.zeros_like(candidates)
-    lengths = units.square().sum(-1)
+    to_mean = (alike @ share.unsqueeze(-1)).squeeze(-1)  # (B, N), product with the mean
+    lengths = alike.diagonal(dim1=1, dim2=2)
+    to_missing, left, chosen = to_mean, candidates, torch.zeros_like(candidates)
     for step in range(steps):
         # After this step the sum of what is chosen should be `step + 1` times the mean.
-        scores = 2 * (units @ missing.unsqueeze(-1)).squeeze(-1) - lengths  # (B, N)
-        pick = scores.masked_fill(~left, -torch.inf).argmax(-1, keepdim=True)
+        pick = (2 * to_missing - lengths).masked_fill(~left, -torch.inf).argmax(-1, keepdim=True)
         left = left.scatter(-1, pick, False)
         chosen = chosen.scatter(-1, pick, (step < counts).unsqueeze(-1) | chosen.gather(-1, pick))
-        missing = missing + mean - gather_rows(units, pick).squeeze(1)
+        to_missing = to_missing + to_mean - gather_rows(alike, pick).squeeze(1)
     return chosen & candidates
 
 

@@ -146,7 +146,7 @@ SHARES: list[dict[str, Any]] = [
     {"budget": 24, "text_share": 1.0, "merged_tokens": 23},
     {"budget": 10, "coverage_share": 1.0, "merged_tokens": 1},
     {"budget": 1.0},
-    {"budget": 30, "text_share": 1.0, "text_limit": "outliers", "coverage_share": 0.25, "coverage_by": "content"},
+    {"budget": 24, "text_share": 1.0, "text_limit": "outliers", "coverage_share": 0.25, "coverage_by": "content"},
     {"budget": 0.4, "text_limit": "outliers", "outlier_neighbors": 5, "merged_tokens": 2},
 ]
 

@@ -266,7 +266,7 @@ def _comparison(config: Any, method: RecoveryMethod, tiles: int, tokens: int) ->
 
 
 def _choice(section: TokenRecoveryConfig, patches: int, tokens: int, width: int) -> Iterable[Operator]:
-    """Sorting, outliers or coverage, over one score per patch; coverage by content reads the features at each step."""
+    """Sorting, outliers or coverage, over one score per patch; coverage by content compares all patches."""
     sort = patches * max(math.log2(patches), 1)
 
     def outliers(factors: int, neighbours: int) -> Operator:
@@ -277,13 +277,13 @@ def _choice(section: TokenRecoveryConfig, patches: int, tokens: int, width: int)
         return [outliers(3, 4 * section.outlier_neighbors + 2 * section.merge_neighbors)]
     limited = section.text_limit == "outliers"
     steps = int((section.coverage_share + limited * (1 - section.coverage_share) * section.text_share) * tokens)
-    per_step = 2 * width if section.coverage_by == "content" else 6
-    read = steps * patches * (width if section.coverage_by == "content" else 1)
-    return [
-        Operator("top scores", 2 * sort, reads=2 * patches, writes=2 * patches),
-        *([outliers(1, 2 * section.outlier_neighbors)] if limited else []),
-        Operator("coverage", per_step * steps * patches, reads=read, writes=steps * patches),
-    ]
+    coverage = Operator("coverage", 6 * steps * patches, reads=steps * patches, writes=steps * patches)
+    found = [Operator("top scores", 2 * sort, reads=2 * patches, writes=2 * patches), coverage]
+    if limited:
+        found.append(outliers(1, 2 * section.outlier_neighbors))
+    if steps and section.coverage_by == "content":
+        found.append(Operator("cosines", 2 * patches**2 * width, reads=patches * width, writes=patches**2))
+    return found
 
 
 __all__ = [
