@@ -22,6 +22,7 @@ from training import (
     watched,
 )
 from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 # PEFT 0.21, TRL 1.16 and these tests use names that transformers 5.23 changed and 4.57 has.
@@ -215,6 +216,20 @@ def test_two_processes_equal_one(tmp_path):
         before = torch.cat([value.flatten() for value in trained(adapted(LLAVA)).values()])
         assert (alone - before).abs().max() > 1e-2
         torch.testing.assert_close(ours, alone, **CLOSE)
+
+
+def test_labels_on_placeholders_make_the_reported_loss_small():
+    """TRL labels them in rows of plain messages: the trainer divides by labels that were cut."""
+    model, rows = adapted(LLAVA), [Rows(2)[index] for index in range(2)]
+    messages = [{"images": row["images"], "messages": row["prompt"] + row["completion"]} for row in rows]
+    batch = DataCollatorForVisionLanguageModeling(LLAVA.processor())(messages)
+    short, _ = model.compress_inputs(**batch)
+    kept, uncut = (int((labels[:, 1:] != -100).sum()) for labels in (short["labels"], batch["labels"]))
+    assert kept == uncut - 2 * (100 - BUDGET)
+    run = trainer(LLAVA, model)
+    with torch.no_grad():
+        reported = run.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(uncut))
+        torch.testing.assert_close(reported, model(**batch).loss * kept / uncut, **CLOSE)
 
 
 ERRORS = {

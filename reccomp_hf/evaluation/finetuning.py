@@ -72,9 +72,9 @@ class Recipe:
         bf16: Train under bfloat16 autocast.
     """
 
-    steps: int = 150
+    steps: int = 80
     batch_size: int = 32
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     rank: int = 16
     bf16: bool = True
 
@@ -264,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rate = recipe.learning_rate
     parser.add_argument("--learning-rate", type=float, default=rate, metavar="RATE", help=f"({rate})")
     parser.add_argument("--compressed-only", action="store_true", help="leave the training on all tokens out")
-    parser.add_argument("--limit", type=int, default=1000, metavar="N", help="held-out questions (1000)")
+    parser.add_argument("--limit", type=int, default=600, metavar="N", help="held-out questions (600)")
     parser.add_argument("--skip", type=int, default=0, metavar="N", help="pass over the first N held-out scenes")
     parser.add_argument("--json", type=check_file, metavar="FILE", help="write everything as JSON")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
