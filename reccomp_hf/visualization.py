@@ -31,12 +31,11 @@ COLORS = {
 _WORDS = {
     "visual": ("stands out in the picture", "stand out in the picture"),
     "text": ("fits the question", "fit the question"),
-    "coverage": ("spread over what is left", "spread evenly over what is left"),
+    "coverage": ("kept to cover the picture", "kept to cover the picture"),
     "merged": ("average of a tinted area (at its dot)", "averages of tinted areas (at the dots)"),
     "dropped": ("patch not read at all", "patches not read at all"),
 }
 _VISUAL_WORDS = {"random": "drawn at random", "base_tile": "of the overview tile"}
-_COVERING = "kept to cover the picture"  # by other methods than the paper's, whatever they go by
 _SHARED = "in several of the averages, or in none"
 _PANEL = 3.3  # inches
 _WRITING = 1.45  # inches above and below a panel
@@ -332,7 +331,6 @@ def _legend(axis: Any, counts: dict[str, int], method: str) -> None:
         words = _WORDS[name][count != 1]
         words = _VISUAL_WORDS.get(method, words) if name == "visual" else words
         words = _SHARED if name == "dropped" and get_method(method).shares_patches else words
-        words = _COVERING if name == "coverage" and method != "recoverable" else words
         look: dict[str, Any] = {"marker": "s", "markersize": 9, "markerfacecolor": "white", "markeredgewidth": 2.2}
         if name == "merged":
             look |= {"marker": "o", "markerfacecolor": _unit(COLORS["centre"]), "markeredgewidth": 0}
