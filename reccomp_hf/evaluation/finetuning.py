@@ -72,7 +72,7 @@ class Recipe:
         bf16: Train under bfloat16 autocast.
     """
 
-    steps: int = 80
+    steps: int = 250
     batch_size: int = 32
     learning_rate: float = 1e-3
     rank: int = 16
