@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-from transformers.quantizers import AutoQuantizationConfig
 
 from .checks import check_supported
 from .compat import rename_vision_key
@@ -153,6 +152,8 @@ def _sparing_text_side(quantization_config: Any) -> Any:
     A list that is `None` stands for what transformers skips by itself, the output embeddings.
     """
     if isinstance(quantization_config, dict):
+        from transformers.quantizers import AutoQuantizationConfig  # loads TorchAO, which has much to say
+
         quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
     sparing = copy.copy(quantization_config)
     for name in _SKIP_LISTS:
