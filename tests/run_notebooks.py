@@ -17,6 +17,7 @@ from typing import Any
 import nbformat
 from nbclient import NotebookClient
 from PIL import Image
+from torchao_noise import without_torchao
 from traitlets.config import Config
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
@@ -53,6 +54,8 @@ def execute(path: Path) -> Any:
         "language_info": {"name": "python"},
     }
     for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _is_torchao(output)]
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
                 output["data"]["image/png"] = _with_palette(output["data"]["image/png"])
@@ -67,6 +70,10 @@ def printed(cell: Any) -> list[tuple[str, str]]:
         text = output.get("text") or output.get("data", {}).get("text/plain", "")
         outputs.append((kind, "" if VARIES in cell.metadata.get("tags", []) else text))
     return outputs
+
+
+def _is_torchao(output: Any) -> bool:
+    return output.get("name") == "stderr" and not without_torchao(output.text)
 
 
 def _with_palette(picture: str) -> str:
