@@ -31,7 +31,7 @@ from ..demo.scene_questions import (
     shape_question,
 )
 from ..demo.scenes import SceneObject, generator
-from .report import EvaluationReport, SettingResult
+from .report import EvaluationReport, SettingResult, _table
 from .samples import normalize_answer
 from .settings import OFF, Setting, parse_setting, parse_settings
 
@@ -266,14 +266,6 @@ def _compared(report: ConversationReport) -> list[tuple[str, str]]:
     """Every other mode against `keep` of the same setting."""
     runs = [run.split(" ", 1) for run in report.figures if run != OFF]
     return [(f"{mode} {name}", f"keep {name}") for mode, name in runs if mode != "keep" and ["keep", name] in runs]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
