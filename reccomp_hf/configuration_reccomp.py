@@ -61,6 +61,7 @@ CHOICES = {
     "text_limit": ("share", "outliers"),
     "coverage_by": ("place", "content"),
     "position_ids": ("compact", "original"),
+    "newlines": ("kept", "none"),
 }
 
 
@@ -94,6 +95,8 @@ class TokenRecoveryConfig:
         visual_layer: Block whose class query and keys give the saliency, counted from the end; -1 is the last.
         visual_heads: `"joint"` (one head as wide as the model) or `"mean"` (softmax per head, averaged).
         position_ids: `"compact"` renumbers the shortened sequence, `"original"` keeps every token's own place.
+        newlines: LLaVA-NeXT only. `"kept"`: the newline embedding at a row's end stays where the row keeps a patch;
+            `"none"`: none stays, so that a budget alone says how many tokens an image has.
         text_encoder_config: A `clip_text_model` config as a dict, or `None` for a model without text recovery.
 
     Raises:
@@ -118,6 +121,7 @@ class TokenRecoveryConfig:
     visual_layer: int = -1
     visual_heads: str = "joint"
     position_ids: str = "compact"
+    newlines: str = "kept"
     text_encoder_config: dict[str, Any] | None = None
 
     def __init__(self, **fields: Any) -> None:

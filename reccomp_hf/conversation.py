@@ -288,7 +288,7 @@ class Conversation:
             **asked.question,
             token_recovery=self._fields,
         )
-        layout = asked.new.layout
+        layout = asked.new.layout.keeping(self._section.newlines)
         return Part(
             short["input_ids"],
             short["position_ids"],
@@ -301,7 +301,8 @@ class Conversation:
         """In front of a part, what the question chooses of the earlier pictures and the cache does not hold."""
         if self._encoded is None:
             return part
-        image_token, layout = self.model.config.image_token_id, self._encoded.layout
+        image_token = self.model.config.image_token_id
+        layout = self._encoded.layout.keeping(self._section.newlines)
         short, record = self.model.compress_inputs(
             input_ids=part.ids.new_full((1, sum(layout.lengths)), image_token),
             pixel_values=self._encoded,

@@ -24,6 +24,7 @@ class ImageLayout:
         lengths: Placeholders of each image.
         patches: N.
         has_newlines: Whether rows of the picture may end in a newline embedding.
+        keeps_newlines: Whether the newline of a row stays where the row keeps a patch; else none does.
     """
 
     slots: Tensor
@@ -32,6 +33,7 @@ class ImageLayout:
     lengths: list[int]
     patches: int
     has_newlines: bool
+    keeps_newlines: bool = True
 
     @classmethod
     def of_grids(cls, images: int, patches: int) -> ImageLayout:
@@ -66,6 +68,10 @@ class ImageLayout:
         slots, rows = (index.to(device, non_blocking=True) for index in (self.slots, self.rows))
         return dataclasses.replace(self, slots=slots, rows=rows)
 
+    def keeping(self, newlines: str) -> ImageLayout:
+        """The layout under a section's `newlines`."""
+        return dataclasses.replace(self, keeps_newlines=newlines == "kept")
+
     @property
     def valid(self) -> Tensor | None:
         """(T, N) bool, the patches that have a placeholder; `None` if all have."""
@@ -81,8 +87,10 @@ class ImageLayout:
         return image.to(device, non_blocking=True)
 
     def kept(self, selection: TokenSelection) -> tuple[Tensor, Tensor]:
-        """The placeholders whose patch is kept, and the newlines of rows that keep a patch: two (I, L) bool."""
+        """The placeholders whose patch is kept, and the newlines that stay with them: two (I, L) bool."""
         kept = selection.kept_mask.flatten()[self.slots.clamp(min=0)] & (self.slots >= 0)
+        if not self.keeps_newlines:
+            return kept, torch.zeros_like(kept)
         row_keeps = torch.zeros_like(self.rows[:, :1]).expand(-1, self.rows.shape[1] + 1)
         row_keeps = row_keeps.scatter_add(1, self.rows, kept.long()) > 0
         return kept, (self.slots == NEWLINE) & row_keeps.gather(1, self.rows)

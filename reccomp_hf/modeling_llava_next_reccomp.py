@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+import types
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import LongTensor, Tensor
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # transformers 4.57 takes out of a local folder only the file
     from .methods_vispruner import VISPRUNER  # noqa: F401
     from .methods_visual import VISUAL  # noqa: F401
     from .outliers import upper_outliers  # noqa: F401
+    from .picture_tokens import visual_features  # noqa: F401
     from .recovery import recover_tokens  # noqa: F401
     from .recovery_modules import RecoveryModulesMixin  # noqa: F401
     from .relevance import class_saliency  # noqa: F401
@@ -74,8 +76,45 @@ class LlavaNextRecCompCausalLMOutputWithPast(LlavaNextCausalLMOutputWithPast):
     newline_counts: LongTensor | None = None
 
 
+def tiled_layout(config: Any, pixel_values: Tensor, image_sizes: list[list[int]]) -> tuple[Tensor, ImageLayout]:
+    """The placeholders that stock `pack_image_features` gives the tiles of pictures of any size.
+
+    Args:
+        config: A LLaVA-NeXT config.
+        pixel_values: (T, 3, H, W) tiles, or (I, tiles at most, 3, H, W) padded with further ones.
+        image_sizes: Height and width in pixels of every picture.
+
+    Returns:
+        Tiles (T, 3, H, W) of all pictures, and the placeholders that stand for their patches.
+
+    Raises:
+        ValueError: Other numbers of pictures or tiles.
+    """
+    side = config.vision_config.image_size
+    tiles = [image_size_to_num_patches(size, config.image_grid_pinpoints, side) for size in image_sizes]
+    if pixel_values.ndim == 5:
+        if len(pixel_values) != len(image_sizes) or pixel_values.shape[1] < max(tiles):
+            raise ValueError(
+                f"pixel_values of shape {tuple(pixel_values.shape)} do not fit {len(image_sizes)} image_sizes that "
+                f"need up to {max(tiles)} tiles."
+            )
+        pixel_values = torch.cat([image[:count] for image, count in zip(pixel_values, tiles, strict=True)])
+    if len(pixel_values) != sum(tiles):
+        raise ValueError(f"pixel_values hold {len(pixel_values)} tiles, image_sizes need {sum(tiles)}.")
+    patches = (side // config.vision_config.patch_size) ** 2
+    index = [torch.arange(count * patches).view(count, patches, 1) for count in tiles]
+    packed, _ = LlavaNextModel.pack_image_features(
+        types.SimpleNamespace(config=config),  # of a model it reads the config alone
+        index,
+        image_sizes,
+        config.vision_feature_select_strategy,
+        image_newline=torch.tensor([NEWLINE]),
+    )
+    return pixel_values, ImageLayout.of_packed([order.squeeze(-1) for order in packed], tiles, patches)
+
+
 class _TiledMixin:
-    """The layout that stock `pack_image_features` gives the tiles of pictures of any size."""
+    """Pictures are tiles of different numbers."""
 
     def _layout(self, pixel_values: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, ImageLayout]:
         """Tiles (T, 3, H, W) of all pictures, and the placeholders that stand for their patches.
@@ -84,26 +123,7 @@ class _TiledMixin:
         """
         if image_sizes is None:
             raise ValueError("LLaVA-NeXT needs image_sizes beside pixel_values; the processor gives both.")
-        config, sizes = self.config, torch.as_tensor(image_sizes).tolist()  # type: ignore[attr-defined]
-        side = config.vision_config.image_size
-        tiles = [image_size_to_num_patches(size, config.image_grid_pinpoints, side) for size in sizes]
-        if pixel_values.ndim == 5:
-            if len(pixel_values) != len(sizes) or pixel_values.shape[1] < max(tiles):
-                raise ValueError(
-                    f"pixel_values of shape {tuple(pixel_values.shape)} do not fit {len(sizes)} image_sizes that need "
-                    f"up to {max(tiles)} tiles."
-                )
-            pixel_values = torch.cat([image[:count] for image, count in zip(pixel_values, tiles, strict=True)])
-        if len(pixel_values) != sum(tiles):
-            raise ValueError(f"pixel_values hold {len(pixel_values)} tiles, image_sizes need {sum(tiles)}.")
-        patches = (side // config.vision_config.patch_size) ** 2
-        index = [torch.arange(count * patches).view(count, patches, 1) for count in tiles]
-        newline = torch.tensor([NEWLINE])
-        packed, _ = self._llava.pack_image_features(  # type: ignore[attr-defined]
-            index, sizes, config.vision_feature_select_strategy, image_newline=newline
-        )
-        packed = [order.squeeze(-1) for order in packed]
-        return pixel_values, ImageLayout.of_packed(packed, tiles, patches)
+        return tiled_layout(self.config, pixel_values, torch.as_tensor(image_sizes).tolist())  # type: ignore[attr-defined]
 
 
 class LlavaNextRecCompModel(_TiledMixin, RecCompMixin, LlavaNextModel):
@@ -127,4 +147,4 @@ class LlavaNextRecCompForConditionalGeneration(_TiledMixin, RecCompGenerationMix
 register_key_renames("LlavaNextRecCompForConditionalGeneration", "llava_next")
 register_key_renames("LlavaNextRecCompModel", "LlavaNextModel")
 
-__all__ = ["LlavaNextRecCompForConditionalGeneration", "LlavaNextRecCompModel"]
+__all__ = ["LlavaNextRecCompForConditionalGeneration", "LlavaNextRecCompModel", "tiled_layout"]

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # transformers 4.57 takes out of a local folder only the file
     from .methods_vispruner import VISPRUNER  # noqa: F401
     from .methods_visual import VISUAL  # noqa: F401
     from .outliers import upper_outliers  # noqa: F401
+    from .picture_tokens import visual_features  # noqa: F401
     from .recovery import recover_tokens  # noqa: F401
     from .recovery_modules import RecoveryModulesMixin  # noqa: F401
     from .relevance import class_saliency  # noqa: F401

@@ -23,17 +23,9 @@ from .compat import clip_vision_model, image_fields, parameter, stock_cache, sto
 from .configuration_reccomp import TokenRecoveryConfig
 from .layout import ImageLayout
 from .methods import get_method
-from .recovery import (
-    TokenRecoveryOutput,
-    TokenSelection,
-    VisualFeatures,
-    assemble_tokens,
-    check_features,
-    select_tokens,
-)
+from .picture_tokens import Question, projected_tokens, visual_features, window_mask
+from .recovery import TokenRecoveryOutput, TokenSelection, VisualFeatures, assemble_tokens, select_tokens
 from .recovery_modules import RecoveryModulesMixin
-from .relevance import class_query_and_keys, patch_embeddings, relevance_state, text_similarity
-from .selection import full_precision, pack_rows
 from .splicing import (
     PlaceholderMap,
     check_placeholders,
@@ -266,13 +258,18 @@ class RecCompMixin(RecoveryModulesMixin):
 
     def _image_features(self, pictures: _Pictures, record: TokenRecoveryOutput, read: _Read) -> tuple[Tensor, Tensor]:
         """Projected tokens of all images in the order of the prompt (tokens, D), and their places (I, length)."""
-        packed = pack_rows(record.tokens, record.counts, read.sizes[2])
-        features = self._llava.multi_modal_projector(packed)  # kept and merged tokens only
-        if pictures.layout.has_newlines:
-            features = torch.cat([features, parameter(self._llava, "image_newline").to(features).unsqueeze(0)])
-        order, places = pictures.layout.sequence(pictures.selection, record, read.sizes, read.longest_image)
-        counts = (pictures.token_counts + pictures.newline_counts).to(order.device)
-        return features[pack_rows(order, counts, read.image_tokens).to(features.device)], places
+        newline = parameter(self._llava, "image_newline") if pictures.layout.has_newlines else None
+        return projected_tokens(
+            self._llava.multi_modal_projector,
+            newline,
+            pictures.layout,
+            pictures.selection,
+            record,
+            pictures.token_counts + pictures.newline_counts,
+            sizes=read.sizes,
+            longest=read.longest_image,
+            total=read.image_tokens,
+        )
 
     def _compressed_forward(
         self, inputs: dict[str, Any], question: _Question, token_recovery: Mapping[str, Any] | None
@@ -327,53 +324,35 @@ class RecCompMixin(RecoveryModulesMixin):
             encoded = pixel_values
         else:
             encoded = self._encode(pixel_values, image_sizes, section, vision_feature_layer)
-        tower, layout, states = clip_vision_model(self._llava.vision_tower), encoded.layout, encoded.states
-        blocks = len(tower.encoder.layers)
-        check_states(states, self._needed_states(section, vision_feature_layer))
+        check_states(encoded.states, self._needed_states(section, vision_feature_layer))
+        tower = clip_vision_model(self._llava.vision_tower)
+        device = encoded.states[vision_feature_layer % (len(tower.encoder.layers) + 1)].device
+        layout = encoded.layout.to(device).keeping(section.newlines)
         placeholders = map_placeholders(
             input_ids == self.config.image_token_id,
             torch.tensor(layout.lengths).to(input_ids.device, non_blocking=True),
         )
-        row_of_tile = placeholders.row[layout.image_of_tile(input_ids.device)]
-        missing = torch.zeros_like(placeholders.per_row, dtype=torch.bool)
-        with torch.no_grad():
-            block = section.visual_layer % blocks
-            query, keys = class_query_and_keys(tower.encoder.layers[block], states[block])
-            similarity = None
-            if question[0] is not None and reads_question:
-                windows = _windows(question[0], question[1]).to(input_ids.device)
-                missing = (placeholders.per_row > 0) & ~windows.any(-1)
-                patch_states = states[relevance_state(section.text_relevance, blocks)]
-                similarity = self._text_similarity(patch_states, question[0], windows, row_of_tile, section)
-        # The parts of a model may be on several devices: the choice is made where the chosen features are.
-        hidden_states = states[vision_feature_layer % (blocks + 1)][:, 1:]
-        device = hidden_states.device
-        layout = layout.to(device)
-        features = check_features(
-            hidden_states,
-            query.to(device),
-            keys.to(device),
-            None if similarity is None else similarity.to(device),
+        missing, asked = torch.zeros_like(placeholders.per_row, dtype=torch.bool), None
+        if question[0] is not None and reads_question:
+            windows = window_mask(question[0], question[1]).to(input_ids.device)
+            missing = (placeholders.per_row > 0) & ~windows.any(-1)
+            row_of_tile = placeholders.row[layout.image_of_tile(input_ids.device)]
+            asked = Question(question[0], windows, row_of_tile)
+        features = visual_features(
+            tower,
+            self.token_recovery,
+            dataclasses.replace(encoded, layout=layout),
+            asked,
             section,
+            vision_feature_layer,
             num_heads=self.config.vision_config.num_attention_heads,
-            grid=encoded.grid,
-            valid=layout.valid,
-            tiles=layout.tiles,
-            projected=self._projected(hidden_states, section),
+            projector=self._llava.multi_modal_projector,
         )
         with record_function("reccomp::select"):
             selection = select_tokens(features, section)
         tokens, newlines = (counts.to(input_ids.device) for counts in layout.counts(selection))
         advice = without_question(section)
         return _Pictures(features, selection, layout, placeholders, missing, advice, tokens, newlines)
-
-    @torch.no_grad()
-    def _projected(self, hidden_states: Tensor, section: TokenRecoveryConfig) -> Tensor | None:
-        """(T, N, D), the projector applied to all patches, for a method that chooses by them; else `None`."""
-        if not get_method(section.method).reads_projected:
-            return None
-        with record_function("reccomp::projector"):
-            return self._llava.multi_modal_projector(hidden_states).to(hidden_states.device)
 
     def _read(self, pictures: _Pictures, row_sizes: Tensor) -> _Read:
         """The one read from the device; validates what could not be before."""
@@ -402,34 +381,6 @@ class RecCompMixin(RecoveryModulesMixin):
         rows, columns = self._grid(pixel_values)
         return pixel_values, ImageLayout.of_grids(len(pixel_values), rows * columns)
 
-    def _text_similarity(
-        self,
-        patch_states: Tensor,
-        recovery_input_ids: Tensor,
-        windows: Tensor,
-        rows: Tensor,
-        section: TokenRecoveryConfig,
-    ) -> Tensor:
-        """(I, N) similarity of every picture's patches with the question of its row."""
-        tower, modules = clip_vision_model(self._llava.vision_tower), self.token_recovery
-        if modules is None:
-            raise ValueError("This checkpoint is visual-only: token_recovery.text_encoder_config is null.")
-        projection = modules.visual_projection
-        with record_function("reccomp::text_encoder"):
-            text = modules.embed_question(recovery_input_ids)
-        rows = rows.to(patch_states.device)
-        with record_function("reccomp::relevance"):
-            patches = patch_embeddings(
-                section.text_relevance, patch_states, tower.encoder.layers[-1], tower.post_layernorm, projection
-            )
-            text = text.to(patches.device)
-            with full_precision(patches):
-                similarity = text_similarity(
-                    patches, text[rows], windows.to(rows.device)[rows], section.text_relevance_sign
-                )
-        scale = projection.out_features**0.5 if get_method(section.method).scales_similarity else 1
-        return similarity / scale
-
     def _feature_layer(self, inputs: dict[str, Any]) -> int:
         """The hidden state that the projector reads; takes a call's own choice out of its inputs."""
         layer, strategy = (inputs.pop(f"vision_feature_{name}", None) for name in ("layer", "select_strategy"))
@@ -452,13 +403,6 @@ class RecCompMixin(RecoveryModulesMixin):
 
     def _reads_question(self, section: TokenRecoveryConfig) -> bool:
         return self.token_recovery is not None and get_method(section.method).reads_question(section)
-
-
-def _windows(recovery_input_ids: Tensor, recovery_attention_mask: Tensor | None) -> Tensor:
-    """(rows, windows) bool: windows that hold text."""
-    if recovery_attention_mask is None:
-        return torch.ones_like(recovery_input_ids[..., 0], dtype=torch.bool)
-    return (recovery_attention_mask != 0).any(-1)
 
 
 def _pad_token_id(config: Any) -> int:

@@ -130,7 +130,7 @@ class RecCompProcessorMixin(ProcessorMixin):
         if self._recovery_tokenizer is None or text is None:
             return encoding
         prompts = [text] if isinstance(text, str) else [row if isinstance(row, str) else " ".join(row) for row in text]
-        questions = self._questions(prompts, recovery_text, turns)
+        questions = self.questions_of_prompts(prompts, recovery_text, turns)
         convert = _converter(encoding["input_ids"])
         fields = self._encode_questions(questions)
         encoding.update({name: convert(field) for name, field in zip(_RECOVERY_INPUT_NAMES, fields, strict=True)})
@@ -243,12 +243,24 @@ class RecCompProcessorMixin(ProcessorMixin):
         kwargs = {key: value for key, value in kwargs.items() if not key.startswith("recovery_")}
         return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-    def _questions(
-        self, prompts: list[str], recovery_text: str | Sequence[str | Sequence[str]] | None, turns: str
+    def questions_of_prompts(
+        self,
+        prompts: Sequence[str],
+        recovery_text: str | Sequence[str | Sequence[str]] | None = None,
+        recovery_turns: str | None = None,
     ) -> list[list[str]]:
-        """The questions of every prompt, given or cut out, checked against the rows that have images."""
+        """The questions that choose the visual tokens of rendered prompts, given or cut out, one list per prompt.
+
+        Args:
+            prompts: with their image tokens.
+            recovery_text: one question per prompt, or a list of several, in place of those in the prompt.
+            recovery_turns: `"last"` or `"all"`, in place of the processor's own.
+
+        Raises:
+            ValueError: a prompt with images and no question, or not one `recovery_text` per prompt.
+        """
         if recovery_text is None:
-            questions = [self.extract_questions(prompt, turns) for prompt in prompts]
+            questions = [self.extract_questions(prompt, recovery_turns) for prompt in prompts]
         else:
             given = [recovery_text] if isinstance(recovery_text, str) else list(recovery_text)
             rows = [[row] if isinstance(row, str) else row for row in given]

@@ -89,7 +89,7 @@ def pieces(facts: CardFacts) -> dict[str, Any]:
         "repo": facts.repo or f"{NO_OWNER}/{facts.name}",
         "intro": _wrap(_intro(facts)),
         "origin": _wrap(facts.origin or _origin(facts)),
-        "fields": field_rows(facts.section),
+        "fields": field_rows(facts.section, facts.tiled),
         "tokens": _tokens(facts),
         "cost": _wrap(_cost(facts, cost)),
         "cost_rows": _cost_rows(cost),
@@ -107,12 +107,12 @@ def field_descriptions() -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in zip(entries[::2], entries[1::2], strict=True)}
 
 
-def field_rows(section: TokenRecoveryConfig) -> list[dict[str, str]]:
-    """The fields that change what this section does, with value and meaning, for a table.
+def field_rows(section: TokenRecoveryConfig, tiled: bool = True) -> list[dict[str, str]]:
+    """The fields that change what this section does to a LLaVA (`tiled`: LLaVA-NeXT), with value and meaning.
 
     What is shown is everything but what is known to be without effect: a new field shows up by itself.
     """
-    silent, described = _without_effect(section), field_descriptions()
+    silent, described = _without_effect(section) | (set() if tiled else {"newlines"}), field_descriptions()
     rows = []
     for field in dataclasses.fields(section):
         if field.name in silent:
@@ -150,6 +150,7 @@ def _without_effect(section: TokenRecoveryConfig) -> set[str]:
             "method_options",
             "budget",
             "position_ids",
+            "newlines",
             *OF_A_QUESTION,
             *OF_A_BUDGET,
             *OF_OUTLIERS,
@@ -199,7 +200,8 @@ def _summary(facts: CardFacts) -> str:
         return f"every picture becomes {after:,} tokens instead of {patches:,}"
     if isinstance(facts.section.budget, float):
         return f"every picture becomes {facts.section.budget:.0%} of its tokens"
-    return f"every picture becomes {after:,} tokens and a few newlines instead of one or two thousand"
+    beside = " and a few newlines" if facts.section.newlines == "kept" else ""
+    return f"every picture becomes {after:,} tokens{beside} instead of one or two thousand"
 
 
 def _is_open(facts: CardFacts) -> bool:
@@ -246,16 +248,20 @@ def _plain_tokens(facts: CardFacts) -> str:
 
 def _tiled_tokens(facts: CardFacts) -> str:
     lines = ["| picture (w x h) | tiles | stock: patches + newlines | here: tokens + newlines |", "|---|---|---|---|"]
+    kept = facts.section.newlines == "kept"
     for size in PICTURES:
         tiles, patches, newlines = picture_tokens(facts.config, size)
         after, most = compressed_tokens(facts.config, facts.section, size), newlines
         if _is_open(facts):
             here = "dynamic"
+        elif facts.section.enabled and not kept:
+            here = f"{after:,} + 0"
         else:
             most = min(newlines, after)
             here = f"{after:,} + {'' if not facts.section.enabled else 'up to '}{most}"
         lines.append(f"| {size[0]} x {size[1]} | 1 + {tiles - 1} | {patches:,} + {newlines} | {here} |")
-    note = "A budget is one for the whole picture. A newline stays where its row of the picture keeps a patch."
+    stays = "A newline stays where its row of the picture keeps a patch" if kept else "No newline stays"
+    note = f"A budget is one for the whole picture. {stays}."
     return "\n".join([*lines, "", note])
 
 

@@ -17,6 +17,7 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiMod
 from .. import compat
 from ..configuration_reccomp import TokenRecoveryConfig
 from ..methods import RELEVANCE
+from ..picture_tokens import Question, question_similarity, window_mask
 from ..quiet import quiet
 from ..relevance import patch_embeddings, relevance_state, text_similarity
 from .shards import Headers, is_weight, place_of, read_tensor
@@ -79,8 +80,11 @@ def prove(folder: Path, model_class: Any, config: Any, llava: tuple[Path, Header
         section = own.replace({"method": "recoverable", **relevance})
         read = relevance_state(section.text_relevance, config.vision_config.num_hidden_layers)
         wanted = _clip_similarity(clip_model, compat.clip_vision_model(tower), states[read], question, section)
-        windows, rows = torch.ones(1, 1, dtype=torch.bool), torch.zeros(len(tiles), dtype=torch.long)
-        _check_close("text similarity", model._text_similarity(ours[read], question, windows, rows, section), wanted)
+        rows = torch.zeros(len(tiles), dtype=torch.long)
+        asked = Question(question, window_mask(question, None), rows)
+        own_tower = compat.clip_vision_model(model.model.vision_tower)
+        found = question_similarity(own_tower, model.token_recovery, ours[read], asked, section)
+        _check_close("text similarity", found, wanted)
         proven.append("text similarity")
     count, patches = _count(model, pixels, sizes, question)
     return f"{', '.join(proven)} equal to the sources'; {count} of {patches} visual tokens chosen on a probe picture"

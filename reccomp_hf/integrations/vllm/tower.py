@@ -1,0 +1,53 @@
+"""vLLM's CLIP vision tower in the words of transformers' own, which the choice of tokens speaks.
+
+vLLM fuses the three projections of an attention into one. They are called as they are and their output is taken
+apart, so that quantised weights and kernels of vLLM's stay at work.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+
+class _Attention:
+    """A `CLIPAttention` with one callable per projection."""
+
+    def __init__(self, attention: Any) -> None:
+        self._fused = attention.qkv_proj
+        self._out = attention.out_proj
+        self.q_proj, self.k_proj, self.v_proj = (self._part(index) for index in range(3))
+
+    def _part(self, index: int) -> Callable[[Tensor], Tensor]:
+        return lambda states: self._fused(states)[0].chunk(3, dim=-1)[index]
+
+    def out_proj(self, states: Tensor) -> Tensor:
+        return self._out(states)[0]
+
+
+class _Block:
+    """A `CLIPEncoderLayer` that is called as transformers' own."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        self.layer_norm1 = layer.layer_norm1
+        self.self_attn = _Attention(layer.self_attn)
+
+    def __call__(self, states: Tensor, attention_mask: None) -> Tensor:
+        return self._layer(states)
+
+
+def clip_tower(vision_model: Any) -> Any:
+    """A `CLIPVisionTransformer` of vLLM's, with all its blocks, as `vision_states` and `visual_features` want it."""
+    return types.SimpleNamespace(
+        embeddings=vision_model.embeddings,
+        pre_layrnorm=vision_model.pre_layrnorm,
+        encoder=types.SimpleNamespace(layers=[_Block(layer) for layer in vision_model.encoder.layers]),
+        post_layernorm=vision_model.post_layernorm,
+    )
+
+
+__all__ = ["clip_tower"]
