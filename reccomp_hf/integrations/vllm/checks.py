@@ -121,11 +121,12 @@ def count_tokens(config: Any, budget: float, size: tuple[int, int]) -> int:
     own = fixed_tokens(config, section, size)
     if own is None:  # no pictures are served: the most that embeddings of one could be
         return patches + newlines
-    count = fixed_tokens(config, request_section(section, budget), size)
+    asked = request_section(section, budget)
+    count = fixed_tokens(config, asked, size)
     assert count is not None
     if count > own:
         raise ValueError(
-            f"A request's budget of {abs(budget)} is {count} tokens of a picture, more than the {own} with which the "
+            f"A request's budget of {asked.budget} is {count} tokens of a picture, more than the {own} with which the "
             f"server was started and its memory measured. Ask for at most {own}, or start it with "
             f"{override(budget=count)}."
         )
