@@ -125,7 +125,9 @@ def test_a_question_left_out_of_the_hash_gives_wrong_answers(fresh, expected, mo
     answers = ask(fresh, requests())
     monkeypatch.undo()
     forget(fresh)
-    wrong = sum(ids != expected(user(question), (number,)) for ids, (number, question) in zip(answers, PAIRS))
+    wrong = sum(
+        ids != expected(user(question), (number,)) for ids, (number, question) in zip(answers, PAIRS, strict=True)
+    )
     assert wrong >= 2
     assert ask(fresh, requests()) == [expected(user(question), (number,)) for number, question in PAIRS]
 
@@ -151,7 +153,7 @@ def test_a_request_may_have_a_smaller_budget(llm, expected, budget, tokens):
     wanted += [expected(user(q), (n,)) for n, q in PAIRS[:8]]
     assert [list(output.outputs[0].token_ids) for output in outputs] == wanted
     held = [len(output.prompt_token_ids) for output in outputs]
-    assert [after - before for before, after in zip(held[:8], held[8:])] == [BUDGET - tokens] * 8
+    assert [after - before for before, after in zip(held[:8], held[8:], strict=True)] == [BUDGET - tokens] * 8
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -113,6 +114,13 @@ def reference(model: Any, inputs: dict[str, Any], **fields: Any) -> list[int]:
     new = output[0, inputs["input_ids"].shape[1] :].tolist()
     eos = model.generation_config.eos_token_id
     return new[: new.index(eos) + 1] if eos in new else new
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def forget(llm: Any) -> None:

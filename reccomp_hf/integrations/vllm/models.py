@@ -76,15 +76,16 @@ class RecoveryModelMixin:
         Raises:
             ValueError: Tensor parallelism, which splits the heads that the saliency is computed from.
         """
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        self.token_recovery = None
-        if not self.config.token_recovery.enabled or not _has_tower(vllm_config):
-            return
-        if (size := vllm_config.parallel_config.tensor_parallel_size) > 1:
+        recovers = vllm_config.model_config.hf_config.token_recovery.enabled and _has_tower(vllm_config)
+        if recovers and (size := vllm_config.parallel_config.tensor_parallel_size) > 1:
             raise ValueError(
                 f"Token recovery reads whole attention heads of the vision tower, which tensor parallelism splits: "
                 f"got --tensor-parallel-size {size}. Use 1, with --data-parallel-size for more devices."
             )
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self.token_recovery = None
+        if not recovers:
+            return
         # Stock vLLM stops at LLaVA's feature layer; saliency and relevance may read the last block too.
         self.vision_tower = CLIPVisionModel(
             self.config.vision_config,

@@ -31,26 +31,10 @@ QUESTION_FIELDS = ("recovery_input_ids", "recovery_attention_mask")
 
 
 class RecoveryInfoMixin:
-    """What vLLM asks about a model before it has one; a checkpoint that cannot be served is refused here."""
+    """What vLLM asks about a model before it has one."""
 
     ctx: Any
     processor_class: type
-
-    def __init__(self, ctx: Any) -> None:
-        """Check the checkpoint, in the front end and in the engine alike.
-
-        Raises:
-            ValueError: It cannot be served, see `check_servable`, or `--mm-processor-kwargs` hold what is ours.
-        """
-        super().__init__(ctx)  # type: ignore[call-arg]
-        multimodal = ctx.get_mm_config()
-        pictures = multimodal.get_limit_per_prompt("image") > 0
-        check_servable(self.config, pictures=pictures, embeds=multimodal.enable_mm_embeds)
-        if ours := [key for key in REQUEST_KEYS if key in (multimodal.mm_processor_kwargs or {})]:
-            raise ValueError(
-                f"--mm-processor-kwargs hold {ours[0]!r}, which is a request's own. For all requests, start the "
-                f"server with {override()}."
-            )
 
     @property
     def config(self) -> Any:
@@ -110,6 +94,24 @@ class RecoveryProcessorMixin:
     """The question and the budget of a request on their way to the model."""
 
     info: Any
+
+    def __init__(self, info: Any, *args: Any, **kwargs: Any) -> None:
+        """Refuse a checkpoint that cannot be served, in the front end, before the engine starts.
+
+        Not earlier: where an info's `__init__` raises ValueError, vLLM goes on without pictures.
+
+        Raises:
+            ValueError: It cannot be served, see `check_servable`, or `--mm-processor-kwargs` hold what is ours.
+        """
+        super().__init__(info, *args, **kwargs)  # type: ignore[call-arg]
+        multimodal = info.ctx.get_mm_config()
+        pictures = multimodal.get_limit_per_prompt("image") > 0
+        check_servable(info.config, pictures=pictures, embeds=multimodal.enable_mm_embeds)
+        if ours := [key for key in REQUEST_KEYS if key in (multimodal.mm_processor_kwargs or {})]:
+            raise ValueError(
+                f"--mm-processor-kwargs hold {ours[0]!r}, which is a request's own. For all requests, start the "
+                f"server with {override()}."
+            )
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> Any:
         """As the stock method, with question and budget among the arguments that the hash is made of."""
