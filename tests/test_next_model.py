@@ -48,9 +48,9 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 each_setting = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 
 
-def stock_model(text):
+def stock_model(text, **config):
     """Transformers' own LLaVA-NeXT with tiles and grids of `PINPOINTS`."""
-    base = tiny.llava_config()
+    base = tiny.llava_config(**config)
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     names += ("max_position_embeddings", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
     mistral = {name: getattr(base.text_config, name) for name in names}
