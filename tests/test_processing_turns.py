@@ -148,3 +148,15 @@ def test_unknown_turns():
         processor(text="USER: Hello ASSISTANT:", recovery_turns="first")
     with pytest.raises(ValueError, match=match):
         processor.apply_chat_template([turn("user", QUESTION)], tokenize=True, recovery_turns="first")
+
+
+def test_questions_of_rendered_prompts():
+    processor = tiny.recovery_processor()
+    prompt = processor.apply_chat_template(CONVERSATION, add_generation_prompt=True)
+    assert processor.questions_of_prompts([prompt, "<image>Hello?"]) == [[QUESTION], ["Hello?"]]
+    assert processor.questions_of_prompts([prompt], recovery_turns="all") == [QUESTIONS["all"]]
+    assert processor.questions_of_prompts([prompt, prompt], ["One?", ["Two?", " "]]) == [["One?"], ["Two?"]]
+    with pytest.raises(ValueError, match=r"one question per row: got 1, expected 2"):
+        processor.questions_of_prompts([prompt, prompt], ["One?"])
+    with pytest.raises(ValueError, match=r"Row 1 has an image but no question"):
+        processor.questions_of_prompts(["Hello?", "<image>"])

@@ -276,7 +276,6 @@ METHODS = {
         for name in ("visual", "prumerge", "prumerge_plus", "visionzip", "trim", "vispruner", "divprune", "cdpruner")
     },
     "random": {"method": "random"},
-    "pooling": {"method": "pooling"},
     "share": {"budget": 0.2},
 }
 

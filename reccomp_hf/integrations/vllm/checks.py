@@ -46,6 +46,11 @@ def check_servable(config: Any, *, pictures: bool = True, embeds: bool = False) 
         )
     if not pictures:
         return
+    if section.method == "pooling":
+        raise ValueError(
+            "Method 'pooling' makes whole cells, about as many as its budget, and vLLM must know the exact number of "
+            f"tokens before it encodes a picture. Take another: {override(method='recoverable')}."
+        )
     if fixed_tokens(config, section) is None:
         raise ValueError(_how_to_fix_the_count(section))
     if is_tiled(config) and section.newlines == "kept":
