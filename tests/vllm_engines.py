@@ -137,7 +137,11 @@ def server(folder: Path, port: int, log: Path, *options: str) -> Iterator[str]:
     command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*command, *options], env={**os.environ, **ENVIRONMENT}, stdout=output, stderr=subprocess.STDOUT
+            [*command, *options],
+            env={**os.environ, **ENVIRONMENT},
+            cwd=log.parent,
+            stdout=output,
+            stderr=subprocess.STDOUT,
         )
     try:
         deadline = time.monotonic() + 180
