@@ -177,19 +177,26 @@ def address(tmp_path_factory):
     root = tmp_path_factory.mktemp("server")
     port = vllm_engines.free_port()
     options = ["--hf-overrides", json.dumps({"token_recovery": COMPACT}), "--served-model-name", "demo"]
-    options += ["--trust-request-mm-kwargs", "--limit-mm-per-prompt", '{"image": 2}']
+    options += ["--trust-request-mm-kwargs", "--enable-mm-embeds", "--limit-mm-per-prompt", '{"image": 2}']
     OPEN_PORTS.add(port)
     with server(DEMO, port, root / "log", *options) as url:
         yield url
     OPEN_PORTS.discard(port)
 
 
-def chat(address, question, numbers, **body):
-    """The answer's text to a question about pictures, sent as an OpenAI client does; or status and message."""
+def chat(address, question, pictures, **body):
+    """The answer's text to a question about pictures, sent as an OpenAI client does; or status and message.
+
+    A picture is the number of a scene, or its tokens (K, D).
+    """
     parts = []
-    for number in numbers:
+    for picture in pictures:
         file = BytesIO()
-        scene(number).save(file, "PNG")
+        if isinstance(picture, torch.Tensor):
+            torch.save(picture, file)
+            parts.append({"type": "image_embeds", "image_embeds": b64encode(file.getvalue()).decode()})
+            continue
+        scene(picture).save(file, "PNG")
         url = f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"
         parts.append({"type": "image_url", "image_url": {"url": url}})
     message = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
@@ -231,3 +238,15 @@ def test_a_request_over_http_may_say_its_budget(address, demo):
     assert status == 400
     assert "budget of 17 is 17 tokens of a picture, more than the 16" in message
     assert chat(address, QUESTIONS[0], SCENES[:1]) == "N"
+
+
+def test_embeddings_over_http(address, demo):
+    """Of the paper's dynamic counts, beside pictures of the server's own budget; two of unequal length in a prompt."""
+    cases = [(SCENES[:1], QUESTIONS[0]), (SCENES[1:2], QUESTIONS[0]), (SCENES[1:3], QUESTIONS[1])]
+    made = [embeddings(demo, user(question, len(numbers)), numbers, **PAPER, **COMPACT) for numbers, question in cases]
+    assert len({len(tokens) for embeds, _ in made for tokens in embeds}) > 2
+    with ThreadPoolExecutor(6) as pool:
+        sent = [pool.submit(chat, address, case[1], embeds) for case, (embeds, _) in zip(cases, made, strict=True)]
+        plain = [pool.submit(chat, address, question, (number,)) for number, question in PAIRS[:3]]
+    assert [future.result() for future in sent] == texts(demo, [ids for _, ids in made])
+    assert [future.result() for future in plain] == texts(demo, wanted(demo, PAIRS[:3], **COMPACT))
