@@ -95,8 +95,7 @@ class TokenRecoveryConfig:
         visual_layer: Block whose class query and keys give the saliency, counted from the end; -1 is the last.
         visual_heads: `"joint"` (one head as wide as the model) or `"mean"` (softmax per head, averaged).
         position_ids: `"compact"` renumbers the shortened sequence, `"original"` keeps every token's own place.
-        newlines: LLaVA-NeXT only. `"kept"`: the newline embedding at a row's end stays where the row keeps a patch;
-            `"none"`: none stays, so that a budget alone says how many tokens an image has.
+        newlines: Of LLaVA-NeXT: `"kept"` at the end of every row that keeps a patch, `"none"` at no row's end.
         text_encoder_config: A `clip_text_model` config as a dict, or `None` for a model without text recovery.
 
     Raises:

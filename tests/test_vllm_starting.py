@@ -15,7 +15,7 @@ import torch
 import vllm_engines
 from conftest import OPEN_PORTS
 from test_vllm import BUDGET, PAIRS, PAPER, QUESTIONS, SCENES, embeddings, environment, requests, scene, user  # noqa: F401
-from vllm_engines import ask, copy_checkpoint, engine, prompt, reference, renamed, server
+from vllm_engines import ask, copy_checkpoint, drop_recovery_tokenizer, engine, prompt, reference, renamed, server
 
 from reccomp_hf.demo import checkpoint_folder
 
@@ -151,6 +151,17 @@ def test_a_checkpoint_without_the_text_side_is_refused(tmp_path):
     message = r"lacks 1 weights of CLIP's text side, token_recovery.visual_projection"
     with pytest.raises(ValueError, match=message), engine(folder):
         pass
+
+
+def test_a_processor_without_the_text_sides_tokenizer_is_refused(tmp_path):
+    folder = copy_checkpoint(DEMO, tmp_path / "checkpoint", **COMPACT)
+    drop_recovery_tokenizer(folder)
+    message = r'has no recovery_tokenizer.*--hf-overrides .*"text_share": 0.0'
+    with pytest.raises(ValueError, match=message), engine(folder):
+        pass
+    ours = loaded(folder)
+    with engine(folder, hf_overrides={"token_recovery": {"text_share": 0.0}}) as llm:
+        assert ask(llm, requests(PAIRS[:8])) == wanted(ours, PAIRS[:8], text_share=0.0)
 
 
 def test_an_engine_in_a_process_of_its_own(tmp_path, demo, monkeypatch):

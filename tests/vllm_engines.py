@@ -54,12 +54,17 @@ def copy_checkpoint(source: Path, target: Path, layout: str = "5x", **fields: An
         weights |= load_file(file)
     if config["token_recovery"]["text_encoder_config"] is None:
         weights = {name: value for name, value in weights.items() if not name.startswith("token_recovery.")}
-        shutil.rmtree(target / "recovery_tokenizer")
-        settings = json.loads((target / "processor_config.json").read_text())
-        settings.pop("recovery_max_length")
-        (target / "processor_config.json").write_text(json.dumps(settings))
+        drop_recovery_tokenizer(target)
     save_file({renamed(name, layout): value for name, value in weights.items()}, target / "model.safetensors")
     return target
+
+
+def drop_recovery_tokenizer(folder: Path) -> None:
+    """Make a checkpoint's processor that of a visual-only model."""
+    shutil.rmtree(folder / "recovery_tokenizer")
+    settings = json.loads((folder / "processor_config.json").read_text())
+    settings.pop("recovery_max_length")
+    (folder / "processor_config.json").write_text(json.dumps(settings))
 
 
 def renamed(name: str, layout: str) -> str:

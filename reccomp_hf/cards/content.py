@@ -144,18 +144,8 @@ def recipe(section: TokenRecoveryConfig) -> tuple[str, dict[str, Any]]:
 def _without_effect(section: TokenRecoveryConfig) -> set[str]:
     """Fields that are known to change nothing, given the others."""
     if not section.enabled:
-        return {
-            "version",
-            "method",
-            "method_options",
-            "budget",
-            "position_ids",
-            "newlines",
-            *OF_A_QUESTION,
-            *OF_A_BUDGET,
-            *OF_OUTLIERS,
-            *OF_SALIENCY,
-        }
+        of_all = {"version", "method", "method_options", "budget", "position_ids", "newlines"}
+        return {*of_all, *OF_A_QUESTION, *OF_A_BUDGET, *OF_OUTLIERS, *OF_SALIENCY}
     unread = OF_OUTLIERS if section.text_limit == "share" else ("merge_neighbors",)
     silent = {"version", *(unread if section.budget is not None else OF_A_BUDGET)}
     method = get_method(section.method)

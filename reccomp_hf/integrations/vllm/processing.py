@@ -101,12 +101,19 @@ class RecoveryProcessorMixin:
         Not earlier: where an info's `__init__` raises ValueError, vLLM goes on without pictures.
 
         Raises:
-            ValueError: It cannot be served, see `check_servable`, or `--mm-processor-kwargs` hold what is ours.
+            ValueError: It cannot be served, see `check_servable`, its processor cannot read a question, or
+                `--mm-processor-kwargs` hold what is ours.
         """
         super().__init__(info, *args, **kwargs)  # type: ignore[call-arg]
         multimodal = info.ctx.get_mm_config()
         pictures = multimodal.get_limit_per_prompt("image") > 0
         check_servable(info.config, pictures=pictures, embeds=multimodal.enable_mm_embeds)
+        if info.reads_question and info.get_hf_processor().recovery_tokenizer is None:
+            raise ValueError(
+                f"The processor of {info.model_id} has no recovery_tokenizer, without which the text encoder cannot "
+                "read the question: save the processor that belongs to the model beside it (save_pretrained), or "
+                f"serve by the picture alone: {override(text_share=0.0)}."
+            )
         if ours := [key for key in REQUEST_KEYS if key in (multimodal.mm_processor_kwargs or {})]:
             raise ValueError(
                 f"--mm-processor-kwargs hold {ours[0]!r}, which is a request's own. For all requests, start the "
