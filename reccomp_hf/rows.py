@@ -226,6 +226,8 @@ def picture_of(value: Any, base: Path) -> Picture:
     """
     data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, value)
     path = path if isinstance(path, str) and path else None
+    if path is not None and isinstance(value, dict) and Path(path).is_relative_to(base.absolute()):
+        path = str(Path(path).relative_to(base.absolute()))  # `datasets` names the files of a folder in full
     if isinstance(data, bytes) and data:
         return Picture(data, path)
     if path is None:
