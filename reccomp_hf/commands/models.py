@@ -46,7 +46,7 @@ def load(name: str, fields: dict[str, Any], device: str | None = None, dtype: st
 
 
 def add_model_options(command: Any) -> None:
-    """Declare what overrides a checkpoint's settings, see `recovery_fields`, and where and how it is loaded."""
+    """Declare how a checkpoint is loaded and which of its settings are others, see `fields_of`."""
     command.add_argument("--preset", choices=PRESETS, help="settings to start from (the checkpoint's own)")
     command.add_argument(
         "--budget",
@@ -61,8 +61,8 @@ def add_model_options(command: Any) -> None:
     command.add_argument("--dtype", choices=DTYPES, help="of the weights (float32 on a CPU, else as they are)")
 
 
-def recovery_fields(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `--preset`, `--budget` and `--set` override of a checkpoint's `token_recovery` section."""
+def fields_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `token_recovery` that the options override."""
     fields: dict[str, Any] = {}
     if arguments.preset:
         fields = TokenRecoveryConfig.from_preset(arguments.preset).to_dict()
@@ -99,12 +99,4 @@ def check_file(path: str) -> str:
     return path
 
 
-__all__ = [
-    "DTYPES",
-    "add_model_options",
-    "check_file",
-    "check_kept",
-    "check_picture",
-    "load",
-    "recovery_fields",
-]
+__all__ = ["DTYPES", "add_model_options", "check_file", "check_kept", "check_picture", "fields_of", "load"]

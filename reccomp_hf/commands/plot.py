@@ -11,7 +11,7 @@ from ..evaluation.running import encode
 from ..evaluation.samples import Sample
 from ..visualization import plot_recovery
 from .common import add_command, quiet, say
-from .models import add_model_options, check_kept, check_picture, load, recovery_fields
+from .models import add_model_options, check_kept, check_picture, fields_of, load
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_kept(arguments.image, arguments.output)
     picture = picture_file(arguments.image, arguments.question)
     with quiet(progress_bars=sys.stderr.isatty()):
-        model, processor = load(arguments.model, recovery_fields(arguments), arguments.device, arguments.dtype)
+        model, processor = load(arguments.model, fields_of(arguments), arguments.device, arguments.dtype)
         section = model.config.token_recovery
         if not section.enabled:
             raise ValueError("There is nothing to plot: token_recovery.enabled is false, and every token is read.")

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from ..configuration_reccomp import TokenRecoveryConfig
+from ..pictures import open_picture
 from ..recovery import TokenRecoveryOutput
-from ..rows import large_enough, read_picture
 from ..visualization import plot_recovery
 from . import draw_scene, questions
 
@@ -67,12 +67,13 @@ def picture_file(path: str, asked: list[str] | None = None) -> Picture:
         OSError: It is missing or cannot be read as a picture.
     """
     try:
-        image = read_picture(path)
+        image = open_picture(path)
     except OSError as error:
-        raise OSError(f"{path} cannot be read as a picture: {error}") from error
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error
+        raise OSError(f"{path} cannot be read as a picture: {reason}") from error
     asked = _checked(asked) or list(PICTURE_QUESTIONS)
     source = f"{path}, {image.width} x {image.height} pixels; the model sees its middle square at 96 x 96"
-    return Picture(large_enough(image), source, asked, [None] * len(asked), None)
+    return Picture(image, source, asked, [None] * len(asked), None)
 
 
 def budget(text: str) -> Budget:
