@@ -12,10 +12,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
+
+from .pictures import open_picture
 
 _PARQUET = b"PAR1"  # how such a file starts
-_SMALLEST_SIDE = 8  # pixels; transformers takes an array of 3 rows for one of 3 channels
 _LONGEST_SHOWN = 80  # characters of a value in a message
 
 
@@ -198,9 +199,13 @@ class Picture:
             ValueError: It is missing or broken.
         """
         try:
-            return large_enough(read_picture(self._file()))
-        except OSError as error:
-            raise ValueError(f"the picture {self.name} cannot be read: {error}.") from error
+            return open_picture(self._file())
+        except MemoryError:
+            raise
+        except Exception as error:  # a decoder meets anything in a broken file, and says so in many ways
+            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = "no such file" if isinstance(error, FileNotFoundError) else reason
+            raise ValueError(f"the picture {self.name} cannot be read: {reason}.") from error
 
     def size(self) -> tuple[int, int] | None:
         """Width and height in pixels as the file's header says, `None` where it cannot be read."""
@@ -235,34 +240,10 @@ def picture_of(value: Any, base: Path) -> Picture:
     return Picture(base / path, path)
 
 
-def read_picture(file: Any) -> Image.Image:
-    """A picture file, or an open binary one, in RGB and upright.
-
-    Raises:
-        OSError: It is missing or broken; the message is the reason alone.
-    """
-    try:
-        with Image.open(file) as image:
-            # Palettes may hold transparency, which Pillow drops with a warning unless told so.
-            return ImageOps.exif_transpose(image.convert("RGBA" if image.mode == "P" else "RGB")).convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # a decoder meets anything in a broken file, and says so in many ways
-        reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
-        raise OSError(reason or type(error).__name__) from error
-
-
-def large_enough(image: Image.Image) -> Image.Image:
-    """The picture, enlarged where a side is too short for an image processor."""
-    if min(image.size) >= _SMALLEST_SIDE:
-        return image
-    return image.resize((max(image.width, _SMALLEST_SIDE), max(image.height, _SMALLEST_SIDE)))
-
-
 def shown(value: Any) -> str:
     """A value for a message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
-__all__ = ["Picture", "Rows", "large_enough", "open_rows", "picture_of", "read_picture", "shown"]
+__all__ = ["Picture", "Rows", "open_rows", "picture_of", "shown"]

@@ -19,7 +19,7 @@ from ..prediction import (
 )
 from ..prediction.questions import DEFAULT_ID_COLUMN
 from .common import add_command, quiet, say
-from .models import add_model_options, check_file, load, recovery_fields
+from .models import add_model_options, check_file, fields_of, load
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -29,9 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     options = {name: getattr(arguments, name) for name in ("limit", "overwrite", "batch_size", "max_new_tokens")}
     checked_rows(arguments.data, arguments.output, columns, **options)
     with quiet():
-        model, processor = load(
-            arguments.model, recovery_fields(arguments), _device(state, arguments), arguments.dtype
-        )
+        model, processor = load(arguments.model, fields_of(arguments), _device(state, arguments), arguments.dtype)
         what = (model, processor, arguments.data, arguments.output)
         done = predict(*what, columns=columns, instruction=arguments.instruction, **options)
     state.destroy_process_group()
