@@ -107,10 +107,7 @@ class Questions:
         try:
             row = self.rows[number]
             row_id = self._id(row, number)
-            text = self._text(row)
-            reads = self._processor.questions_of([{"role": "user", "content": text}])
-            if not reads:
-                raise ValueError(f"the question is an answer instruction alone, got {shown(text)}.")
+            text, reads = self._text(row)
             pictures = self._pictures(row)
         except ValueError as error:
             raise BadRowError(f"{self.rows.where(number)}: {error}", row_id) from error
@@ -125,7 +122,7 @@ class Questions:
             raise ValueError(f"{name} must be a string or a whole number, got {shown(value)}.")
         return value
 
-    def _text(self, row: dict[str, Any]) -> str:
+    def _text(self, row: dict[str, Any]) -> tuple[str, list[str]]:
         text = row.get(self.columns.question) if self.columns.asked is None else self.columns.asked
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"the question is missing or empty, got {shown(text)}.")
@@ -133,7 +130,10 @@ class Questions:
             raise ValueError(f"the question is no valid Unicode, got {shown(text)}.")
         if self._processor.image_token in text:
             raise ValueError(f"the question holds {self._processor.image_token}, which stands for a picture.")
-        return text.strip()
+        reads = self._processor.questions_of([{"role": "user", "content": text}])
+        if not reads:
+            raise ValueError(f"the question is an answer instruction alone, got {shown(text)}.")
+        return text.strip(), reads
 
     def _pictures(self, row: dict[str, Any]) -> tuple[Picture, ...]:
         value = row.get(self.columns.image)
