@@ -133,7 +133,7 @@ def test_several_processes_share_the_rows(data, wanted, tmp_path, monkeypatch):
 
 def test_two_processes_of_accelerate_equal_one(data, wanted, tmp_path):
     output = tmp_path / "out.jsonl"
-    assert killed(data, output, 8)  # they go on from it
+    assert killed(data, output, 6)  # they go on from it
     given = len(parts.Parts(output).lines())
     command, environment = launched(
         2, data, "--model", "demo", "--max-new-tokens", NEW_TOKENS, "--output", output, "--batch-size", 2, "--json"

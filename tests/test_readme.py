@@ -1,5 +1,6 @@
 """What the README shows runs."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from test_next_layout import NEWLINE, packed_oracle
 
 from reccomp_hf import cli
-from reccomp_hf.demo import checkpoint_folder
+from reccomp_hf.demo import checkpoint_folder, draw_scene
 from reccomp_hf.evaluation.settings import parse_settings
 from reccomp_hf.methods import _registry, method_names
 
@@ -37,6 +38,28 @@ def test_the_first_snippets_run(blocks, tmp_path, monkeypatch, capsys):
     finally:
         _registry().clear()
         _registry().update(before)
+
+
+def test_the_snippet_about_many_questions_runs(blocks, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw_scene(1_000_000).image.save("sign.png")
+    rows = [{"image": "sign.png", "question": "What letter is on the cyan sign?"}, {"question": "Where?"}]
+    Path("questions.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (snippet,) = [block for block in blocks if "reccomp_hf.prediction" in block]
+    names: dict[str, Any] = {}
+    exec(blocks[0], names)
+    capsys.readouterr()
+    exec(snippet, names)
+    assert capsys.readouterr().out.startswith("1 1 16.0 ")
+    assert json.loads(Path("answers.jsonl").read_text(encoding="utf-8").splitlines()[0])["answer"] == "N"
+
+
+def test_the_commands_about_many_questions_are_understood():
+    text = README.read_text(encoding="utf-8")
+    commands = re.findall(r"^(?:reccomp-hf|accelerate .* -m reccomp_hf) (predict .*)$", text, flags=re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        assert cli._parser().parse_args(shlex.split(command)).output.endswith(".jsonl")
 
 
 def test_every_method_has_a_row():

@@ -68,11 +68,12 @@ class Parts:
             self._remove_folder()
             self.output.unlink(missing_ok=True)
         path = self.folder / FINGERPRINT
-        if path.exists():
-            self._compare(json.loads(path.read_text(encoding="utf-8")), fingerprint)
-        elif any(self._files()):
+        begun = any(file.stat().st_size for file in self._files())
+        if begun and not path.exists():
             raise ValueError(f"{self.folder} lacks its {FINGERPRINT}: start over with --overwrite.")
-        elif not self.finished:
+        if path.exists() and (begun or self.finished):
+            self._compare(json.loads(path.read_text(encoding="utf-8")), fingerprint)
+        elif not self.finished:  # where nothing was answered, nothing stands against other settings
             self.folder.mkdir(exist_ok=True)
             self._replace(path, [json.dumps(fingerprint, indent=2) + "\n"])
 

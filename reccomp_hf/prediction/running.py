@@ -259,12 +259,12 @@ def _answer(state: Any, asker: _Asker, questions: Questions, parts: Parts, todo:
         disable=True if not state.is_main_process else None if progress is None else not progress,
     )
     with bar, parts.writer(state.process_index) as write:
-        if state.is_main_process:
-            write(todo.errors)
         for (_, fresh), (asked, inputs, lines) in _ahead(share, lambda entry: asker.encode(questions, entry[0])):
             lines = {**lines, **(asker.answer(asked, inputs) if asked else {})}
             write(lines[row] for row in fresh)
             bar.update(len(fresh))
+        if state.is_main_process:  # last, so that a run that fails at once has written nothing
+            write(todo.errors)
 
 
 def _ahead(items: Iterable[T], prepare: Callable[[T], S]) -> Iterator[tuple[T, S]]:
