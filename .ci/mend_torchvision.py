@@ -2,9 +2,10 @@
 """Mends the torchvision of the active environment, so that it imports beside a CPU build of torch.
 
 PyPI's torchvision is built against CUDA. Beside a CPU torch its operators do not load, which it tolerates everywhere
-but at two places: the fake kernels of `nms` and `qnms` are registered whether the operators exist or not, and the import
-ends with "operator torchvision::nms does not exist". Its own `register_meta` asks first; the two use it after this.
-Nothing that the tests run calls these operators. Running this again is an error: there is nothing to mend.
+but at two places: the fake kernels of `nms` and `qnms` are registered whether the operators exist or not, and the
+import ends with "operator torchvision::nms does not exist". Its own `register_meta` asks first; the two use it after
+this. Nothing that the tests run calls these operators. Running this again is an error: there is nothing to mend.
+Torchvision's own requirements (numpy, Pillow) must be installed.
 """
 
 import importlib.util
@@ -16,6 +17,7 @@ OPERATORS = ("nms", "qnms")
 
 
 def main() -> int:
+    """Edit the file and import torchvision; the exit status."""
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return _fail("torchvision is not installed in this environment")

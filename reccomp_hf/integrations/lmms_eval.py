@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -132,7 +132,7 @@ class RecComp(lmms):
         began, results = time.perf_counter(), []
         batches, original = self._batches(requests, self._generation_kwargs)
         for batch in batches:
-            results += self._answer([self._row(*args) for args in batch], self._generation_kwargs(batch[0]))
+            results += self._answer([self._row(args) for args in batch], self._generation_kwargs(batch[0]))
         self._report([result.token_counts for result in results], time.perf_counter() - began)
         return original(results)
 
@@ -156,7 +156,7 @@ class RecComp(lmms):
                 )
         batches, original = self._batches(requests, None)
         for batch in batches:
-            results += self._compare(*zip(*[self._choice(*args) for args in batch], strict=True))
+            results += self._compare(*zip(*map(self._choice, batch), strict=True))
         self._report([result.token_counts for result in results], time.perf_counter() - began)
         return original(results)
 
@@ -175,18 +175,18 @@ class RecComp(lmms):
     def _generation_kwargs(args: Sequence[Any]) -> dict[str, Any]:
         return args[2]
 
-    def _row(self, context: str, messages: Callable[[Any], Any], _: Any, doc_id: int, task: str, split: str) -> _Row:
-        """A request for a chat model."""
+    def _row(self, args: Sequence[Any]) -> _Row:
+        """What a request asks a chat model."""
+        _, messages, _, doc_id, task, split = args
         chat = ChatMessages(messages=messages(self.task_dict[task][split][doc_id]))
         images, videos, sounds = chat.extract_media()
         if videos or sounds:
             raise ValueError(f"Task {task!r} shows videos or plays sounds: these models read pictures alone.")
         return _Row(chat.to_hf_messages(), [_opened(image, task) for image in images])
 
-    def _choice(
-        self, context: str, answer: Any, visuals: Callable[[Any], Any], doc_id: int, task: str, split: str
-    ) -> tuple[_Row, str]:
-        """A request for a likelihood: the question and the answer."""
+    def _choice(self, args: Sequence[Any]) -> tuple[_Row, str]:
+        """The question and the answer of a request for a likelihood."""
+        context, answer, visuals, doc_id, task, split = args
         document = self.task_dict[task][split][doc_id]
         answer = str(answer if isinstance(answer, str) else answer(document)).strip()
         return _asked(context, visuals(document), task), answer
@@ -251,7 +251,7 @@ class RecComp(lmms):
     def _answer_lengths(self, prompts: list[str], texts: list[str]) -> list[int]:
         """How many ids at each text's end are not its prompt's."""
         asked, whole = (self.processor.tokenizer(some).input_ids for some in (prompts, texts))
-        return [len(ids) - len(os.path.commonprefix([ids, start])) for start, ids in zip(asked, whole, strict=True)]
+        return [len(ids) - _common(start, ids) for start, ids in zip(asked, whole, strict=True)]
 
     def _placeholders(self, ids: Tensor) -> list[int]:
         return (ids == self._model.config.image_token_id).sum(-1).tolist()
@@ -262,8 +262,8 @@ class RecComp(lmms):
         of_images = [count.visual_tokens / count.images for count in counts if count.images]
         facts = {
             "visual_tokens_per_image": sum(of_images) / max(len(of_images), 1),
-            "least_visual_tokens_per_image": min(of_images, default=0),
-            "most_visual_tokens_per_image": max(of_images, default=0),
+            "visual_tokens_per_image_min": min(of_images, default=0),
+            "visual_tokens_per_image_max": max(of_images, default=0),
         }
         log_metrics(seconds, written, written / seconds, facts)
 
@@ -277,8 +277,9 @@ class RecCompSimple(RecComp):
     def _generation_kwargs(args: Sequence[Any]) -> dict[str, Any]:
         return args[1]
 
-    def _row(self, context: str, _: Any, visuals: Callable[[Any], Any], doc_id: int, task: str, split: str) -> _Row:
-        """A request for a simple model."""
+    def _row(self, args: Sequence[Any]) -> _Row:
+        """What a request asks a simple model."""
+        context, _, visuals, doc_id, task, split = args
         return _asked(context, visuals(self.task_dict[task][split][doc_id]), task)
 
 
@@ -288,7 +289,7 @@ def _fields(preset: str | None, token_recovery: Any, fields: dict[str, Any]) -> 
     if isinstance(whole, str):
         whole = _value(whole)
     if not isinstance(whole, dict):
-        raise ValueError(f"token_recovery must be a JSON object such as {{\"budget\":64}}, got {token_recovery!r}.")
+        raise ValueError(f'token_recovery must be a JSON object such as {{"budget":64}}, got {token_recovery!r}.')
     named = parse_setting(preset).fields if preset else {}
     return overridden(overridden(named, whole), {name: _value(value) for name, value in fields.items()})
 
@@ -307,14 +308,14 @@ def _asked(context: str, visuals: Any, task: str) -> _Row:
     """A text and its pictures as a chat message: where the text marks them, or else in front of it."""
     images = [_opened(visual, task) for visual in visuals or []]
     pieces = context.split("<image>")
-    if len(pieces) - 1 not in (0, len(images)):
-        raise ValueError(f"Task {task!r} has {len(images)} pictures, but the text marks {len(pieces) - 1}: {context!r}")
-    content: list[dict[str, str]] = []
     if len(pieces) == 1:
-        content += [{"type": "image"}] * len(images)
+        pieces = [""] * len(images) + pieces
+    if len(pieces) != len(images) + 1:
+        raise ValueError(f"Task {task!r}: {len(images)} pictures, but the text marks {len(pieces) - 1}: {context!r}.")
+    content: list[dict[str, str]] = []
     for place, piece in enumerate(pieces):
         content += [{"type": "image"}] * (place > 0)
-        content += [{"type": "text", "text": piece.strip() if len(pieces) > 1 else piece}] if piece.strip() else []
+        content += [{"type": "text", "text": piece.strip("\n")}] if piece.strip() else []
     return _Row([{"role": "user", "content": content}], images)
 
 
@@ -337,6 +338,12 @@ def _options(settings: dict[str, Any]) -> dict[str, Any]:
     temperature = settings.get("temperature") or 0
     sampling = {"do_sample": True, "temperature": temperature, "top_p": settings.get("top_p")}
     return {**options, **(sampling if temperature > 0 else {"do_sample": False})}
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many ids two rows begin with alike."""
+    pairs = zip(left, right, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _lengths(ids: Tensor, end: int | list[int] | None) -> list[int]:
