@@ -6,8 +6,11 @@ These tests need lmms-eval, in an environment of its own: `pytest -m lmms_eval` 
 import functools
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import lmms_tasks
@@ -24,6 +27,7 @@ from reccomp_hf.demo import checkpoint_folder, draw_scene
 from reccomp_hf.evaluation import evaluate
 
 pytestmark = [pytest.mark.lmms_eval, pytest.mark.filterwarnings("default")]  # their warnings are theirs
+ROOT = Path(__file__).parents[1]
 QUESTION = "What color is the circle?"
 
 
@@ -66,10 +70,10 @@ def tokens_of(samples):
     return [sample["token_counts"][0]["visual_tokens"] for sample in samples]
 
 
-def command(*arguments, before=("-m", "lmms_eval"), **environment):
-    """Run a command line of lmms-eval."""
+def command(*arguments, **environment):
+    """Run Python in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    ran = subprocess.run([sys.executable, *before, *arguments], env=environment, capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran
 
@@ -81,20 +85,23 @@ def read_output(output):
     return json.loads(results.read_text()), sorted(rows, key=lambda row: row["doc_id"])
 
 
-def test_the_command_line_measures_the_compressed_model(folder, tmp_path):
-    arguments = "--model reccomp_hf --model_args pretrained=demo,preset=balanced:0.1 --tasks scenes --batch_size 8"
-    options = ["--include_path", str(folder), "--output_path", str(tmp_path), "--log_samples"]
-    command(*arguments.split(), *options)
+def test_the_readmes_command_measures_the_compressed_model(folder, tmp_path):
+    (shown,) = re.findall(r"^python (-m lmms_eval .*\\\n.*)$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    ours = {"llava-1.5-7b-reccomp": "demo", "mme,gqa": "scenes", "output_path logs": f"output_path {tmp_path}"}
+    for theirs, here in ours.items():
+        assert theirs in shown
+        shown = shown.replace(theirs, here)
+    command(*shlex.split(shown.replace("\\\n", "")), "--include_path", str(folder))
     results, rows = read_output(tmp_path)
-    expected = reported("balanced:0.1")
+    expected = reported("balanced")
     assert [row["filtered_resps"].strip() for row in rows] == expected.answers
     assert [bool(row["right"]) for row in rows] == expected.right.tolist()
     assert results["results"]["scenes"]["right,none"] == pytest.approx(expected.right.mean())
     assert 0.5 < expected.right.mean() < 1
-    assert [row["token_counts"][0]["visual_tokens"] for row in rows] == expected.tokens.tolist() == [14] * len(rows)
+    assert [row["token_counts"][0]["visual_tokens"] for row in rows] == expected.tokens.tolist() == [64] * len(rows)
     assert {row["token_counts"][0]["images"] for row in rows} == {1}
     for name in ("", "_min", "_max"):
-        assert results["throughput"][f"avg_visual_tokens_per_image{name}"] == 14
+        assert results["throughput"][f"avg_visual_tokens_per_image{name}"] == 64
     assert results["config"]["model_backend"] == "reccomp_hf.integrations.lmms_eval.RecComp (chat)"
 
 
@@ -376,7 +383,7 @@ def test_two_processes_share_the_work(folder, tmp_path):
     arguments = "--model reccomp_hf --model_args pretrained=demo,budget=14 --tasks scenes --batch_size 4 --log_samples"
     options = ["--include_path", str(folder), "--output_path", str(tmp_path)]
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "lmms_eval")
-    command(*arguments.split(), *options, before=launcher, ACCELERATE_USE_CPU="1")
+    command(*launcher, *arguments.split(), *options, ACCELERATE_USE_CPU="1")
     results, rows = read_output(tmp_path)
     assert [row["doc_id"] for row in rows] == list(range(lmms_tasks.QUESTIONS))
     assert [row["filtered_resps"].strip() for row in rows] == reported("stored:14").answers
