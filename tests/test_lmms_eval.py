@@ -346,6 +346,14 @@ def test_arguments_that_do_not_fit_are_refused(arguments, message):
         wrapper(**arguments)
 
 
+def test_loading_is_as_asked_for():
+    model = wrapper(dtype="bfloat16", attn_implementation="eager", device_map="cpu", budget=10)
+    assert model._model.dtype == torch.bfloat16 and model.device == torch.device("cpu")
+    assert model._model.config._attn_implementation == "eager"
+    (result,) = model.generate_until([generation_request(model, QUESTION, images=[draw_scene(7).image])])
+    assert result.token_counts.visual_tokens == 10
+
+
 def test_a_stock_checkpoint_is_refused(stock):
     with pytest.raises(ValueError, match="is a stock LLaVA"):
         wrapper(pretrained=str(stock[0]))
