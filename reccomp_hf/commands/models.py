@@ -15,7 +15,9 @@ from .common import setting
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def load(name: str, fields: dict[str, Any], device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
+def load(
+    name: str, fields: dict[str, Any], device: str | None = None, dtype: str | None = None, **options: Any
+) -> tuple[Any, Any]:
     """Load a compressed checkpoint for inference.
 
     Args:
@@ -23,6 +25,7 @@ def load(name: str, fields: dict[str, Any], device: str | None = None, dtype: st
         fields: What overrides its `token_recovery` section.
         device: For torch; by default a GPU if there is one.
         dtype: By default float32 on a CPU and the weights' own elsewhere.
+        **options: For `from_pretrained`; with a `device_map` the model stays where that puts it.
 
     Returns:
         The model in eval mode, and its processor.
@@ -41,8 +44,9 @@ def load(name: str, fields: dict[str, Any], device: str | None = None, dtype: st
     if device != "cpu":
         torch.empty(1, device=device)  # before anything is loaded
     dtype = dtype or ("float32" if device == "cpu" else "auto")
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, token_recovery=fields)
-    return model.to(device).eval(), AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, token_recovery=fields, **options)
+    model = model if "device_map" in options else model.to(device)
+    return model.eval(), AutoProcessor.from_pretrained(folder)
 
 
 def add_model_options(command: Any) -> None:
