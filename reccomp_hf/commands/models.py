@@ -6,8 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..configuration_reccomp import PRESETS, TokenRecoveryConfig
+from ..demo.command import budget
 from ..hub import resolve
 from ..inspection import describe, folder_of
+from .common import setting
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -46,6 +49,32 @@ def load(
     return model.eval(), AutoProcessor.from_pretrained(folder)
 
 
+def add_model_options(command: Any) -> None:
+    """Declare how a checkpoint is loaded and which of its settings are others, see `fields_of`."""
+    command.add_argument("--preset", choices=PRESETS, help="settings to start from (the checkpoint's own)")
+    command.add_argument(
+        "--budget",
+        type=budget,
+        metavar="N|SHARE|dynamic",
+        help="tokens per image, their share, or as the picture asks",
+    )
+    command.add_argument(
+        "--set", type=setting, action="append", default=[], metavar="FIELD=VALUE", help="one field; may be repeated"
+    )
+    command.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
+    command.add_argument("--dtype", choices=DTYPES, help="of the weights (float32 on a CPU, else as they are)")
+
+
+def fields_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `token_recovery` that the options override."""
+    fields: dict[str, Any] = {}
+    if arguments.preset:
+        fields = TokenRecoveryConfig.from_preset(arguments.preset).to_dict()
+        del fields["text_encoder_config"]  # it is the weights'
+    fields |= {"budget": arguments.budget[0]} if arguments.budget else {}
+    return fields | dict(arguments.set)
+
+
 def check_picture(path: str) -> str:
     """For argparse: a file to write a picture to, whose folder is there and whose ending names a format."""
     endings = (".png", ".pdf", ".svg", ".jpg", ".webp")
@@ -74,4 +103,4 @@ def check_file(path: str) -> str:
     return path
 
 
-__all__ = ["DTYPES", "check_file", "check_kept", "check_picture", "load"]
+__all__ = ["DTYPES", "add_model_options", "check_file", "check_kept", "check_picture", "fields_of", "load"]
