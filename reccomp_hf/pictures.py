@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image, ImageOps
@@ -10,7 +9,7 @@ from PIL import Image, ImageOps
 _SMALLEST_SIDE = 8  # pixels; transformers takes an array of 3 rows for one of 3 channels
 
 
-def open_picture(file: Any, formats: Sequence[str] | None = None, most_pixels: int | None = None) -> Image.Image:
+def open_picture(file: Any, formats: tuple[str, ...] | None = None, most_pixels: int | None = None) -> Image.Image:
     """Decode a picture.
 
     Args:
