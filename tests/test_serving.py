@@ -338,6 +338,26 @@ def test_a_server_that_is_stopped_ends_its_answers(monkeypatch):
         assert service.steps < STEPS / 2
 
 
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
+def test_a_failure_is_told_and_the_next_request_answered(caplog, streams):
+    service = Service("demo", *demo_model.demo_model())
+    service.model = copy.copy(service.model)
+    works = service.model.generate
+
+    def fails(**kwargs):
+        raise RuntimeError('out of "memory"\n\\ here')
+
+    with running(service) as server, client_of(server) as client:
+        service.model.generate = fails
+        message = "An error occurred during streaming" if streams else "The server failed: RuntimeError"
+        with pytest.raises(openai.APIError, match=message) as caught:
+            list(ask(client, chat(QUESTION, data_url(SCENES[0])), stream=streams)[0])
+        assert not streams or caught.value.body == 'out of "memory" \\ here'
+        service.model.generate = works
+        assert ask(client, chat(QUESTION, data_url(SCENES[0])))[0].choices[0].message.content.strip() == "N"
+    assert 'RuntimeError: out of "memory"' in caplog.text  # whole, once the server is down
+
+
 # ---- what is used of transformers ----------------------------------------------------------------------------------
 
 
@@ -368,7 +388,7 @@ def test_transformers_asks_for_what_it_asked_before(monkeypatch):
     known = {
         "manager": {"force_model", "process_model_name", "load_model_and_processor", "get_model_modality"},
         "model": {"config", "device", "generation_config", "generate", "has_talker"},
-        "processor": {"apply_chat_template", "decode", "tokenizer", "_tokenizer"},
+        "processor": {"apply_chat_template", "decode", "tokenizer"},
     }
     for name, names in known.items():
         ours = {"_service", "_request", "_gone", "_model", "_processor", "_modality"}

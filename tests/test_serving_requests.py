@@ -164,7 +164,11 @@ def test_an_unknown_host(monkeypatch):
 @pytest.mark.skipif(IS_V5, reason="transformers 5 has server parts")
 def test_without_server_parts_one_line_says_which_version_has_them(error):
     said = error("serve", "demo")
-    assert "since 5.5" in said and re.search(r"this is transformers 4\.57\.\d", said) and "vLLM is another way" in said
+    assert (
+        "5.12 or newer" in said
+        and re.search(r"this is transformers 4\.57\.\d", said)
+        and "vLLM is another way" in said
+    )
 
 
 @needs_parts

@@ -50,7 +50,7 @@ def register(commands: Any) -> None:
         "Serves one checkpoint: POST /v1/chat/completions, streaming or not, and GET /v1/models. Pictures come\n"
         "as data URLs or base64. Answers are made one after the other; a request may override settings by\n"
         'token_recovery={"budget": 64}. prompt_tokens counts what the language model reads; the header\n'
-        "x-visual-tokens says how many of them stand for pictures. Needs transformers 5.5 or newer and\n"
+        "x-visual-tokens says how many of them stand for pictures. Needs transformers 5.12 or newer and\n"
         "pip install 'reccomp_hf[serve]'.",
         " ./llava-reccomp --budget 64",
         " demo --port 8001 --preset paper",

@@ -28,7 +28,7 @@ from .requests import DEFAULT_MAX_TOKENS, ChatRequest
 
 logger = logging.getLogger(__name__)
 
-_NEEDED = "reccomp-hf serve runs on the server parts that transformers has since 5.5 (transformers.cli.serving)"
+_NEEDED = "reccomp-hf serve runs on the server parts of transformers 5.12 or newer (transformers.cli.serving)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Service:
             "model": self.name,
             "messages": [],  # they are in the prepared prompt
             "stream": request.stream,
-            "max_completion_tokens": prepared.max_new_tokens,
+            "max_tokens": prepared.max_new_tokens,
             **({"stop": request.stop} if request.stop else {}),
         }
         handler = self.parts.handler(_ManagerOfCall(self, request, prepared, gone), self.state)
@@ -207,12 +207,10 @@ class _ManagerOfCall:
 
     def __init__(self, service: Service, request: ChatRequest, prepared: Prepared, gone: threading.Event) -> None:
         self._model = _ModelOfCall(service, request, gone)
-        tokenizer = service.processor.tokenizer
         self._processor = SimpleNamespace(
             apply_chat_template=lambda *args, **kwargs: prepared.inputs,
             decode=service.processor.decode,
-            tokenizer=tokenizer,
-            _tokenizer=tokenizer._tokenizer,  # where 5.5 looks for it
+            tokenizer=service.processor.tokenizer,
         )
         self._modality = service.parts.modality
 
