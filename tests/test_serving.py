@@ -196,7 +196,7 @@ def test_one_model_is_served(client):
         client.responses.create(model="demo", input="?")
 
 
-LONG = "word " * 600
+LONG, HUGE = "word " * 600, {"budget": None, "outlier_threshold": 2**70}
 MALFORMED = {
     "not JSON": (b"{", "not JSON"),
     "nested": (b"[" * 100_000, "not JSON"),
@@ -205,6 +205,7 @@ MALFORMED = {
     "no question": ({"messages": chat(" ", data_url(SCENES[0]))}, "no question"),
     "unknown setting": ({"messages": chat("?"), "token_recovery": {"budgt": 3}}, "did you mean 'budget'"),
     "large budget": ({"messages": chat("?", data_url(SCENES[0])), "token_recovery": {"budget": 145}}, "144"),
+    "huge setting": ({"messages": chat("?", data_url(SCENES[0])), "token_recovery": HUGE}, "int too big"),
     "too long": ({"messages": chat(LONG)}, "leaves none for an answer"),
     "a placeholder": ({"messages": chat("<image> what?", data_url(SCENES[0]))}, "send the picture instead"),
     "no picture": ({"messages": chat("?", "data:image/png;base64,aGVsbG8=")}, "no picture that can be read"),

@@ -60,10 +60,9 @@ def run(arguments: argparse.Namespace) -> None:
     width, section = model.config.get_text_config().hidden_size, model.config.token_recovery
     mean = sum(after for after, _ in counts) / len(counts)
     of = sum(before for _, before in counts) / len(counts)
-    say(
-        f"Wrote {output}: {len(rows)} file{'s' if len(rows) > 1 else ''} of (tokens, {width}) in {str(model.dtype).removeprefix('torch.')}, "
-        f"{mean:.1f} of {of:.1f} tokens on average, and {INDEX}."
-    )
+    files, dtype = f"{len(rows)} file{'s' if len(rows) > 1 else ''}", str(model.dtype).removeprefix("torch.")
+    tokens = f"{mean:.1f} of {of:.1f} tokens on average"
+    say(f"Wrote {output}: {files} of (tokens, {width}) in {dtype}, {tokens}, and {INDEX}.")
     if section.position_ids == "original":
         say(
             "These settings keep every token's own position (`places`); an engine that counts tokens on reads them "

@@ -169,7 +169,7 @@ class Service:
             self._check_length(inputs["input_ids"].shape[1] - before, limit)  # before pictures are read
             inputs = inputs.to(model.device, model.dtype)
             short, _ = model.compress_inputs(**inputs, token_recovery=request.token_recovery)
-        except (ValueError, TemplateError) as error:
+        except (ValueError, OverflowError, TemplateError) as error:
             if isinstance(error, RequestError):
                 raise
             raise RequestError(" ".join(str(error).split())) from error
