@@ -23,7 +23,7 @@ from reccomp_hf.serving import server as server_module
 from reccomp_hf.serving.answering import Service, _ManagerOfCall, _ModelOfCall
 
 if not IS_V5:
-    pytest.skip("transformers 4.57 has no server parts; see test_serving_requests.py", allow_module_level=True)
+    pytest.skip("transformers 4.57 has no server parts; see test_server_requests.py", allow_module_level=True)
 
 openai = pytest.importorskip("openai")
 
