@@ -45,7 +45,14 @@ def build_app(service: Service, open_picture: PictureReader) -> Any:
         body = await _json_of(request)
         asked = await asyncio.to_thread(read_request, body, service.name, open_picture)
         gone = threading.Event()
-        return await _while_there(request, service.answer(asked, f"chatcmpl-{uuid.uuid4().hex}", gone), gone)
+        try:
+            return await _while_there(request, service.answer(asked, f"chatcmpl-{uuid.uuid4().hex}", gone), gone)
+        except (RequestError, CallEnded, HTTPException):
+            raise
+        except Exception as error:  # left to Starlette, it would cost the client its connection too
+            logger.exception("The server failed.")
+            message = f"The server failed: {type(error).__name__}. Its log says more."
+            return JSONResponse(error_body(message, 500), 500)
 
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [entry]})
@@ -70,9 +77,6 @@ def build_app(service: Service, open_picture: PictureReader) -> Any:
     def ended(request: Request, error: Exception) -> Response:
         return JSONResponse(error_body(str(error), 503), 503)
 
-    def failed(request: Request, error: Exception) -> Response:
-        return JSONResponse(error_body(f"The server failed: {type(error).__name__}. Its log says more.", 500), 500)
-
     return Starlette(
         routes=[
             Route("/v1/chat/completions", chat, methods=["POST"]),
@@ -85,7 +89,6 @@ def build_app(service: Service, open_picture: PictureReader) -> Any:
             HTTPException: unknown,
             CallEnded: ended,
             ClientDisconnect: ended,  # while it was sending
-            Exception: failed,
         },
     )
 
