@@ -10,12 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from chat_client import running
+from demo_model import demo_model
 from test_next_layout import NEWLINE, packed_oracle
 
+import reccomp_hf
 from reccomp_hf import cli
+from reccomp_hf.compat import IS_V5
 from reccomp_hf.demo import checkpoint_folder, draw_scene
 from reccomp_hf.evaluation.settings import parse_settings
 from reccomp_hf.methods import _registry, method_names
+from reccomp_hf.serving.answering import Service
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -118,6 +123,26 @@ def test_the_class_for_vlmevalkit_answers_compressed(blocks, tmp_path, monkeypat
     assert model.generate([image, image, {"type": "text", "value": "Is there a red circle?"}]) in ("yes", "no")
     assert model.generate([{"type": "text", "value": "Is there a red circle?"}]) != ""
     assert projected == [14, 28]
+
+
+@pytest.mark.skipif(not IS_V5, reason="transformers 4.57 has no server parts")
+def test_the_client_of_the_server_runs(blocks, monkeypatch, capsys):
+    openai = pytest.importorskip("openai")
+    (snippet,) = [block for block in blocks if "OpenAI(" in block]
+    names: dict[str, Any] = {"draw_scene": draw_scene}
+    with running(Service("demo", *demo_model())) as server:
+        exec(snippet.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}"), names)
+        names["client"].close()
+    assert isinstance(names["client"], openai.OpenAI)
+    assert capsys.readouterr().out == " N 31\n N"
+
+
+def test_the_embeddings_are_made(blocks):
+    (snippet,) = [block for block in blocks if "load_image_encoder" in block]
+    names = {"reccomp_hf": reccomp_hf, "draw_scene": draw_scene, "folder": checkpoint_folder("demo")}
+    exec(snippet, {**names, "processor": demo_model()[1]}, names)
+    assert names["result"].embeds.shape == (16, 128) and names["result"].places is None
+    assert names["part"]["type"] == "image_embeds"
 
 
 def test_the_first_forty_lines_hold_what_a_newcomer_needs():

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..configuration_reccomp import PRESETS, TokenRecoveryConfig
 from ..demo.command import budget
+from ..embedding import load_image_encoder
 from ..hub import resolve
 from ..inspection import describe, folder_of
 from .common import setting
@@ -16,7 +17,12 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def load(
-    name: str, fields: dict[str, Any], device: str | None = None, dtype: str | None = None, **options: Any
+    name: str,
+    fields: dict[str, Any],
+    device: str | None = None,
+    dtype: str | None = None,
+    encoder: bool = False,
+    **options: Any,
 ) -> tuple[Any, Any]:
     """Load a compressed checkpoint for inference.
 
@@ -25,6 +31,7 @@ def load(
         fields: What overrides its `token_recovery` section.
         device: For torch; by default a GPU if there is one.
         dtype: By default float32 on a CPU and the weights' own elsewhere.
+        encoder: Leave the language model's layers out, see `load_image_encoder`.
         **options: For `from_pretrained`; with a `device_map` the model stays where that puts it.
 
     Returns:
@@ -44,7 +51,8 @@ def load(
     if device != "cpu":
         torch.empty(1, device=device)  # before anything is loaded
     dtype = dtype or ("float32" if device == "cpu" else "auto")
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, token_recovery=fields, **options)
+    load_one = load_image_encoder if encoder else AutoModelForImageTextToText.from_pretrained
+    model = load_one(folder, dtype=dtype, token_recovery=fields, **options)
     model = model if "device_map" in options else model.to(device)
     return model.eval(), AutoProcessor.from_pretrained(folder)
 
