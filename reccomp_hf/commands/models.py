@@ -48,9 +48,8 @@ def load(
     describe(folder, name)  # says what is wrong before weights are fetched
     folder = folder if any(folder.glob("model*.safetensors")) else resolve(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device != "cpu":
-        torch.empty(1, device=device)  # before anything is loaded
-    dtype = dtype or ("float32" if device == "cpu" else "auto")
+    torch.empty(1, device=device)  # says what is wrong with it before anything is loaded
+    dtype = dtype or ("float32" if torch.device(device).type == "cpu" else "auto")
     load_one = load_image_encoder if encoder else AutoModelForImageTextToText.from_pretrained
     model = load_one(folder, dtype=dtype, token_recovery=fields, **options)
     model = model if "device_map" in options else model.to(device)

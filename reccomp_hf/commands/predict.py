@@ -48,7 +48,7 @@ def _device(state: Any, arguments: argparse.Namespace) -> str | None:
         raise ValueError(
             f"--device {arguments.device} is for one process: of several, accelerate gives each its device."
         )
-    return "cpu" if state.device.type == "cpu" else str(state.device)  # "cpu:0" as accelerate has it
+    return str(state.device)
 
 
 def _text(done: Prediction) -> str:

@@ -111,11 +111,10 @@ class RecComp(lmms):
             if device_map is not None:
                 raise ValueError("device_map spreads one model over GPUs: start one process, or leave it out.")
             device = str(self.accelerator.device)
-        options = {"attn_implementation": attn_implementation, "device_map": device_map}
+        given = {"attn_implementation": attn_implementation, "device_map": device_map}
+        options: dict[str, Any] = {name: value for name, value in given.items() if value}
         self.fields = _fields(preset, token_recovery, fields)
-        self._model, self.processor = load(
-            pretrained, self.fields, device, dtype, **{name: value for name, value in options.items() if value}
-        )
+        self._model, self.processor = load(pretrained, self.fields, device, dtype, **options)
         self.device = self._model.device
         if self.processor.chat_template is None:
             raise ValueError(f"{pretrained} has no chat template, which lmms-eval's messages need: save one with it.")
