@@ -7,6 +7,7 @@ from . import compat
 from .configuration_reccomp import LlavaNextRecCompConfig, LlavaRecCompConfig, TokenRecoveryConfig
 from .conversation import Conversation
 from .convert import convert
+from .embedding import ImageEmbeds, embed_images, image_embeds_part, load_image_encoder
 from .methods import RecoveryMethod, register_method
 from .modeling_llava_next_reccomp import LlavaNextRecCompForConditionalGeneration, LlavaNextRecCompModel
 from .modeling_llava_reccomp import LlavaRecCompForConditionalGeneration, LlavaRecCompModel
@@ -27,6 +28,7 @@ __all__ = [
     "AutoModelForVision2Seq",
     "CompressedTrainerMixin",
     "Conversation",
+    "ImageEmbeds",
     "LlavaNextRecCompConfig",
     "LlavaNextRecCompForConditionalGeneration",
     "LlavaNextRecCompModel",
@@ -42,6 +44,9 @@ __all__ = [
     "TokenSelection",
     "VisualFeatures",
     "convert",
+    "embed_images",
+    "image_embeds_part",
+    "load_image_encoder",
     "local_outlier_factor",
     "plot_recovery",
     "recover_tokens",

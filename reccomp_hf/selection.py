@@ -133,19 +133,15 @@ def farthest_points(distance: Tensor, candidates: Tensor, counts: Tensor, grid: 
         picks.append(pick)
         from_pick = (row - row[pick]).square() + (column - column[pick]).square()
         distance = torch.minimum(distance, from_pick).scatter(-1, pick, -1)
-    if not picks:
-        return torch.zeros_like(candidates)
-    taken = torch.arange(steps, device=counts.device) < counts.unsqueeze(-1)  # (B, steps)
-    # A row that has nothing left picks a cell again, beyond its count.
-    times = torch.zeros_like(distance).scatter_add(-1, torch.cat(picks, dim=-1), taken.to(distance.dtype))
-    return (times > 0) & candidates
+    return _first_picks(picks, counts, candidates)
 
 
 def herded(units: Tensor, members: Tensor, candidates: Tensor, counts: Tensor, steps: int) -> Tensor:
     """Choose `counts` patches that together look like the whole: their mean stays as near as it can to that of all.
 
-    Kernel herding (Welling, ICML 2009) with the linear kernel. All cosines are computed at once; the loop runs over
-    steps, for all rows at once, and reads one row of them. Of equal candidates the first one is taken.
+    Kernel herding (Welling, ICML 2009) with the linear kernel. The loop runs over steps, for all rows at once, and
+    compares what was picked with every patch: steps x N products of length C, and no N x N tensor. Of equal
+    candidates the first one is taken.
 
     Args:
         units: (B, N, C) float32 features of length 1.
@@ -157,18 +153,27 @@ def herded(units: Tensor, members: Tensor, candidates: Tensor, counts: Tensor, s
     Returns:
         (B, N) bool.
     """
-    alike = units @ units.transpose(1, 2)  # (B, N, N)
+    patches = units.transpose(1, 2)  # (B, C, N); a row vector times this is several times as fast as `units @ column`
     share = members.to(units.dtype) / members.sum(-1, keepdim=True).clamp(min=1)
-    to_mean = (alike @ share.unsqueeze(-1)).squeeze(-1)  # (B, N), product with the mean
-    lengths = alike.diagonal(dim1=1, dim2=2)
-    to_missing, left, chosen = to_mean, candidates, torch.zeros_like(candidates)
-    for step in range(steps):
-        # After this step the sum of what is chosen should be `step + 1` times the mean.
-        pick = (2 * to_missing - lengths).masked_fill(~left, -torch.inf).argmax(-1, keepdim=True)
-        left = left.scatter(-1, pick, False)
-        chosen = chosen.scatter(-1, pick, (step < counts).unsqueeze(-1) | chosen.gather(-1, pick))
-        to_missing = to_missing + to_mean - gather_rows(alike, pick).squeeze(1)
-    return chosen & candidates
+    to_mean = (share.unsqueeze(1) @ units @ patches).squeeze(1)  # (B, N), product with the mean
+    # How much nearer the sum of what is chosen comes to a multiple of the mean, which grows by one with every step.
+    gain = (2 * to_mean - units.square().sum(-1)).masked_fill(~candidates, -torch.inf)
+    picks = []
+    for _ in range(steps):
+        pick = gain.argmax(-1, keepdim=True)  # (B, 1)
+        picks.append(pick)
+        to_pick = (gather_rows(units, pick) @ patches).squeeze(1)  # (B, N)
+        gain = (gain + 2 * (to_mean - to_pick)).scatter(-1, pick, -torch.inf)
+    return _first_picks(picks, counts, candidates)
+
+
+def _first_picks(picks: list[Tensor], counts: Tensor, candidates: Tensor) -> Tensor:
+    """The first `counts` of the picks (B, 1), in order; a row that has nothing left picks cells that do not count."""
+    if not picks:
+        return torch.zeros_like(candidates)
+    taken = torch.arange(len(picks), device=counts.device) < counts.unsqueeze(-1)  # (B, steps)
+    times = torch.zeros_like(candidates, dtype=torch.long).scatter_add(-1, torch.cat(picks, dim=-1), taken.long())
+    return (times > 0) & candidates
 
 
 __all__ = [

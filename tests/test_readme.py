@@ -1,18 +1,26 @@
 """What the README shows runs."""
 
+import json
 import re
 import shlex
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from chat_client import running
+from demo_model import demo_model
 from test_next_layout import NEWLINE, packed_oracle
 
+import reccomp_hf
 from reccomp_hf import cli
-from reccomp_hf.demo import checkpoint_folder
+from reccomp_hf.compat import IS_V5
+from reccomp_hf.demo import checkpoint_folder, draw_scene
 from reccomp_hf.evaluation.settings import parse_settings
 from reccomp_hf.methods import _registry, method_names
+from reccomp_hf.serving.answering import Service
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -39,6 +47,28 @@ def test_the_first_snippets_run(blocks, tmp_path, monkeypatch, capsys):
         _registry().update(before)
 
 
+def test_the_snippet_about_many_questions_runs(blocks, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw_scene(1_000_000).image.save("sign.png")
+    rows = [{"image": "sign.png", "question": "What letter is on the cyan sign?"}, {"question": "Where?"}]
+    Path("questions.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (snippet,) = [block for block in blocks if "reccomp_hf.prediction" in block]
+    names: dict[str, Any] = {}
+    exec(blocks[0], names)
+    capsys.readouterr()
+    exec(snippet, names)
+    assert capsys.readouterr().out.startswith("1 1 16.0 ")
+    assert json.loads(Path("answers.jsonl").read_text(encoding="utf-8").splitlines()[0])["answer"] == "N"
+
+
+def test_the_commands_about_many_questions_are_understood():
+    text = README.read_text(encoding="utf-8")
+    commands = re.findall(r"^(?:reccomp-hf|accelerate .* -m reccomp_hf) (predict .*)$", text, flags=re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        assert cli._parser().parse_args(shlex.split(command)).output.endswith(".jsonl")
+
+
 def test_every_method_has_a_row():
     text = README.read_text(encoding="utf-8")
     rows = re.findall(r"^\| (`\"[^|]*) \|", text, flags=re.MULTILINE)
@@ -63,6 +93,56 @@ def test_the_training_snippet_runs(blocks, tmp_path, monkeypatch, capsys):
     assert any("lora_B" in name and value.any() for name, value in names["model"].named_parameters())
     assert type(names["small"].model.language_model.layers[0].mlp.up_proj.weight).__name__ == "Int8Tensor"
     assert type(names["small"].token_recovery.visual_projection.weight) is torch.nn.Parameter
+
+
+class _BaseModel:
+    """What the README's class needs of VLMEvalKit's: `generate` hands messages of these types on."""
+
+    allowed_types = ("text", "image")
+
+    def generate(self, message, dataset=None):
+        assert all(part["type"] in self.allowed_types for part in message)
+        return self.generate_inner(message, dataset)
+
+
+def test_the_class_for_vlmevalkit_answers_compressed(blocks, tmp_path, monkeypatch):
+    """VLMEvalKit itself cannot be installed from a package index: its base class is a stand-in."""
+    (snippet,) = [block for block in blocks if "RecCompVLM" in block]
+    for name in ("vlmeval", "vlmeval.vlm", "vlmeval.vlm.base"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["vlmeval.vlm.base"].BaseModel = _BaseModel
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+    model = names["RecCompVLM"](checkpoint_folder("demo"), device="cpu", dtype=torch.float32, budget=0.1)
+    projected: list[int] = []
+    model.model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: projected.append(len(args[0])))
+    picture = tmp_path / "scene.png"
+    draw_scene(1_000_000).image.save(picture)
+    image = {"type": "image", "value": str(picture)}
+    assert model.generate([image, {"type": "text", "value": "What letter is on the cyan sign?"}], "MMBench") == "N"
+    assert model.generate([image, image, {"type": "text", "value": "Is there a red circle?"}]) in ("yes", "no")
+    assert model.generate([{"type": "text", "value": "Is there a red circle?"}]) != ""
+    assert projected == [14, 28]
+
+
+@pytest.mark.skipif(not IS_V5, reason="transformers 4.57 has no server parts")
+def test_the_client_of_the_server_runs(blocks, monkeypatch, capsys):
+    openai = pytest.importorskip("openai")
+    (snippet,) = [block for block in blocks if "OpenAI(" in block]
+    names: dict[str, Any] = {"draw_scene": draw_scene}
+    with running(Service("demo", *demo_model())) as server:
+        exec(snippet.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}"), names)
+        names["client"].close()
+    assert isinstance(names["client"], openai.OpenAI)
+    assert capsys.readouterr().out == " N 31\n N"
+
+
+def test_the_embeddings_are_made(blocks):
+    (snippet,) = [block for block in blocks if "load_image_encoder" in block]
+    names = {"reccomp_hf": reccomp_hf, "draw_scene": draw_scene, "folder": checkpoint_folder("demo")}
+    exec(snippet, {**names, "processor": demo_model()[1]}, names)
+    assert names["result"].embeds.shape == (16, 128) and names["result"].places is None
+    assert names["part"]["type"] == "image_embeds"
 
 
 def test_the_first_forty_lines_hold_what_a_newcomer_needs():

@@ -17,6 +17,7 @@ from conftest import OPEN_PORTS
 from test_vllm import BUDGET, PAIRS, PAPER, QUESTIONS, SCENES, embeddings, environment, requests, scene, user  # noqa: F401
 from vllm_engines import ask, copy_checkpoint, drop_recovery_tokenizer, engine, prompt, reference, renamed, server
 
+import reccomp_hf
 from reccomp_hf.demo import checkpoint_folder
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
@@ -202,11 +203,10 @@ def chat(address, question, pictures, **body):
     """
     parts = []
     for picture in pictures:
-        file = BytesIO()
         if isinstance(picture, torch.Tensor):
-            torch.save(picture, file)
-            parts.append({"type": "image_embeds", "image_embeds": b64encode(file.getvalue()).decode()})
+            parts.append(reccomp_hf.image_embeds_part(picture))
             continue
+        file = BytesIO()
         scene(picture).save(file, "PNG")
         url = f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"
         parts.append({"type": "image_url", "image_url": {"url": url}})

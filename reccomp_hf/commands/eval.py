@@ -98,7 +98,7 @@ def register(commands: Any) -> None:
         default=DEMO_DATA,
         metavar="DATA",
         help="demo (held-out drawn scenes); a file of JSON lines with image, question, answers and perhaps kind; or a "
-        "folder of the datasets library with these columns (demo)",
+        "Parquet file or a folder of the datasets library with these columns (demo)",
     )
     command.add_argument(
         "--settings", default=DEFAULT_SETTINGS, metavar="LIST", help=f"separated by commas ({DEFAULT_SETTINGS})"

@@ -6,13 +6,24 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..configuration_reccomp import PRESETS, TokenRecoveryConfig
+from ..demo.command import budget
+from ..embedding import load_image_encoder
 from ..hub import resolve
 from ..inspection import describe, folder_of
+from .common import setting
 
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def load(name: str, fields: dict[str, Any], device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
+def load(
+    name: str,
+    fields: dict[str, Any],
+    device: str | None = None,
+    dtype: str | None = None,
+    encoder: bool = False,
+    **options: Any,
+) -> tuple[Any, Any]:
     """Load a compressed checkpoint for inference.
 
     Args:
@@ -20,6 +31,8 @@ def load(name: str, fields: dict[str, Any], device: str | None = None, dtype: st
         fields: What overrides its `token_recovery` section.
         device: For torch; by default a GPU if there is one.
         dtype: By default float32 on a CPU and the weights' own elsewhere.
+        encoder: Leave the language model's layers out, see `load_image_encoder`.
+        **options: For `from_pretrained`; with a `device_map` the model stays where that puts it.
 
     Returns:
         The model in eval mode, and its processor.
@@ -35,11 +48,38 @@ def load(name: str, fields: dict[str, Any], device: str | None = None, dtype: st
     describe(folder, name)  # says what is wrong before weights are fetched
     folder = folder if any(folder.glob("model*.safetensors")) else resolve(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device != "cpu":
-        torch.empty(1, device=device)  # before anything is loaded
-    dtype = dtype or ("float32" if device == "cpu" else "auto")
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, token_recovery=fields)
-    return model.to(device).eval(), AutoProcessor.from_pretrained(folder)
+    torch.empty(1, device=device)  # says what is wrong with it before anything is loaded
+    dtype = dtype or ("float32" if torch.device(device).type == "cpu" else "auto")
+    load_one = load_image_encoder if encoder else AutoModelForImageTextToText.from_pretrained
+    model = load_one(folder, dtype=dtype, token_recovery=fields, **options)
+    model = model if "device_map" in options else model.to(device)
+    return model.eval(), AutoProcessor.from_pretrained(folder)
+
+
+def add_model_options(command: Any) -> None:
+    """Declare how a checkpoint is loaded and which of its settings are others, see `fields_of`."""
+    command.add_argument("--preset", choices=PRESETS, help="settings to start from (the checkpoint's own)")
+    command.add_argument(
+        "--budget",
+        type=budget,
+        metavar="N|SHARE|dynamic",
+        help="tokens per image, their share, or as the picture asks",
+    )
+    command.add_argument(
+        "--set", type=setting, action="append", default=[], metavar="FIELD=VALUE", help="one field; may be repeated"
+    )
+    command.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
+    command.add_argument("--dtype", choices=DTYPES, help="of the weights (float32 on a CPU, else as they are)")
+
+
+def fields_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `token_recovery` that the options override."""
+    fields: dict[str, Any] = {}
+    if arguments.preset:
+        fields = TokenRecoveryConfig.from_preset(arguments.preset).to_dict()
+        del fields["text_encoder_config"]  # it is the weights'
+    fields |= {"budget": arguments.budget[0]} if arguments.budget else {}
+    return fields | dict(arguments.set)
 
 
 def check_picture(path: str) -> str:
@@ -70,4 +110,4 @@ def check_file(path: str) -> str:
     return path
 
 
-__all__ = ["DTYPES", "check_file", "check_kept", "check_picture", "load"]
+__all__ = ["DTYPES", "add_model_options", "check_file", "check_kept", "check_picture", "fields_of", "load"]

@@ -6,27 +6,20 @@ import argparse
 import sys
 from typing import Any
 
-from ..configuration_reccomp import PRESETS, TokenRecoveryConfig
-from ..demo.command import budget, picture_file
+from ..demo.command import picture_file
 from ..evaluation.running import encode
 from ..evaluation.samples import Sample
 from ..visualization import plot_recovery
-from .common import add_command, quiet, say, setting
-from .models import DTYPES, check_kept, check_picture, load
+from .common import add_command, quiet, say
+from .models import add_model_options, check_kept, check_picture, fields_of, load
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
     check_kept(arguments.image, arguments.output)
     picture = picture_file(arguments.image, arguments.question)
-    fields: dict[str, Any] = {}
-    if arguments.preset:
-        fields = TokenRecoveryConfig.from_preset(arguments.preset).to_dict()
-        del fields["text_encoder_config"]  # it is the weights'
-    fields |= {"budget": arguments.budget[0]} if arguments.budget else {}
-    fields |= dict(arguments.set)
     with quiet(progress_bars=sys.stderr.isatty()):
-        model, processor = load(arguments.model, fields, arguments.device, arguments.dtype)
+        model, processor = load(arguments.model, fields_of(arguments), arguments.device, arguments.dtype)
         section = model.config.token_recovery
         if not section.enabled:
             raise ValueError("There is nothing to plot: token_recovery.enabled is false, and every token is read.")
@@ -61,18 +54,7 @@ def register(commands: Any) -> None:
     command.add_argument(
         "--output", type=check_picture, default="reccomp-plot.png", metavar="FILE", help="what to write"
     )
-    command.add_argument("--preset", choices=PRESETS, help="settings to start from (the checkpoint's own)")
-    command.add_argument(
-        "--budget",
-        type=budget,
-        metavar="N|SHARE|dynamic",
-        help="tokens per image, their share, or as the picture asks",
-    )
-    command.add_argument(
-        "--set", type=setting, action="append", default=[], metavar="FIELD=VALUE", help="one field; may be repeated"
-    )
-    command.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
-    command.add_argument("--dtype", choices=DTYPES, help="of the weights (float32 on a CPU, else as they are)")
+    add_model_options(command)
 
 
 __all__ = ["register", "run"]

@@ -11,9 +11,10 @@ import time
 from typing import Any, TypeAlias
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..configuration_reccomp import TokenRecoveryConfig
+from ..pictures import open_picture
 from ..recovery import TokenRecoveryOutput
 from ..visualization import plot_recovery
 from . import draw_scene, questions
@@ -27,7 +28,6 @@ PICTURE_QUESTIONS = ("How many objects are there?", "Is there a red circle?", "W
 Budget: TypeAlias = tuple[int | float | None]  # of one, since `None` is a budget too
 
 _MAX_NEW_TOKENS = 8  # the demo model's answers are one word
-_SMALLEST_SIDE = 8  # pixels; transformers takes an array of 3 rows for one of 3 channels
 _WIDEST_CELLS = (32, 10, 11, 13, 29)
 
 
@@ -67,17 +67,12 @@ def picture_file(path: str, asked: list[str] | None = None) -> Picture:
         OSError: It is missing or cannot be read as a picture.
     """
     try:
-        with Image.open(path) as opened:
-            width, height = opened.size
-            # Palettes may hold transparency, which Pillow drops with a warning unless told so.
-            image = ImageOps.exif_transpose(opened.convert("RGBA" if opened.mode == "P" else "RGB")).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+        image = open_picture(path)
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error
         raise OSError(f"{path} cannot be read as a picture: {reason}") from error
-    if min(image.size) < _SMALLEST_SIDE:
-        image = image.resize((max(image.width, _SMALLEST_SIDE), max(image.height, _SMALLEST_SIDE)))
     asked = _checked(asked) or list(PICTURE_QUESTIONS)
-    source = f"{path}, {width} x {height} pixels; the model sees its middle square at 96 x 96"
+    source = f"{path}, {image.width} x {image.height} pixels; the model sees its middle square at 96 x 96"
     return Picture(image, source, asked, [None] * len(asked), None)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from .. import splicing
@@ -168,26 +169,51 @@ class _Run:
 
 def encode(processor: Any, batch: Sequence[Sample], instruction: str) -> Any:
     """The processor's tensors for a batch, a picture and a question a row."""
-    prompts = [
-        _prompt(processor, f"{sample.question}\n{instruction}" if instruction else sample.question) for sample in batch
-    ]
     opened = {sample.picture: sample for sample in batch}
     pictures = {name: sample.open() for name, sample in opened.items()}
+    return encode_rows(
+        processor,
+        [[pictures[sample.picture]] for sample in batch],
+        [instructed(sample.question, instruction) for sample in batch],
+        [sample.question for sample in batch],
+    )
+
+
+def instructed(question: str, instruction: str) -> str:
+    """A question with an answer instruction on a line of its own, if there is one."""
+    return f"{question}\n{instruction}" if instruction else question
+
+
+def encode_rows(
+    processor: Any,
+    pictures: Sequence[Sequence[Image.Image]],
+    texts: Sequence[str],
+    recovery: Sequence[str | Sequence[str]],
+) -> Any:
+    """The processor's tensors for rows of one or more pictures and a user turn each, padded on the left.
+
+    Args:
+        processor: Of a compressed LLaVA.
+        pictures: Of every row.
+        texts: What the language model reads of the user's turn.
+        recovery: What CLIP reads.
+    """
     return processor(
-        images=[pictures[sample.picture] for sample in batch],
-        text=prompts,
-        recovery_text=[sample.question for sample in batch],
+        images=[picture for row in pictures for picture in row],
+        text=[prompt_of(processor, text, len(row)) for text, row in zip(texts, pictures, strict=True)],
+        recovery_text=recovery,
         padding=True,
         padding_side="left",
         return_tensors="pt",
     )
 
 
-def _prompt(processor: Any, text: str) -> str:
+def prompt_of(processor: Any, text: str, pictures: int) -> str:
     """A question as the chat template asks it, or as LLaVA-1.5 does where there is none."""
     if processor.chat_template is None:
-        return f"USER: {processor.image_token}\n{text} ASSISTANT:"
-    turn = [{"type": "image"}, {"type": "text", "text": text}]
+        placeholders = f"{processor.image_token}\n" * pictures
+        return f"USER: {placeholders}{text} ASSISTANT:"
+    turn = [*[{"type": "image"}] * pictures, {"type": "text", "text": text}]
     return str(processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True))
 
 
@@ -234,4 +260,4 @@ def _patches_in(box: tuple[float, float, float, float], side: int) -> Any:
     return np.array([row and column for row, column in itertools.product(down, across)])
 
 
-__all__ = ["DEFAULT_BATCH_SIZE", "encode", "evaluate"]
+__all__ = ["DEFAULT_BATCH_SIZE", "encode", "encode_rows", "evaluate", "instructed", "prompt_of"]

@@ -1,22 +1,21 @@
-"""What is asked: held-out scenes of the demo, JSON lines, or a folder of the `datasets` library."""
+"""What is asked: held-out scenes of the demo, or rows of a file or folder with the answers."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import string
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from ..demo import EVALUATION_SEEDS, IMAGE_SIZE, draw_scene, questions
+from ..rows import Rows, open_rows, picture_of, shown
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_COLUMNS = ("image", "question", "answers")
+_COLUMNS = ("image", "question")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,103 +83,36 @@ def load_samples(source: str | Path, limit: int | None = None) -> list[Sample]:
 
     Args:
         source: A JSON-lines file with rows `{"image": path, "question": ..., "answers": [...], "kind": ...}`, the
-            path relative to the file, `answers` perhaps a single string (or `answer`), `kind` optional; or a folder
-            that `datasets` wrote (`save_to_disk`) or reads as an `imagefolder`, with the same columns.
+            path relative to the file, `answers` perhaps a single string (or `answer`), `kind` optional; or a Parquet
+            file or a folder with the same columns, see [`open_rows`].
         limit: The first so many rows.
 
     Raises:
         ValueError: A row that lacks something, with its number.
         OSError: A file that cannot be read.
-        ImportError: A folder, and `datasets` is not installed.
+        ImportError: A folder or a Parquet file, and `datasets` is not installed.
     """
-    path = Path(source)
-    if path.is_dir():
-        rows: Iterable[tuple[str, Any]] = _folder_rows(path, limit)
-    elif path.is_file():
-        rows = _file_rows(path, limit)
-    else:
-        raise FileNotFoundError(f"{source} is neither a file of JSON lines nor a folder.")
-    samples = [_sample(where, row, path) for where, row in rows]
-    if not samples:
-        raise ValueError(f"{source} holds no rows.")
-    return samples
+    rows = open_rows(source, limit)
+    rows.require(*_COLUMNS)
+    return [_sample(rows, number) for number in range(len(rows))]
 
 
-def _file_rows(path: Path, limit: int | None) -> Iterable[tuple[str, Any]]:
-    lines = [(number, line) for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1)]
-    for number, line in [entry for entry in lines if entry[1].strip()][:limit]:
-        where = f"{path.name}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error}).") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected an object with image, question and answers, got {row!r}.")
-        yield where, row
-
-
-def _folder_rows(path: Path, limit: int | None) -> Iterable[tuple[str, Any]]:
+def _sample(rows: Rows, number: int) -> Sample:
     try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("A folder of data needs the `datasets` library: pip install 'reccomp_hf[data]'.") from error
-    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        data = datasets.load_from_disk(str(path))
-    else:
-        data = datasets.load_dataset("imagefolder", data_dir=str(path))
-    if isinstance(data, datasets.DatasetDict):
-        if len(data) != 1:
-            raise ValueError(f"{path} holds the splits {', '.join(data)}; name the folder of one of them.")
-        data = next(iter(data.values()))
-    missing = [name for name in _COLUMNS[:2] if name not in data.column_names]
-    if missing:
-        raise ValueError(f"{path} has no column {missing[0]!r}; its columns are {', '.join(data.column_names)}.")
-    if isinstance(data.features["image"], datasets.Image):
-        # Decoded by us, so that a broken picture is told with its row.
-        data = data.cast_column("image", datasets.Image(decode=False))
-    for number, row in enumerate(data if limit is None else data.select(range(min(limit, len(data))))):
-        yield f"{path.name}, row {number}", row
-
-
-def _sample(where: str, row: dict[str, Any], source: Path) -> Sample:
-    question = row.get("question")
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"{where}: the question is missing or empty, got {question!r}.")
-    answers = row.get("answers", row.get("answer"))
-    answers = [answers] if isinstance(answers, str) else answers
-    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError(f"{where}: answers must be a list of strings, not an empty one, got {answers!r}.")
-    kind = row.get("kind")
-    opened, name = _opener(row.get("image"), where, source)
-    try:
-        opened()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
-        raise ValueError(f"{where}: the picture {name} cannot be read: {reason}.") from error
-    return Sample(opened, name, question.strip(), tuple(answers), "all" if kind is None else str(kind))
-
-
-def _opener(image: Any, where: str, source: Path) -> tuple[Callable[[], Image.Image], str]:
-    """What opens a row's picture, and a name for it."""
-    if isinstance(image, str) and image:
-        path = Path(image) if source.is_dir() else source.parent / image
-        return lambda: _opened(path), image
-    if isinstance(image, dict) and (image.get("bytes") or image.get("path")):  # an undecoded one of `datasets`
-        data, name = image.get("bytes"), image.get("path")
-        if data is None:
-            return lambda: _opened(Path(str(name))), str(name)
-        import hashlib
-        import io
-
-        digest = hashlib.sha256(data).hexdigest()[:16]
-        return lambda: _opened(io.BytesIO(data)), f"{name or 'of'} {digest}"
-    raise ValueError(f"{where}: image must be the path of a picture, got {image!r}.")
-
-
-def _opened(file: Any) -> Image.Image:
-    with Image.open(file) as image:
-        # Palettes may hold transparency, which Pillow drops with a warning unless told so.
-        return image.convert("RGBA" if image.mode == "P" else "RGB").convert("RGB")
+        row = rows[number]
+        question = row.get("question")
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"the question is missing or empty, got {shown(question)}.")
+        answers = row.get("answers", row.get("answer"))
+        answers = [answers] if isinstance(answers, str) else answers
+        if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+            raise ValueError(f"answers must be a list of strings, not an empty one, got {shown(answers)}.")
+        kind = row.get("kind")
+        picture = picture_of(row.get("image"), rows.base)
+        picture.open()
+    except ValueError as error:
+        raise ValueError(f"{rows.where(number)}: {error}") from error
+    return Sample(picture.open, picture.name, question.strip(), tuple(answers), "all" if kind is None else str(kind))
 
 
 __all__ = ["Sample", "demo_samples", "load_samples", "normalize_answer"]

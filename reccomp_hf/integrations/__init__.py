@@ -1,1 +1,1 @@
-"""Other engines that read the checkpoints; nothing here is imported before its engine asks for it."""
+"""Other programs that run these models; each needs that program installed, and none is imported with the package."""

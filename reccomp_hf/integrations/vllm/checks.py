@@ -63,7 +63,7 @@ def check_servable(config: Any, *, pictures: bool = True, embeds: bool = False) 
 
 def _how_to_fix_the_count(section: TokenRecoveryConfig) -> str:
     ways = (
-        "or compress outside (model.compress_inputs) and send image_embeds, with --enable-mm-embeds "
+        "or compress outside (reccomp-hf embed) and send image_embeds, with --enable-mm-embeds "
         "--limit-mm-per-prompt '{\"image\": 0}', to trusted clients only."
     )
     if get_method(section.method).budget == "none":

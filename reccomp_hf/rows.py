@@ -1,0 +1,249 @@
+"""Rows of a data file or folder (JSON lines, Parquet, or what the `datasets` library reads), and their pictures."""
+
+from __future__ import annotations
+
+import abc
+import codecs
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .pictures import open_picture
+
+_PARQUET = b"PAR1"  # how such a file starts
+_LONGEST_SHOWN = 80  # characters of a value in a message
+
+
+class Rows(abc.ABC):
+    """Rows by number from 0, each read when it is asked for.
+
+    Attributes:
+        base: The folder that relative paths of pictures start from.
+        columns: Names; of JSON lines those that any line has.
+    """
+
+    name: str
+    base: Path
+    columns: tuple[str, ...]
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """How many."""
+
+    @abc.abstractmethod
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """A row; ValueError, without a place, for a line that is none."""
+
+    @abc.abstractmethod
+    def where(self, number: int) -> str:
+        """What a row is called in a message."""
+
+    def require(self, *names: str) -> None:
+        """Refuse data without some column.
+
+        Raises:
+            ValueError: A column is missing; never where every line is broken, which its own error says better.
+        """
+        missing = [name for name in names if name not in self.columns]
+        if missing and self.columns:
+            known = ", ".join(self.columns)
+            raise ValueError(f"{self.name} has no column {missing[0]!r}; its columns are {known}.")
+
+
+class _Lines(Rows):
+    """A file of JSON lines; blank ones are passed over."""
+
+    def __init__(self, path: Path, limit: int | None) -> None:
+        self.name, self.base = path.name, path.parent
+        lines = enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1)
+        self._lines = [entry for entry in lines if entry[1].strip()][:limit]
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        try:
+            row = json.loads(self._lines[number][1].decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"not JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"expected an object, got {shown(row)}.")
+        return row
+
+    def where(self, number: int) -> str:
+        return f"{self.name}, line {self._lines[number][0]}"
+
+    @functools.cached_property
+    def columns(self) -> tuple[str, ...]:  # type: ignore[override]
+        names: dict[str, None] = {}
+        for number in range(len(self)):
+            try:
+                names |= dict.fromkeys(self[number])
+            except ValueError:
+                continue
+        return tuple(names)
+
+
+class _Table(Rows):
+    """A dataset, as Arrow stores it: pictures are decoded by us, so that a broken one is told with its row."""
+
+    def __init__(self, data: Any, path: Path, limit: int | None) -> None:
+        self.name, self.base = path.name, path if path.is_dir() else path.parent
+        self._data = data.with_format("arrow")
+        self._count = len(data) if limit is None else min(limit, len(data))
+        self.columns = tuple(data.column_names)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self._data[number].to_pylist()[0]
+
+    def where(self, number: int) -> str:
+        return f"{self.name}, row {number}"
+
+
+def open_rows(source: str | Path, limit: int | None = None) -> Rows:
+    """Open data without reading pictures.
+
+    Args:
+        source: A file of JSON lines; a Parquet file; or a folder that `datasets` wrote (`save_to_disk`) or reads as
+            an `imagefolder`. Of the last two `datasets` keeps an Arrow copy in its cache.
+        limit: The first so many rows.
+
+    Raises:
+        ValueError: No rows, several splits, or a Parquet file that is none.
+        OSError: A file that cannot be read.
+        ImportError: A folder or a Parquet file, and `datasets` is not installed.
+    """
+    path = Path(source)
+    if path.is_dir():
+        rows: Rows = _Table(_folder(path), path, limit)
+    elif not path.is_file():
+        raise FileNotFoundError(f"{source} is neither a file of JSON lines nor a folder, nor a Parquet file.")
+    elif _starts_with(path, _PARQUET):
+        rows = _Table(_parquet(path), path, limit)
+    else:
+        rows = _Lines(path, limit)
+    if not len(rows):
+        raise ValueError(f"{source} holds no rows.")
+    return rows
+
+
+def _starts_with(path: Path, start: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
+
+
+def _datasets(what: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"{what} needs the `datasets` library: pip install 'reccomp_hf[data]'.") from error
+    return datasets
+
+
+def _parquet(path: Path) -> Any:
+    datasets = _datasets("A Parquet file")
+    try:
+        return datasets.load_dataset("parquet", data_files=str(path), split="train")
+    except (ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{path} cannot be read as a Parquet file: {' '.join(str(error).split())}") from error
+
+
+def _folder(path: Path) -> Any:
+    datasets = _datasets("A folder of data")
+    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        data = datasets.load_from_disk(str(path))
+    else:
+        data = datasets.load_dataset("imagefolder", data_dir=str(path))
+    if isinstance(data, datasets.DatasetDict):
+        if len(data) != 1:
+            raise ValueError(f"{path} holds the splits {', '.join(data)}; name the folder of one of them.")
+        data = next(iter(data.values()))
+    return data
+
+
+# ---- pictures ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture of a row, not opened yet.
+
+    Attributes:
+        source: Its file, or the bytes of one.
+        path: As the data names it, `None` where it gives bytes alone.
+    """
+
+    source: Path | bytes = dataclasses.field(repr=False)
+    path: str | None
+
+    @property
+    def name(self) -> str:
+        """Equal for equal pictures."""
+        if isinstance(self.source, Path):
+            return str(self.path)
+        return f"{self.path or 'of'} {hashlib.sha256(self.source).hexdigest()[:16]}"
+
+    def open(self) -> Image.Image:
+        """The picture in RGB, upright, no side shorter than 8 pixels.
+
+        Raises:
+            ValueError: It is missing or broken.
+        """
+        try:
+            return open_picture(self._file())
+        except MemoryError:
+            raise
+        except Exception as error:  # a decoder meets anything in a broken file, and says so in many ways
+            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = "no such file" if isinstance(error, FileNotFoundError) else reason
+            raise ValueError(f"the picture {self.name} cannot be read: {reason}.") from error
+
+    def size(self) -> tuple[int, int] | None:
+        """Width and height in pixels as the file's header says, `None` where it cannot be read."""
+        try:
+            with Image.open(self._file()) as image:
+                return image.size
+        except Exception:  # `open` will say what is wrong
+            return None
+
+    def _file(self) -> Any:
+        return self.source if isinstance(self.source, Path) else io.BytesIO(self.source)
+
+
+def picture_of(value: Any, base: Path) -> Picture:
+    """The picture that a row's value stands for.
+
+    Args:
+        value: A path, bytes, or `{"bytes": ..., "path": ...}` as `datasets` stores pictures, one of the two not null.
+        base: The folder that a relative path starts from.
+
+    Raises:
+        ValueError: It is nothing of these.
+    """
+    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, value)
+    path = path if isinstance(path, str) and path else None
+    if path is not None and isinstance(value, dict) and Path(path).is_relative_to(base.absolute()):
+        path = str(Path(path).relative_to(base.absolute()))  # `datasets` names the files of a folder in full
+    if isinstance(data, bytes) and data:
+        return Picture(data, path)
+    if path is None:
+        raise ValueError(f"image must be the path of a picture, got {shown(value)}.")
+    return Picture(base / path, path)
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+
+__all__ = ["Picture", "Rows", "open_rows", "picture_of", "shown"]

@@ -1,0 +1,77 @@
+"""A server in a thread of the test, and what is asked of it."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import conftest
+import demo_model
+import torch
+from PIL import Image
+
+from reccomp_hf.serving.answering import Service
+from reccomp_hf.serving.pictures import PictureReader
+from reccomp_hf.serving.server import build_app, http_server, listen
+
+
+@contextlib.contextmanager
+def running(service: Service, *hosts: str) -> Iterator[Any]:
+    """The server of a service while it runs, with its `port`."""
+    listener = listen("127.0.0.1", 0)
+    server = http_server(build_app(service, PictureReader(hosts)), service)
+    server.port = listener.getsockname()[1]
+    server.thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    conftest.OPEN_PORTS.add(server.port)
+    server.thread.start()
+    try:
+        yield server
+    finally:
+        server.should_exit = True
+        server.thread.join(20)
+        listener.close()
+        conftest.OPEN_PORTS.discard(server.port)
+    assert not server.thread.is_alive()
+
+
+def client_of(server: Any, **settings: Any) -> Any:
+    """The official client."""
+    import openai
+
+    address = f"http://127.0.0.1:{server.port}/v1"
+    return openai.OpenAI(base_url=address, api_key="none", max_retries=0, **{"timeout": 60, **settings})
+
+
+def base64_of(image: Image.Image, kind: str = "PNG") -> str:
+    """A picture file as base64."""
+    file = io.BytesIO()
+    image.save(file, kind)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def chat(question: str, *urls: str) -> list[dict[str, Any]]:
+    """Messages of one turn."""
+    pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [{"role": "user", "content": [*pictures, {"type": "text", "text": question}]}]
+
+
+@torch.no_grad()
+def expected(question: str, image: Image.Image | None, **kwargs: Any) -> tuple[str, list[int]]:
+    """What `model.generate` says, and how many visual tokens it read."""
+    model, processor = demo_model.demo_model()
+    content = [{"type": "image", "image": image}] if image is not None else []
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    settings = {"max_new_tokens": 16, "do_sample": False, "return_dict_in_generate": True, **kwargs}
+    output = model.generate(**inputs, **settings)
+    counts = [] if output.visual_token_counts is None else output.visual_token_counts.tolist()
+    return processor.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True), counts

@@ -1,0 +1,398 @@
+"""`reccomp-hf serve` as its clients meet it: OpenAI's client, a server in a thread, and the trained demo model."""
+
+import concurrent.futures
+import copy
+import http.server
+import json
+import signal
+import threading
+import time
+import urllib.request
+from types import SimpleNamespace
+
+import conftest
+import demo_model
+import pytest
+import torch
+from chat_client import base64_of, chat, client_of, expected, running
+from PIL import Image
+
+from reccomp_hf.compat import IS_V5
+from reccomp_hf.demo import draw_scene, questions
+from reccomp_hf.serving import server as server_module
+from reccomp_hf.serving.answering import Service, _ManagerOfCall, _ModelOfCall
+
+if not IS_V5:
+    pytest.skip("transformers 4.57 has no server parts; see test_server_requests.py", allow_module_level=True)
+
+openai = pytest.importorskip("openai")
+
+SEEDS = (1_000_000, 1_000_001, 1_000_003, 1_000_006)
+SCENES = [draw_scene(seed).image for seed in SEEDS]
+QUESTION = "What letter is on the cyan sign?"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running(Service("demo", *demo_model.demo_model()), "127.0.0.1") as running_server:
+        yield running_server
+
+
+@pytest.fixture
+def client(server):
+    with client_of(server) as opened:
+        yield opened
+
+
+def data_url(image, kind="png"):
+    return f"data:image/{kind};base64,{base64_of(image, kind.upper())}"
+
+
+def ask(client, messages, **settings):
+    raw = client.chat.completions.with_raw_response.create(
+        model="demo", messages=messages, **{"max_tokens": 16, **settings}
+    )
+    return raw.parse(), raw.headers
+
+
+def post(server, body):
+    """Status and body of a request that no client would send."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    address = f"http://127.0.0.1:{server.port}/v1/chat/completions"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, data, method="POST"), timeout=60) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+# ---- answers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [data_url, base64_of], ids=["data URL", "base64"])
+def test_answers_are_those_of_generate(client, form):
+    asked = questions(draw_scene(SEEDS[0]), SEEDS[0])
+    assert len(asked) >= 5
+    for question in asked:
+        answer, headers = ask(client, chat(question.text, form(SCENES[0])))
+        text, counts = expected(question.text, SCENES[0])
+        assert answer.choices[0].message.content == text and text.strip() == question.answer
+        assert answer.choices[0].finish_reason == "stop" and answer.model == "demo"
+        assert (headers["x-visual-tokens"], headers["x-visual-tokens-uncompressed"]) == ("16", "144")
+        assert counts == [16]
+
+
+def test_usage_counts_what_the_language_model_reads(client):
+    whole, _ = ask(client, chat(QUESTION, data_url(SCENES[0])), extra_body={"token_recovery": {"enabled": False}})
+    short, _ = ask(client, chat(QUESTION, data_url(SCENES[0])))
+    assert whole.usage.prompt_tokens - short.usage.prompt_tokens == 144 - 16
+    assert short.usage.completion_tokens == 2  # the letter, and the end of the answer
+    assert short.usage.total_tokens == short.usage.prompt_tokens + 2
+
+
+def test_streams_are_those_of_generate(client):
+    for question in questions(draw_scene(SEEDS[1]), SEEDS[1])[:3]:
+        stream = client.chat.completions.create(
+            model="demo", messages=chat(question.text, data_url(SCENES[1], "jpeg")), stream=True
+        )
+        with stream:
+            assert stream.response.headers["x-visual-tokens"] == "16"
+            chunks = list(stream)
+        assert chunks[0].choices[0].delta.role == "assistant"
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert text.strip() == question.answer
+        assert chunks[-1].choices[0].finish_reason == "stop" and chunks[-1].usage.completion_tokens == 2
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"budget": None}, {"budget": 0.25, "position_ids": "compact"}, {"enabled": False}, {"method": "divprune"}],
+    ids=["dynamic", "a quarter", "off", "divprune"],
+)
+def test_a_request_overrides_settings_for_itself(client, fields):
+    for image in SCENES[:2]:
+        answer, headers = ask(client, chat(QUESTION, data_url(image)), extra_body={"token_recovery": fields})
+        text, counts = expected(QUESTION, image, token_recovery=fields)
+        assert answer.choices[0].message.content == text
+        assert [int(headers["x-visual-tokens"])] == (counts or [144])
+    assert ask(client, chat(QUESTION, data_url(SCENES[0])))[1]["x-visual-tokens"] == "16"
+
+
+def test_dynamic_counts_differ_between_pictures(client):
+    fields = {"token_recovery": {"budget": None}}
+    counts = {
+        ask(client, chat(QUESTION, data_url(image)), extra_body=fields)[1]["x-visual-tokens"] for image in SCENES
+    }
+    assert len(counts) > 1
+
+
+def test_conversations_and_prompts_without_pictures(client):
+    turns = [
+        *chat("What color is the square?", data_url(SCENES[0])),
+        {"role": "assistant", "content": "red"},
+        {"role": "user", "content": QUESTION},
+    ]
+    answer, headers = ask(client, turns)
+    assert answer.choices[0].message.content.strip() == "N" and headers["x-visual-tokens"] == "16"
+    answer, headers = ask(client, [{"role": "user", "content": "How many objects are there?"}])
+    assert answer.choices[0].message.content == expected("How many objects are there?", None)[0]
+    assert headers["x-visual-tokens"] == headers["x-visual-tokens-uncompressed"] == "0"
+
+
+def test_four_at_once_get_their_own_answers(client):
+    asked = [
+        (image, *settings) for image in SCENES for settings in ((QUESTION, 16), ("How many objects are there?", 36))
+    ]
+
+    def answer(job):
+        image, question, budget = job
+        settings = {"extra_body": {"token_recovery": {"budget": budget}}, "stream": budget == 36}
+        response, headers = ask(client, chat(question, data_url(image)), **settings)
+        if budget == 36:
+            return "".join(chunk.choices[0].delta.content or "" for chunk in response), headers["x-visual-tokens"]
+        return response.choices[0].message.content, headers["x-visual-tokens"]
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(answer, asked))
+    wanted = [
+        (expected(question, image, token_recovery={"budget": budget})[0], str(budget))
+        for image, question, budget in asked
+    ]
+    assert answers == wanted
+    assert len({text for text, _ in wanted}) > 3
+
+
+def test_sampling_and_lengths(client):
+    messages = chat("How many objects are there?", data_url(SCENES[2]))
+    hot = {"temperature": 2.0, "extra_body": {"token_recovery": {"budget": 1, "coverage_share": 1.0}}}
+    texts = [ask(client, messages, seed=seed, **hot)[0].choices[0].message.content for seed in (1, 1, 2, 3, 4)]
+    assert texts[0] == texts[1] and len(set(texts)) > 1
+    cut, _ = ask(client, messages, max_tokens=1)
+    assert (cut.choices[0].finish_reason, cut.usage.completion_tokens) == ("length", 1)
+    greedy, _ = ask(client, messages, temperature=0)
+    assert greedy.choices[0].message.content == expected("How many objects are there?", SCENES[2])[0]
+    word = greedy.choices[0].message.content.strip()
+    stopped, _ = ask(client, messages, stop=[word[:2]])
+    assert stopped.choices[0].message.content.strip().startswith(word[:2])
+
+
+def test_any_picture_that_browsers_show(client):
+    assert ask(client, chat(QUESTION, data_url(Image.new("RGB", (1, 1)))))[1]["x-visual-tokens"] == "16"
+    turned = Image.new("L", (30, 9))
+    assert ask(client, chat(QUESTION, data_url(turned, "gif"), data_url(turned, "webp")))[1]["x-visual-tokens"] == "32"
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+def test_one_model_is_served(client):
+    assert [model.id for model in client.models.list()] == ["demo"]
+    assert client.models.retrieve("demo").id == "demo"
+    with pytest.raises(openai.NotFoundError, match="serves 'demo' alone, got model 'org/other'"):
+        client.models.retrieve("org/other")
+    with pytest.raises(openai.NotFoundError, match="serves 'demo' alone, got model 'org/other'"):
+        client.chat.completions.create(model="org/other", messages=chat(QUESTION, data_url(SCENES[0])))
+    with pytest.raises(openai.NotFoundError, match="There is no POST /v1/responses here"):
+        client.responses.create(model="demo", input="?")
+
+
+LONG, HUGE = "word " * 600, {"budget": None, "outlier_threshold": 2**70}
+MALFORMED = {
+    "not JSON": (b"{", "not JSON"),
+    "nested": (b"[" * 100_000, "not JSON"),
+    "no object": ([1], "must be a JSON object"),
+    "unknown field": ({"messages": chat("?"), "budget": 3}, "Unknown field 'budget'"),
+    "no question": ({"messages": chat(" ", data_url(SCENES[0]))}, "no question"),
+    "unknown setting": ({"messages": chat("?"), "token_recovery": {"budgt": 3}}, "did you mean 'budget'"),
+    "large budget": ({"messages": chat("?", data_url(SCENES[0])), "token_recovery": {"budget": 145}}, "144"),
+    "huge setting": ({"messages": chat("?", data_url(SCENES[0])), "token_recovery": HUGE}, "int too big"),
+    "too long": ({"messages": chat(LONG)}, "leaves none for an answer"),
+    "a placeholder": ({"messages": chat("<image> what?", data_url(SCENES[0]))}, "send the picture instead"),
+    "no picture": ({"messages": chat("?", "data:image/png;base64,aGVsbG8=")}, "no picture that can be read"),
+}
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(("body", "message"), MALFORMED.values(), ids=MALFORMED)
+def test_malformed_requests_are_told_what_is_wrong(server, body, message, streams):
+    body = {**body, "stream": streams} if isinstance(body, dict) else body
+    status, answer = post(server, body)
+    assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+    assert message in answer["error"]["message"] and "Traceback" not in answer["error"]["message"]
+
+
+def test_a_large_request_is_refused(server, monkeypatch):
+    monkeypatch.setattr(server_module, "_MOST_BYTES", 1000)
+    status, answer = post(server, {"messages": chat(LONG)})
+    assert status == 413 and "larger than 1,000 bytes" in answer["error"]["message"]
+
+
+def test_files_of_the_server_are_never_read(client, tmp_path):
+    file = tmp_path / "AAAA"  # its name is good base64
+    SCENES[0].save(file, "PNG")
+    for url in (str(file), f"file://{file}", f"FILE:{file}", str(file.relative_to("/")), "/etc/passwd"):
+        with pytest.raises(openai.BadRequestError, match=r"never read|no picture that can be read"):
+            ask(client, chat(QUESTION, url))
+
+
+class _Hosts(http.server.BaseHTTPRequestHandler):
+    """/picture is one; everything else leads there."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        self.send_response(200 if self.path == "/picture" else 302)
+        self.send_header("Location", "/picture")
+        self.end_headers()
+        if self.path == "/picture":
+            SCENES[0].save(self.wfile, "PNG")
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def host():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hosts) as server:
+        server.asked = []
+        conftest.OPEN_PORTS.add(server.server_port)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        conftest.OPEN_PORTS.discard(server.server_port)
+        server.shutdown()
+
+
+def test_urls_are_fetched_from_allowed_hosts_alone(client, host):
+    port = host.server_port
+    assert ask(client, chat(QUESTION, f"http://127.0.0.1:{port}/picture"))[0].choices[0].message.content.strip() == "N"
+    with pytest.raises(openai.BadRequestError, match=r"127\.0\.0\.1 answers 302"):
+        ask(client, chat(QUESTION, f"http://127.0.0.1:{port}/elsewhere"))
+    assert host.asked == ["/picture", "/elsewhere"]
+    for address in ("localhost", "127.0.0.1@localhost", "localhost\\@127.0.0.1", "[::1]"):
+        with pytest.raises(openai.BadRequestError, match=r"fetches from 127\.0\.0\.1 alone"):
+            ask(client, chat(QUESTION, f"http://{address}:{port}/picture"))
+    assert len(host.asked) == 2
+
+
+# ---- clients that leave, and the end -------------------------------------------------------------------------------
+
+
+class _Talkative(Service):
+    """A model that never ends by itself, and counts its steps, each of them slow."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.model = copy.copy(self.model)
+        self.model.generation_config = copy.deepcopy(self.model.generation_config)
+        self.model.generation_config.eos_token_id = None
+        self.steps = 0
+
+    def check_waited_for(self, gone):
+        self.steps += 1
+        time.sleep(0.01)
+        super().check_waited_for(gone)
+
+    def settled(self, seconds=10):
+        """The number of steps once it does not grow any more."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            before = self.steps
+            time.sleep(0.2)
+            if self.steps == before:
+                return before
+        raise AssertionError("it goes on")
+
+
+STEPS = 400  # at .01 s and more each
+
+
+def test_a_client_that_leaves_ends_its_answer():
+    service = _Talkative("demo", *demo_model.demo_model())
+    messages = chat(QUESTION, data_url(SCENES[0]))
+    with running(service) as server, client_of(server) as client:
+        with client.chat.completions.create(model="demo", messages=messages, max_tokens=STEPS, stream=True) as stream:
+            for _, _ in zip(range(3), stream, strict=False):
+                pass
+        assert 0 < service.settled() < STEPS / 2
+        service.steps = 0
+        with pytest.raises(openai.APITimeoutError):
+            client.with_options(timeout=0.5).chat.completions.create(model="demo", messages=messages, max_tokens=STEPS)
+        assert 0 < service.settled() < STEPS / 2
+        service.steps = 0
+        assert ask(client, messages, max_tokens=5)[0].usage.completion_tokens == 5
+        assert service.steps == 5 + 1  # one before
+
+
+def test_a_server_that_is_stopped_ends_its_answers(monkeypatch):
+    monkeypatch.setattr(server_module, "SECONDS_TO_FINISH", 0.2)
+    service = _Talkative("demo", *demo_model.demo_model())
+    messages = chat(QUESTION, data_url(SCENES[0]))
+    with running(service) as server, client_of(server) as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(ask, client, messages, max_tokens=STEPS)
+        while not service.steps:
+            time.sleep(0.01)
+        began = time.monotonic()
+        server.handle_exit(signal.SIGINT, None)
+        with pytest.raises(openai.InternalServerError, match="The server is being stopped"):
+            whole.result()
+        server.thread.join(20)
+        assert not server.thread.is_alive() and time.monotonic() - began < 5
+        assert service.steps < STEPS / 2
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
+def test_a_failure_is_told_and_the_next_request_answered(caplog, streams):
+    service = Service("demo", *demo_model.demo_model())
+    service.model = copy.copy(service.model)
+    works = service.model.generate
+
+    def fails(**kwargs):
+        raise RuntimeError('out of "memory"\n\\ here')
+
+    with running(service) as server, client_of(server) as client:
+        service.model.generate = fails
+        message = "An error occurred during streaming" if streams else "The server failed: RuntimeError"
+        with pytest.raises(openai.APIError, match=message) as caught:
+            list(ask(client, chat(QUESTION, data_url(SCENES[0])), stream=streams)[0])
+        assert not streams or caught.value.body == 'out of "memory" \\ here'
+        service.model.generate = works
+        assert ask(client, chat(QUESTION, data_url(SCENES[0])))[0].choices[0].message.content.strip() == "N"
+    assert 'RuntimeError: out of "memory"' in caplog.text  # whole, once the server is down
+
+
+# ---- what is used of transformers ----------------------------------------------------------------------------------
+
+
+def test_transformers_asks_for_what_it_asked_before(monkeypatch):
+    """The handler is theirs, and what it is given stands in for their classes: see `_ManagerOfCall`."""
+    seen: dict[str, set[str]] = {"manager": set(), "model": set(), "processor": set()}
+
+    def watch(name, class_):
+        original = class_.__getattribute__
+
+        def look_up(self, attribute):
+            if not attribute.startswith("__"):
+                seen[name].add(attribute)
+            return original(self, attribute)
+
+        monkeypatch.setattr(class_, "__getattribute__", look_up, raising=False)
+
+    class Processor(SimpleNamespace):
+        pass
+
+    monkeypatch.setattr("reccomp_hf.serving.answering.SimpleNamespace", Processor)
+    for name, class_ in (("manager", _ManagerOfCall), ("model", _ModelOfCall), ("processor", Processor)):
+        watch(name, class_)
+    with running(Service("demo", *demo_model.demo_model())) as server, client_of(server) as client:
+        for stream in (False, True):
+            answer, _ = ask(client, chat(QUESTION, data_url(SCENES[0])), stream=stream)
+            assert not stream or [chunk.choices for chunk in answer]
+    known = {
+        "manager": {"force_model", "process_model_name", "load_model_and_processor", "get_model_modality"},
+        "model": {"config", "device", "generation_config", "generate", "has_talker"},
+        "processor": {"apply_chat_template", "decode", "tokenizer"},
+    }
+    for name, names in known.items():
+        ours = {"_service", "_request", "_gone", "_model", "_processor", "_modality"}
+        new = seen[name] - names - ours
+        assert not new, f"transformers' server asks the {name} for {sorted(new)}: add it in serving/answering.py"
+    assert torch.is_grad_enabled()

@@ -1,0 +1,219 @@
+"""Requests before anything is computed, the server's addresses, and transformers without server parts."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import conftest
+import pytest
+from chat_client import base64_of, chat
+from PIL import Image
+
+from reccomp_hf.compat import IS_V5
+from reccomp_hf.serving import answering
+from reccomp_hf.serving.errors import RequestError
+from reccomp_hf.serving.pictures import PictureReader
+from reccomp_hf.serving.requests import read_request
+from reccomp_hf.serving.server import listen, url_of
+
+pytest_plugins = ("command_line",)
+
+needs_parts = pytest.mark.skipif(not IS_V5, reason="transformers 4.57 has no server parts")
+URL = f"data:image/png;base64,{base64_of(Image.new('RGB', (20, 10), 'red'))}"
+
+
+def read(**body):
+    return read_request({"model": "demo", "messages": chat("What?", URL), **body}, "demo", PictureReader())
+
+
+def user(content):
+    return {"messages": [{"role": "user", "content": content}]}
+
+
+def test_a_request_is_read():
+    request = read(max_tokens=7, temperature=0, top_p=1, seed=3, stop="x", stream=True, token_recovery={"budget": 3})
+    assert (request.max_tokens, request.temperature, request.top_p, request.seed) == (7, 0.0, 1.0, 3)
+    assert (request.stop, request.stream, request.token_recovery, request.pictures) == (["x"], True, {"budget": 3}, 1)
+    image, text = request.messages[0]["content"]
+    assert image["image"].size == (20, 10) and image["image"].getpixel((3, 3)) == (255, 0, 0)
+    assert text == {"type": "text", "text": "What?"}
+
+
+def test_what_changes_nothing_is_taken():
+    neutral = {"n": 1, "logprobs": False, "frequency_penalty": 0, "tools": None, "response_format": {"type": "text"}}
+    request = read(**neutral, user="me", stream_options={"include_usage": True}, max_completion_tokens=9, max_tokens=3)
+    assert request.max_tokens == 9
+    turns = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": "?", "name": "x"},
+    ]
+    assert [(turn["role"], turn["content"][0]["text"]) for turn in read(messages=turns).messages] == [
+        ("system", "Be brief."),
+        ("assistant", ""),
+        ("user", "?"),
+    ]
+
+
+WRONG = [
+    ({"messages": None}, "messages must be a list of at least one message, got None"),
+    ({"messages": []}, "at least one message"),
+    ({"messages": "hello"}, "at least one message, got 'hello'"),
+    ({"messages": ["hello"]}, r"messages\[0\] must be an object"),
+    (
+        {"messages": [{"content": "?"}]},
+        r"messages\[0\].role must be one of system, developer, user, assistant, got None",
+    ),
+    ({"messages": [{"role": "tool", "content": "?"}]}, "got 'tool'"),
+    ({"messages": [{"role": ["user"], "content": "?"}]}, r"got \['user'\]"),
+    ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "tools are not supported"),
+    (
+        {"messages": [{"role": "system", "content": chat("", URL)[0]["content"]}]},
+        "pictures belong into messages of the u",
+    ),
+    (user(None), "content must be a string or a list of parts, got None"),
+    (user([]), "list of parts"),
+    (user(3), "list of parts, got 3"),
+    (user(["text"]), "type text or image_url, got 'text'"),
+    (user([{"type": "input_audio"}]), "got 'input_audio'"),
+    (user([{"type": "text", "text": 3}]), r"content\[0\].text must be a string, got 3"),
+    (user("\ud800"), "half of a surrogate pair"),
+    (user([{"type": "image_url"}]), "image_url must be .*got None"),
+    (user([{"type": "image_url", "image_url": {"url": 3}}]), "got {'url': 3}"),
+    (user([{"type": "image_url", "image_url": ""}]), "got ''"),
+    ({"messages": chat("?", "data:image/png;base64,%%%")}, "which is no base64"),
+    ({"messages": chat("?", "data:image/png,abc")}, "expected data:image/png;base64"),
+    ({"messages": chat("?", "data:text/plain;base64,aGVsbG8=")}, "got 'data:text/plain;base64'"),
+    ({"messages": chat("?", URL[:-40])}, "no base64|no picture that can be read"),
+    ({"messages": chat("?", "https://example.com/a.png")}, "started without --allow-urls HOST"),
+    ({"messages": chat("?", "ftp://example.com/a.png")}, "starts with 'ftp:'"),
+    ({"messages": chat("?", *[URL] * 33)}, "may hold 32 pictures, got 33"),
+    ({"model": 3}, "alone, got model 3"),
+    ({"max_tokens": -1}, "max_tokens must be an integer from 1 .* got -1"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens must be an integer from 1"),
+    ({"max_tokens": 1.5}, "got 1.5"),
+    ({"max_tokens": True}, "got True"),
+    ({"temperature": -0.1}, "temperature must be a number from 0 to 2"),
+    ({"temperature": float("nan")}, "got nan"),
+    ({"temperature": "hot"}, "got 'hot'"),
+    ({"top_p": 0}, "top_p must be a number above 0 and at most 1"),
+    ({"seed": 2**63}, "seed must be an integer"),
+    ({"stop": 3}, "stop must be a string or up to four"),
+    ({"stop": [""]}, "none of them empty"),
+    ({"stream": "yes"}, "stream must be true or false, got 'yes'"),
+    ({"n": 2}, "n is not supported, got 2"),
+    ({"tools": [{"type": "function"}]}, "tools is not supported"),
+    ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
+    ({"logit_bias": {"3": 1}}, "logit_bias is not supported"),
+    ({"generation_config": "{}"}, "Unknown field 'generation_config'"),
+    ({"token_recovery": 3}, "token_recovery must be an object"),
+]
+
+
+@pytest.mark.parametrize(("body", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
+def test_what_is_wrong_is_said(body, message):
+    with pytest.raises(RequestError, match=message) as caught:
+        read(**body)
+    assert caught.value.status in (400, 404) and len(str(caught.value)) < 400
+
+
+def test_pictures_that_are_too_large_are_not_decoded(monkeypatch):
+    monkeypatch.setattr("reccomp_hf.serving.pictures._MOST_PIXELS", 199)
+    with pytest.raises(RequestError, match="no picture that can be read") as caught:
+        read()
+    assert "20 x 10 pixels" in str(caught.value.__cause__)
+
+
+def test_only_picture_formats_of_the_web_are_read(tmp_path):
+    text = base64_of(Image.new("RGB", (9, 9)), "TIFF")
+    with pytest.raises(RequestError, match=r"PNG, JPEG, WEBP, GIF, BMP"):
+        read(messages=chat("?", text))
+
+
+# ---- addresses -----------------------------------------------------------------------------------------------------
+
+
+def test_addresses():
+    with listen("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        assert url_of(first) == f"http://127.0.0.1:{port}/v1" and port > 0
+        with pytest.raises(
+            OSError, match=rf"port {port} of 127.0.0.1 is in use: choose another --port, or 0 for a free"
+        ):
+            listen("127.0.0.1", port)
+    with pytest.raises(ValueError, match=r"--port must be from 0 .* got 70000"):
+        listen("127.0.0.1", 70000)
+    with pytest.raises(OSError, match=r"192\.0\.2\.1 is no address of this machine"):
+        listen("192.0.2.1", 0)
+
+
+def test_an_unknown_host(monkeypatch):
+    def unknown(*args, **kwargs):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(OSError, match=r"nowhere\.example is no known host"):
+        listen("nowhere.example", 0)
+
+
+# ---- transformers' parts, and the command --------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(IS_V5, reason="transformers 5 has server parts")
+def test_without_server_parts_one_line_says_which_version_has_them(error):
+    said = error("serve", "demo")
+    assert (
+        "5.12 or newer" in said
+        and re.search(r"this is transformers 4\.57\.\d", said)
+        and "vLLM is another way" in said
+    )
+
+
+@needs_parts
+def test_server_parts_that_differ_are_one_line(error, monkeypatch):
+    from transformers.cli.serving import chat_completion, utils
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
+        assert "pip install 'reccomp_hf[serve]'" in error("serve", "demo")
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.GenerationState, "get_manager", lambda self, name: None)
+        assert "differ from those that are known" in error("serve", "demo")
+    with monkeypatch.context() as patch:
+        patch.delattr(chat_completion, "ChatCompletionHandler")
+        assert "Install transformers 5.24" in error("serve", "demo")
+    parts = answering.server_parts()
+    assert parts.handler is chat_completion.ChatCompletionHandler and parts.modality.value == "VLM"
+
+
+@needs_parts
+def test_errors_before_anything_is_loaded(error):
+    with listen("127.0.0.1", 0) as taken:
+        assert "is in use" in error("serve", "demo", "--port", taken.getsockname()[1])
+    assert "--port must be" in error("serve", "demo", "--port", "-1")
+    assert "did you mean 'budget'" in error("serve", "demo", "--port", "0", "--set", "budgt=3")
+    assert "only 144 patches" in error("serve", "demo", "--port", "0", "--budget", "145")
+
+
+@needs_parts
+def test_the_command_serves_until_it_is_interrupted():
+    import openai
+
+    command = [sys.executable, "-m", "reccomp_hf.cli", "serve", "demo", "--port", "0", "--budget", "20"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline()
+            port = int(re.fullmatch(r"Serving demo on http://127\.0\.0\.1:(\d+)/v1 \(Ctrl-C ends it\)\.\n", line)[1])
+            conftest.OPEN_PORTS.add(port)
+            with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+                answer = client.chat.completions.with_raw_response.create(model="demo", messages=chat("What?", URL))
+                assert answer.headers["x-visual-tokens"] == "20"
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    conftest.OPEN_PORTS.discard(port)
+    assert (process.returncode, out) == (0, "Stopped.\n")
+    assert re.fullmatch(r"[\d:]+ chatcmpl-\w+: 20 of 144 visual tokens, prompt of \d+ tokens, after [\d.]+ s\n", err)
