@@ -341,11 +341,14 @@ def test_the_mid_size_configuration():
 
 @pytest.mark.parametrize("architecture", [LLAVA, LLAVA_NEXT], ids=lambda row: row.name)
 def test_random_models_are_built_in_their_dtype(architecture):
-    model = random_model(architecture.compressed().config, CPU, torch.bfloat16)
+    config = architecture.compressed().config
+    before = config.to_dict()
+    model = random_model(config, CPU, torch.bfloat16)
+    assert config.to_dict() == before, "the config is the caller's"
     assert isinstance(model, architecture.model_class) and not model.training
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert torch.get_default_dtype() == torch.float32
-    again = random_model(architecture.compressed().config, CPU, torch.bfloat16)
+    again = random_model(config, CPU, torch.bfloat16)
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), again.parameters(), strict=True))
 
 

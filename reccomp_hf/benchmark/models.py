@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -59,8 +60,8 @@ def random_model(config: Any, device: torch.device, dtype: torch.dtype, seed: in
     from transformers import AutoModelForImageTextToText
 
     torch.manual_seed(seed)
-    with device:
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    with device:  # a copy, since transformers writes the dtype into what it is given
+        model = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=dtype)
     return model.to(device, dtype).eval()
 
 
