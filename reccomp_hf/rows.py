@@ -44,16 +44,25 @@ class Rows(abc.ABC):
     def where(self, number: int) -> str:
         """What a row is called in a message."""
 
-    def require(self, *names: str) -> None:
+    def require(self, *names: str, hint: str = "") -> None:
         """Refuse data without some column.
 
+        Args:
+            *names: The columns.
+            hint: What to do about it.
+
         Raises:
-            ValueError: A column is missing; never where every line is broken, which its own error says better.
+            ValueError: A column is missing, or no line is a row at all.
         """
+        if not self.columns:
+            try:
+                self[0]
+            except ValueError as error:
+                raise ValueError(f"{self.where(0)}: {error} No line of it is a row: one JSON object each.") from error
         missing = [name for name in names if name not in self.columns]
-        if missing and self.columns:
-            known = ", ".join(self.columns)
-            raise ValueError(f"{self.name} has no column {missing[0]!r}; its columns are {known}.")
+        if missing:
+            known = ", ".join(self.columns) or "none"
+            raise ValueError(f"{self.name} has no column {missing[0]!r}; its columns are {known}." + hint)
 
 
 class _Lines(Rows):

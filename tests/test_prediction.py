@@ -5,6 +5,7 @@ import json
 import subprocess
 
 import pytest
+import torch
 from architectures import each_architecture
 from PIL import Image
 from predictions import (
@@ -166,6 +167,30 @@ def test_the_command(run, error, data, wanted, tmp_path):
     assert {line.get("visual_tokens") for line in read_lines(output)} == {7, None}
 
 
+def test_a_run_in_which_nothing_was_answered_fails(error, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"image": "none.png", "question": "What?"}\n')
+    output = tmp_path / "out.jsonl"
+    assert "1 of 1 rows could not be answered" in error("predict", data, "--model", "demo", "--output", output)
+    assert "none.png cannot be read: no such file" in read_lines(output)[0]["error"]
+
+
+def test_an_interrupted_run_says_what_is_kept(run, data, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("reccomp_hf.commands.predict.predict", interrupted)
+    output = tmp_path / "out.jsonl"
+    code, _, err = run("predict", data, "--model", "demo", "--output", output)
+    assert code == 130 and f"{output}.parts keeps the answers so far; the same command goes on" in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_told(error, data, tmp_path):
+    said = error("predict", data, "--model", "demo", "--output", tmp_path / "out.jsonl", "--device", "cuda")
+    assert "--device cpu always can" in said
+
+
 def test_errors_of_the_command(error, data, tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("nothing is loaded for what cannot be")
@@ -173,6 +198,7 @@ def test_errors_of_the_command(error, data, tmp_path, monkeypatch):
     monkeypatch.setattr("reccomp_hf.commands.predict.load", never)
     output = tmp_path / "out.jsonl"
     common = ("predict", data, "--model", "demo", "--output")
+    assert "by --image-column, --question-column and --id-column" in error(*common, output, "--image-column", "x")
     assert "has no column 'text'" in error(*common, output, "--question-column", "text")
     assert "batch_size must be at least 1" in error(*common, output, "--batch-size", 0)
     assert "would be written over" in error(*common, data)

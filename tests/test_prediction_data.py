@@ -240,8 +240,13 @@ def test_a_run_of_bad_rows_alone_ends(folder):
     data = write_lines(folder / "data.jsonl", [{**GOOD, "image": "7.png"}, "nothing", {**GOOD, "question": ""}])
     done = ask(data, folder / "out.jsonl")
     assert (done.answers, done.errors, done.visual_tokens) == (0, 3, None)
+
+
+def test_a_file_without_any_row_is_refused(folder):
     data = write_lines(folder / "lines.jsonl", ["nothing", "nothing"])
-    assert ask(data, folder / "lines.out").errors == 2
+    with pytest.raises(ValueError, match=r"lines\.jsonl, line 1: not JSON .* No line of it is a row: one JSON object"):
+        ask(data, folder / "lines.out")
+    assert not list(folder.glob("lines.out*"))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 1), (1, 500), (500, 1)])

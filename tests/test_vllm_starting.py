@@ -196,10 +196,11 @@ def address(tmp_path_factory):
     OPEN_PORTS.discard(port)
 
 
-def chat(address, question, pictures, **body):
-    """The answer's text to a question about pictures, sent as an OpenAI client does; or status and message.
+def chat(address, question, pictures, whole=False, **body):
+    """The answer's text to a question about pictures, or all of it, as OpenAI's clients ask; or status and message.
 
-    A picture is the number of a scene, or its tokens (K, D).
+    A picture is the number of a scene, or its tokens (K, D). The template does not write the token that begins a
+    sequence, which the processor puts in front.
     """
     parts = []
     for picture in pictures:
@@ -211,16 +212,18 @@ def chat(address, question, pictures, **body):
         url = f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"
         parts.append({"type": "image_url", "image_url": {"url": url}})
     message = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
-    body = {"model": "demo", "messages": [message], "temperature": 0, "max_tokens": vllm_engines.NEW_TOKENS, **body}
+    options = {"temperature": 0, "max_tokens": vllm_engines.NEW_TOKENS, "add_special_tokens": True}
+    body = {"model": "demo", "messages": [message], **options, **body}
     request = urllib.request.Request(
         f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     try:
         with urllib.request.urlopen(request, timeout=120) as response:
-            return json.load(response)["choices"][0]["message"]["content"].strip()
+            answer = json.load(response)
     except urllib.error.HTTPError as error:
         with contextlib.closing(error):
             return error.code, error.read().decode()
+    return answer if whole else answer["choices"][0]["message"]["content"].strip()
 
 
 def texts(demo, ids):
@@ -238,6 +241,15 @@ def test_several_clients_at_once(address, demo):
         answers = list(pool.map(client, range(8)))
     right = texts(demo, wanted(demo, pairs, **COMPACT))
     assert answers == [right[number::8] for number in range(8)]
+
+
+def test_the_prompt_over_http_is_the_processors(address, demo):
+    model, processor = demo
+    number, question = PAIRS[0]
+    inputs = processor(images=scene(number), text=user(question), return_tensors="pt")
+    short, _ = model.compress_inputs(**inputs, token_recovery=COMPACT)
+    answer = chat(address, question, (number,), whole=True)
+    assert answer["usage"]["prompt_tokens"] == short["input_ids"].shape[1]
 
 
 def test_a_request_over_http_may_say_its_budget(address, demo):

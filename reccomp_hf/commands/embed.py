@@ -142,7 +142,8 @@ def register(commands: Any) -> None:
         "write what pictures become for the language model, for serving engines",
         "Compresses the picture of every row by its question and writes what the language model would read,\n"
         "(tokens, width) as `image_embeds`, a safetensors file for each row, with index.jsonl to find them by.\n"
-        "The layers of the language model are not loaded. reccomp_hf.image_embeds_part makes of them what\n"
+        "The layers of the language model are not loaded. All rows are checked first, a bad one ends the command,\n"
+        "and the folder appears when it is complete. reccomp_hf.image_embeds_part makes of them what\n"
         "vLLM's server takes (--enable-mm-embeds).",
         " ./llava-reccomp questions.jsonl embeds --set position_ids=compact",
         " demo questions.jsonl embeds --budget dynamic --dtype bfloat16",
@@ -151,7 +152,7 @@ def register(commands: Any) -> None:
     command.add_argument(
         "data",
         metavar="DATA",
-        help="JSON lines with image, question and perhaps id; a Parquet file; or a folder of the datasets library",
+        help="JSON lines with image, question and perhaps id; a Parquet file; or a folder that datasets wrote",
     )
     command.add_argument("output", metavar="OUTPUT", help="folder to write, which must not exist, or be empty")
     command.add_argument("--limit", type=int, metavar="N", help="the first N rows (all)")

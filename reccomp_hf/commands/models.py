@@ -48,7 +48,11 @@ def load(
     describe(folder, name)  # says what is wrong before weights are fetched
     folder = folder if any(folder.glob("model*.safetensors")) else resolve(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch.empty(1, device=device)  # says what is wrong with it before anything is loaded
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, RuntimeError) as error:  # before anything is loaded
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"Nothing can run on device {device!r} here ({reason}): --device cpu always can.") from error
     dtype = dtype or ("float32" if torch.device(device).type == "cpu" else "auto")
     load_one = load_image_encoder if encoder else AutoModelForImageTextToText.from_pretrained
     model = load_one(folder, dtype=dtype, token_recovery=fields, **options)

@@ -31,12 +31,20 @@ def run(arguments: argparse.Namespace) -> None:
     with quiet():
         model, processor = load(arguments.model, fields_of(arguments), _device(state, arguments), arguments.dtype)
         what = (model, processor, arguments.data, arguments.output)
-        done = predict(*what, columns=columns, instruction=arguments.instruction, **options)
+        try:
+            done = predict(*what, columns=columns, instruction=arguments.instruction, **options)
+        except KeyboardInterrupt:
+            if state.is_main_process:
+                kept = f"{arguments.output}.parts keeps the answers so far; the same command goes on from them."
+                sys.stderr.write(f"reccomp-hf: {kept}\n")
+            raise
     state.destroy_process_group()
     if state.is_main_process:
+        note = f'{done.errors} of {done.rows} rows could not be answered: see "error" in {done.output}.'
+        if not done.answers:
+            raise ValueError(note)
         say(json.dumps(dataclasses.asdict(done), indent=2) if arguments.json else _text(done))
         if done.errors:
-            note = f'{done.errors} of {done.rows} rows could not be answered: see "error" in {done.output}.'
             sys.stderr.write(f"reccomp-hf: warning: {note}\n")
 
 
@@ -74,7 +82,8 @@ def register(commands: Any) -> None:
         "Asks a checkpoint every question of the data and writes a line of JSON for each, in the order of the data:\n"
         "row, id, image, question, answer, visual_tokens, uncompressed_visual_tokens. A row that cannot be asked\n"
         "(no or a broken picture, no question, no JSON, an id that was there before) gets row, id and error instead;\n"
-        "the run goes on, ends with status 0, and tells their number in a warning, in --json as errors.\n\n"
+        "the run goes on, ends with status 0, and tells their number in a warning, in --json as errors. Where no\n"
+        "row at all could be answered the status is 2.\n\n"
         "What is answered is kept in OUTPUT.parts until all is there. The same command after a kill goes on from it,\n"
         "with any --batch-size and number of processes, and refuses to with other data, model or settings.",
         " questions.jsonl --model ./llava-reccomp --output answers.jsonl",

@@ -43,7 +43,8 @@ class Columns:
             ValueError: A column is missing.
         """
         needed = [self.image, self.id, self.question if self.asked is None else None]
-        rows.require(*(name for name in needed if name is not None))
+        hint = " Name others by --image-column, --question-column and --id-column, or ask all the same by --question."
+        rows.require(*(name for name in needed if name is not None), hint=hint)
 
 
 @dataclasses.dataclass(frozen=True)
