@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import json
 import threading
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,11 +48,34 @@ def client_of(server: Any, **settings: Any) -> Any:
     return openai.OpenAI(base_url=address, api_key="none", max_retries=0, **{"timeout": 60, **settings})
 
 
+def raw_events(server: Any, messages: list[dict[str, Any]], **settings: Any) -> list[str]:
+    """A stream as it comes over the wire: its events, which end by an empty line each."""
+    body = json.dumps({"messages": messages, "stream": True, "max_tokens": 16, **settings}).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}/v1/chat/completions", body, method="POST")
+    with urllib.request.urlopen(request, timeout=60) as response:
+        *events, rest = response.read().decode().split("\n\n")
+    assert rest == ""
+    return events
+
+
 def base64_of(image: Image.Image, kind: str = "PNG") -> str:
     """A picture file as base64."""
     file = io.BytesIO()
     image.save(file, kind)
     return base64.b64encode(file.getvalue()).decode()
+
+
+def data_url(image: Image.Image, kind: str = "png") -> str:
+    """A picture as clients send it."""
+    return f"data:image/{kind};base64,{base64_of(image, kind.upper())}"
+
+
+def ask(client: Any, messages: list[dict[str, Any]], **settings: Any) -> tuple[Any, Any]:
+    """An answer, or the stream of one, and its headers."""
+    raw = client.chat.completions.with_raw_response.create(
+        model="demo", messages=messages, **{"max_tokens": 16, **settings}
+    )
+    return raw.parse(), raw.headers
 
 
 def chat(question: str, *urls: str) -> list[dict[str, Any]]:

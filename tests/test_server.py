@@ -4,9 +4,7 @@ import concurrent.futures
 import copy
 import http.server
 import json
-import signal
 import threading
-import time
 import urllib.request
 from types import SimpleNamespace
 
@@ -14,7 +12,7 @@ import conftest
 import demo_model
 import pytest
 import torch
-from chat_client import base64_of, chat, client_of, expected, running
+from chat_client import ask, base64_of, chat, client_of, data_url, expected, raw_events, running
 from PIL import Image
 
 from reccomp_hf.compat import IS_V5
@@ -42,17 +40,6 @@ def server():
 def client(server):
     with client_of(server) as opened:
         yield opened
-
-
-def data_url(image, kind="png"):
-    return f"data:image/{kind};base64,{base64_of(image, kind.upper())}"
-
-
-def ask(client, messages, **settings):
-    raw = client.chat.completions.with_raw_response.create(
-        model="demo", messages=messages, **{"max_tokens": 16, **settings}
-    )
-    return raw.parse(), raw.headers
 
 
 def post(server, body):
@@ -102,6 +89,23 @@ def test_streams_are_those_of_generate(client):
         text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
         assert text.strip() == question.answer
         assert chunks[-1].choices[0].finish_reason == "stop" and chunks[-1].usage.completion_tokens == 2
+
+
+def test_a_stream_says_that_it_is_done(server):
+    events = raw_events(server, chat(QUESTION, data_url(SCENES[0])))
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
+    assert events[-1] == "data: [DONE]" and len(chunks) > 2
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop" and chunks[-1]["usage"]["completion_tokens"] == 2
+
+
+def test_a_picture_needs_no_question_where_none_is_read():
+    model, processor = demo_model.demo_model()
+    blind = copy.copy(processor)
+    blind._recovery_tokenizer = None
+    with running(Service("demo", model, blind)) as server, client_of(server) as client:
+        fields = {"extra_body": {"token_recovery": {"enabled": False}}}
+        answer, headers = ask(client, chat("", data_url(SCENES[0])), **fields)
+        assert headers["x-visual-tokens"] == "144" and answer.choices[0].message.content is not None
 
 
 @pytest.mark.parametrize(
@@ -196,13 +200,35 @@ def test_one_model_is_served(client):
         client.responses.create(model="demo", input="?")
 
 
+def test_a_model_may_have_several_names():
+    with running(Service("ck", *demo_model.demo_model(), ["./ck/", "./ck"])) as server, client_of(server) as client:
+        assert [model.id for model in client.models.list()] == ["ck"]
+        for name in ("ck", "./ck/", "./ck"):
+            answer = client.chat.completions.create(model=name, messages=chat(QUESTION), max_tokens=1)
+            assert answer.model == "ck"
+        with pytest.raises(openai.NotFoundError, match="serves 'ck' alone, got model 'c'"):
+            client.chat.completions.create(model="c", messages=chat(QUESTION))
+
+
+def later(*content):
+    """A picture with its question, and a second user turn."""
+    first = chat(QUESTION, data_url(SCENES[0]))
+    return [*first, {"role": "assistant", "content": "N"}, {"role": "user", "content": list(content)}]
+
+
+NO_QUESTION = "The picture has no question: add a text part to the last user message."
 LONG, HUGE = "word " * 600, {"budget": None, "outlier_threshold": 2**70}
 MALFORMED = {
     "not JSON": (b"{", "not JSON"),
     "nested": (b"[" * 100_000, "not JSON"),
     "no object": ([1], "must be a JSON object"),
     "unknown field": ({"messages": chat("?"), "budget": 3}, "Unknown field 'budget'"),
-    "no question": ({"messages": chat(" ", data_url(SCENES[0]))}, "no question"),
+    "no question": ({"messages": chat(" ", data_url(SCENES[0]))}, NO_QUESTION),
+    "a picture alone": (
+        {"messages": [{"role": "user", "content": chat("", data_url(SCENES[0]))[0]["content"][:1]}]},
+        NO_QUESTION,
+    ),
+    "no later question": ({"messages": later({"type": "text", "text": ""})}, NO_QUESTION),
     "unknown setting": ({"messages": chat("?"), "token_recovery": {"budgt": 3}}, "did you mean 'budget'"),
     "large budget": ({"messages": chat("?", data_url(SCENES[0])), "token_recovery": {"budget": 145}}, "144"),
     "huge setting": ({"messages": chat("?", data_url(SCENES[0])), "token_recovery": HUGE}, "int too big"),
@@ -271,92 +297,6 @@ def test_urls_are_fetched_from_allowed_hosts_alone(client, host):
         with pytest.raises(openai.BadRequestError, match=r"fetches from 127\.0\.0\.1 alone"):
             ask(client, chat(QUESTION, f"http://{address}:{port}/picture"))
     assert len(host.asked) == 2
-
-
-# ---- clients that leave, and the end -------------------------------------------------------------------------------
-
-
-class _Talkative(Service):
-    """A model that never ends by itself, and counts its steps, each of them slow."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.model = copy.copy(self.model)
-        self.model.generation_config = copy.deepcopy(self.model.generation_config)
-        self.model.generation_config.eos_token_id = None
-        self.steps = 0
-
-    def check_waited_for(self, gone):
-        self.steps += 1
-        time.sleep(0.01)
-        super().check_waited_for(gone)
-
-    def settled(self, seconds=10):
-        """The number of steps once it does not grow any more."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            before = self.steps
-            time.sleep(0.2)
-            if self.steps == before:
-                return before
-        raise AssertionError("it goes on")
-
-
-STEPS = 400  # at .01 s and more each
-
-
-def test_a_client_that_leaves_ends_its_answer():
-    service = _Talkative("demo", *demo_model.demo_model())
-    messages = chat(QUESTION, data_url(SCENES[0]))
-    with running(service) as server, client_of(server) as client:
-        with client.chat.completions.create(model="demo", messages=messages, max_tokens=STEPS, stream=True) as stream:
-            for _, _ in zip(range(3), stream, strict=False):
-                pass
-        assert 0 < service.settled() < STEPS / 2
-        service.steps = 0
-        with pytest.raises(openai.APITimeoutError):
-            client.with_options(timeout=0.5).chat.completions.create(model="demo", messages=messages, max_tokens=STEPS)
-        assert 0 < service.settled() < STEPS / 2
-        service.steps = 0
-        assert ask(client, messages, max_tokens=5)[0].usage.completion_tokens == 5
-        assert service.steps == 5 + 1  # one before
-
-
-def test_a_server_that_is_stopped_ends_its_answers(monkeypatch):
-    monkeypatch.setattr(server_module, "SECONDS_TO_FINISH", 0.2)
-    service = _Talkative("demo", *demo_model.demo_model())
-    messages = chat(QUESTION, data_url(SCENES[0]))
-    with running(service) as server, client_of(server) as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
-        whole = pool.submit(ask, client, messages, max_tokens=STEPS)
-        while not service.steps:
-            time.sleep(0.01)
-        began = time.monotonic()
-        server.handle_exit(signal.SIGINT, None)
-        with pytest.raises(openai.InternalServerError, match="The server is being stopped"):
-            whole.result()
-        server.thread.join(20)
-        assert not server.thread.is_alive() and time.monotonic() - began < 5
-        assert service.steps < STEPS / 2
-
-
-@pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
-def test_a_failure_is_told_and_the_next_request_answered(caplog, streams):
-    service = Service("demo", *demo_model.demo_model())
-    service.model = copy.copy(service.model)
-    works = service.model.generate
-
-    def fails(**kwargs):
-        raise RuntimeError('out of "memory"\n\\ here')
-
-    with running(service) as server, client_of(server) as client:
-        service.model.generate = fails
-        message = "An error occurred during streaming" if streams else "The server failed: RuntimeError"
-        with pytest.raises(openai.APIError, match=message) as caught:
-            list(ask(client, chat(QUESTION, data_url(SCENES[0])), stream=streams)[0])
-        assert not streams or caught.value.body == 'out of "memory" \\ here'
-        service.model.generate = works
-        assert ask(client, chat(QUESTION, data_url(SCENES[0])))[0].choices[0].message.content.strip() == "N"
-    assert 'RuntimeError: out of "memory"' in caplog.text  # whole, once the server is down
 
 
 # ---- what is used of transformers ----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 from chat_client import base64_of, chat
 from PIL import Image
 
+from reccomp_hf.commands.serve import names_of
 from reccomp_hf.compat import IS_V5
 from reccomp_hf.serving import answering
 from reccomp_hf.serving.errors import RequestError
@@ -25,7 +26,7 @@ URL = f"data:image/png;base64,{base64_of(Image.new('RGB', (20, 10), 'red'))}"
 
 
 def read(**body):
-    return read_request({"model": "demo", "messages": chat("What?", URL), **body}, "demo", PictureReader())
+    return read_request({"model": "demo", "messages": chat("What?", URL), **body}, ("demo",), PictureReader())
 
 
 def user(content):
@@ -119,6 +120,26 @@ def test_what_is_wrong_is_said(body, message):
     assert caught.value.status in (400, 404) and len(str(caught.value)) < 400
 
 
+def test_known_fields_are_those_that_work():
+    with pytest.raises(RequestError, match="Unknown field 'top_k'; known ones are ") as caught:
+        read(top_k=3)
+    known = str(caught.value).partition("known ones are ")[2].rstrip(".").split(", ")
+    assert set(known) == {
+        *("model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop"),
+        *("stream", "token_recovery"),
+    }
+
+
+def test_names_of_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ck").mkdir()
+    assert names_of("./ck/") == ["ck", "./ck/", "./ck"]
+    assert names_of(str(tmp_path / "ck")) == ["ck", str(tmp_path / "ck")]
+    assert names_of("demo") == ["demo"] and names_of("org/model") == ["org/model"]
+    monkeypatch.chdir("ck")
+    assert names_of(".") == ["ck", "."]
+
+
 def test_pictures_that_are_too_large_are_not_decoded(monkeypatch):
     monkeypatch.setattr("reccomp_hf.serving.pictures._MOST_PIXELS", 199)
     with pytest.raises(RequestError, match="no picture that can be read") as caught:
@@ -201,7 +222,8 @@ def test_errors_before_anything_is_loaded(error):
 def test_the_command_serves_until_it_is_interrupted():
     import openai
 
-    command = [sys.executable, "-m", "reccomp_hf.cli", "serve", "demo", "--port", "0", "--budget", "20"]
+    command = [sys.executable, "-m", "reccomp_hf.cli", "serve", "--port", "0", "--budget", "20"]
+    command += ["--allow-urls", "b.example", "--allow-urls", "a.example", "demo"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             line = process.stdout.readline()
@@ -210,10 +232,13 @@ def test_the_command_serves_until_it_is_interrupted():
             with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
                 answer = client.chat.completions.with_raw_response.create(model="demo", messages=chat("What?", URL))
                 assert answer.headers["x-visual-tokens"] == "20"
+                with pytest.raises(openai.BadRequestError, match=r"fetches from a\.example, b\.example alone"):
+                    client.chat.completions.create(model="demo", messages=chat("What?", "http://c.example/a.png"))
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=30)
         finally:
             process.kill()
     conftest.OPEN_PORTS.discard(port)
     assert (process.returncode, out) == (0, "Stopped.\n")
-    assert re.fullmatch(r"[\d:]+ chatcmpl-\w+: 20 of 144 visual tokens, prompt of \d+ tokens, after [\d.]+ s\n", err)
+    answered = r"[\d:]+ chatcmpl-\w+: 20 of 144 visual tokens, prompt of \d+ tokens, after [\d.]+ s\n"
+    assert re.fullmatch(answered + r"[\d:]+ 400: .* alone\.\n", err)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import logging
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from ..serving.answering import Service, server_parts
@@ -21,16 +23,24 @@ def run(arguments: argparse.Namespace) -> None:
     listener = listen(arguments.host, arguments.port)
     with listener, quiet(progress_bars=sys.stderr.isatty()):
         model, processor = load(arguments.model, fields_of(arguments), arguments.device, arguments.dtype)
-        service = Service(arguments.model, model, processor)
+        name, *aliases = names_of(arguments.model)
+        service = Service(name, model, processor, aliases)
         server = http_server(build_app(service, PictureReader(arguments.allow_urls)), service)
         _log()
-        say(f"Serving {arguments.model} on {url_of(listener)} (Ctrl-C ends it).")
+        say(f"Serving {name} on {url_of(listener)} (Ctrl-C ends it).")
         if not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback:
             say("Whoever reaches this address can use it: no key is asked for.")
         try:
             server.run(sockets=[listener])
         except KeyboardInterrupt:
             say("Stopped.")
+
+
+def names_of(model: str) -> list[str]:
+    """What clients may call a model that is served under a name: first what is listed, a folder's own name."""
+    bare = model.rstrip("/")
+    listed = Path(os.path.abspath(model)).name if Path(model).is_dir() else model
+    return list(dict.fromkeys(name for name in (listed, model, bare) if name))
 
 
 def _log() -> None:
@@ -62,13 +72,12 @@ def register(commands: Any) -> None:
     )
     command.add_argument(
         "--allow-urls",
-        nargs="+",
-        action="extend",
+        action="append",
         default=[],
         metavar="HOST",
-        help="fetch pictures that requests name by http(s) URLs of these hosts (none)",
+        help="fetch pictures that requests name by http(s) URLs of this host; may be repeated (none)",
     )
     add_model_options(command)
 
 
-__all__ = ["register", "run"]
+__all__ = ["names_of", "register", "run"]

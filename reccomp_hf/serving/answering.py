@@ -8,6 +8,7 @@ what the language model reads, and a request's settings are its own. All of a mo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -15,6 +16,7 @@ import logging
 import sys
 import threading
 import time
+from collections.abc import AsyncGenerator, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -106,10 +108,12 @@ class Service:
         name: What clients call the model.
         model: A compressed LLaVA in eval mode.
         processor: Its processor.
+        aliases: What they may call it as well.
     """
 
-    def __init__(self, name: str, model: Any, processor: Any) -> None:
+    def __init__(self, name: str, model: Any, processor: Any, aliases: Iterable[str] = ()) -> None:
         self.name, self.model, self.processor = name, model, processor
+        self.names = (name, *aliases)
         self.parts = server_parts()
         self.state = self.parts.state()
         self.ends_at = float("inf")
@@ -147,6 +151,8 @@ class Service:
         }
         handler = self.parts.handler(_ManagerOfCall(self, request, prepared, gone), self.state)
         response = await handler.handle_request(body, request_id)
+        if request.stream:
+            response.body_iterator = _with_end(response.body_iterator)
         response.headers["x-visual-tokens"] = str(prepared.visual_tokens)
         response.headers["x-visual-tokens-uncompressed"] = str(prepared.visual_tokens_before)
         return response
@@ -160,6 +166,9 @@ class Service:
         texts = [part.get("text", "") for message in request.messages for part in message["content"]]
         if any(image_token in text for text in texts):
             raise RequestError(f"A text holds {image_token!r}, which stands for a picture: send the picture instead.")
+        reads_questions = "recovery_input_ids" in self.processor.model_input_names
+        if request.pictures and reads_questions and not self.processor.questions_of(request.messages):
+            raise RequestError("The picture has no question: add a text part to the last user message.")
         try:
             inputs = self.processor.apply_chat_template(
                 request.messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -198,6 +207,17 @@ class Service:
             raise CallEnded("The client is gone.")
         if time.monotonic() > self.ends_at:
             raise CallEnded("The server is being stopped.")
+
+
+async def _with_end(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """The events of a stream, and OpenAI's last one where no error ended it."""
+    failed = False
+    async with contextlib.aclosing(events):
+        async for sent in events:  # one or several
+            failed = failed or any(event.startswith('data: {"error":') for event in sent.split("\n\n"))
+            yield sent
+    if not failed:
+        yield "data: [DONE]\n\n"
 
 
 class _ManagerOfCall:

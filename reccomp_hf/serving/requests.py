@@ -34,7 +34,7 @@ _IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", 
 _READ = ("model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "stream")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
-_FIELDS = (*_READ, "token_recovery", *_NEUTRAL, *_IGNORED)
+_WORKING = (*_READ, "token_recovery")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +64,12 @@ class ChatRequest:
     stop: list[str]
 
 
-def read_request(body: Any, model: str, open_picture: Callable[[str, str], Image.Image]) -> ChatRequest:
+def read_request(body: Any, models: tuple[str, ...], open_picture: Callable[[str, str], Image.Image]) -> ChatRequest:
     """Check a request's body and open its pictures.
 
     Args:
         body: What the JSON said.
-        model: The name of the one model that is served.
+        models: Names of the one model that is served, the one that is listed first.
         open_picture: Makes a picture of a URL; it is also given the URL's place, for errors.
 
     Raises:
@@ -79,7 +79,7 @@ def read_request(body: Any, model: str, open_picture: Callable[[str, str], Image
         raise RequestError(f"The body must be a JSON object with model and messages, got {_shown(body)}.")
     body = {name: value for name, value in body.items() if value is not None}
     _check_fields(body)
-    check_model(body.get("model"), model)
+    check_model(body.get("model"), models)
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise RequestError(f"messages must be a list of at least one message, got {_shown(messages)}.")
@@ -106,20 +106,22 @@ def read_request(body: Any, model: str, open_picture: Callable[[str, str], Image
     )
 
 
-def check_model(name: Any, served: str) -> None:
+def check_model(name: Any, served: tuple[str, ...]) -> None:
     """Refuse other models; no name stands for the one that is served.
 
     Raises:
         RequestError: Another name.
     """
-    if name is not None and name != served:
-        raise RequestError(f"This server serves {served!r} alone, got model {_shown(name)}.", 404, "model_not_found")
+    if name is not None and name not in served:
+        raise RequestError(
+            f"This server serves {served[0]!r} alone, got model {_shown(name)}.", 404, "model_not_found"
+        )
 
 
 def _check_fields(body: Mapping[str, Any]) -> None:
     for name, value in body.items():
-        if name not in _FIELDS:
-            raise RequestError(f"Unknown field {_shown(name)}; known ones are {', '.join(_FIELDS)}.")
+        if name not in (*_WORKING, *_NEUTRAL, *_IGNORED):
+            raise RequestError(f"Unknown field {_shown(name)}; known ones are {', '.join(_WORKING)}.")
         if name in _NEUTRAL and value not in _NEUTRAL[name]:
             raise RequestError(f"{name} is not supported, got {_shown(value)}: leave it out.")
 

@@ -43,7 +43,7 @@ def build_app(service: Service, open_picture: PictureReader) -> Any:
 
     async def chat(request: Request) -> Response:
         body = await _json_of(request)
-        asked = await asyncio.to_thread(read_request, body, service.name, open_picture)
+        asked = await asyncio.to_thread(read_request, body, service.names, open_picture)
         gone = threading.Event()
         try:
             return await _while_there(request, service.answer(asked, f"chatcmpl-{uuid.uuid4().hex}", gone), gone)
@@ -58,7 +58,7 @@ def build_app(service: Service, open_picture: PictureReader) -> Any:
         return JSONResponse({"object": "list", "data": [entry]})
 
     async def model(request: Request) -> Response:
-        check_model(request.path_params["name"], service.name)
+        check_model(request.path_params["name"], service.names)
         return JSONResponse(entry)
 
     async def health(request: Request) -> Response:

@@ -1,0 +1,110 @@
+"""How answers of `reccomp-hf serve` end early: clients that leave, a server that is stopped, a model that fails."""
+
+import concurrent.futures
+import copy
+import json
+import signal
+import time
+
+import demo_model
+import pytest
+from chat_client import ask, chat, client_of, data_url, raw_events, running
+
+from reccomp_hf.compat import IS_V5
+from reccomp_hf.demo import draw_scene
+from reccomp_hf.serving import server as server_module
+from reccomp_hf.serving.answering import Service
+
+if not IS_V5:
+    pytest.skip("transformers 4.57 has no server parts; see test_server_requests.py", allow_module_level=True)
+
+openai = pytest.importorskip("openai")
+
+SCENE = draw_scene(1_000_000).image
+QUESTION = "What letter is on the cyan sign?"
+
+
+class _Talkative(Service):
+    """A model that never ends by itself, and counts its steps, each of them slow."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.model = copy.copy(self.model)
+        self.model.generation_config = copy.deepcopy(self.model.generation_config)
+        self.model.generation_config.eos_token_id = None
+        self.steps = 0
+
+    def check_waited_for(self, gone):
+        self.steps += 1
+        time.sleep(0.01)
+        super().check_waited_for(gone)
+
+    def settled(self, seconds=10):
+        """The number of steps once it does not grow any more."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            before = self.steps
+            time.sleep(0.2)
+            if self.steps == before:
+                return before
+        raise AssertionError("it goes on")
+
+
+STEPS = 400  # at .01 s and more each
+
+
+def test_a_client_that_leaves_ends_its_answer():
+    service = _Talkative("demo", *demo_model.demo_model())
+    messages = chat(QUESTION, data_url(SCENE))
+    with running(service) as server, client_of(server) as client:
+        with client.chat.completions.create(model="demo", messages=messages, max_tokens=STEPS, stream=True) as stream:
+            for _, _ in zip(range(3), stream, strict=False):
+                pass
+        assert 0 < service.settled() < STEPS / 2
+        service.steps = 0
+        with pytest.raises(openai.APITimeoutError):
+            client.with_options(timeout=0.5).chat.completions.create(model="demo", messages=messages, max_tokens=STEPS)
+        assert 0 < service.settled() < STEPS / 2
+        service.steps = 0
+        assert ask(client, messages, max_tokens=5)[0].usage.completion_tokens == 5
+        assert service.steps == 5 + 1  # one before
+
+
+def test_a_server_that_is_stopped_ends_its_answers(monkeypatch):
+    monkeypatch.setattr(server_module, "SECONDS_TO_FINISH", 0.2)
+    service = _Talkative("demo", *demo_model.demo_model())
+    messages = chat(QUESTION, data_url(SCENE))
+    with running(service) as server, client_of(server) as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(ask, client, messages, max_tokens=STEPS)
+        while not service.steps:
+            time.sleep(0.01)
+        began = time.monotonic()
+        server.handle_exit(signal.SIGINT, None)
+        with pytest.raises(openai.InternalServerError, match="The server is being stopped"):
+            whole.result()
+        server.thread.join(20)
+        assert not server.thread.is_alive() and time.monotonic() - began < 5
+        assert service.steps < STEPS / 2
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
+def test_a_failure_is_told_and_the_next_request_answered(caplog, streams):
+    service = Service("demo", *demo_model.demo_model())
+    service.model = copy.copy(service.model)
+    works = service.model.generate
+
+    def fails(**kwargs):
+        raise RuntimeError('out of "memory"\n\\ here')
+
+    with running(service) as server, client_of(server) as client:
+        service.model.generate = fails
+        message = "An error occurred during streaming" if streams else "The server failed: RuntimeError"
+        with pytest.raises(openai.APIError, match=message) as caught:
+            list(ask(client, chat(QUESTION, data_url(SCENE)), stream=streams)[0])
+        assert not streams or caught.value.body == 'out of "memory" \\ here'
+        if streams:
+            *_, last = raw_events(server, chat(QUESTION, data_url(SCENE)))
+            assert json.loads(last.removeprefix("data: ")) == {"error": 'out of "memory" \\ here'}
+        service.model.generate = works
+        assert ask(client, chat(QUESTION, data_url(SCENE)))[0].choices[0].message.content.strip() == "N"
+    assert 'RuntimeError: out of "memory"' in caplog.text  # whole, once the server is down
