@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ipaddress
 import logging
 import os
@@ -30,10 +31,9 @@ def run(arguments: argparse.Namespace) -> None:
         say(f"Serving {name} on {url_of(listener)} (Ctrl-C ends it).")
         if not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback:
             say("Whoever reaches this address can use it: no key is asked for.")
-        try:
+        with contextlib.suppress(KeyboardInterrupt):  # raised once more where a shell has not switched it off
             server.run(sockets=[listener])
-        except KeyboardInterrupt:
-            say("Stopped.")
+        say("Stopped.")
 
 
 def names_of(model: str) -> list[str]:
