@@ -173,6 +173,11 @@ def _how_to_go_on(past: int) -> str:
     )
 
 
+def is_tiled(config: Any) -> bool:
+    """Whether pictures are several tiles with newlines between their rows: LLaVA-NeXT."""
+    return getattr(config, "image_grid_pinpoints", None) is not None
+
+
 __all__ = [
     "cache_length",
     "check_call",
@@ -181,5 +186,6 @@ __all__ = [
     "check_question",
     "check_supported",
     "goes_on",
+    "is_tiled",
     "without_question",
 ]

@@ -249,10 +249,21 @@ def picture_of(value: Any, base: Path) -> Picture:
     return Picture(base / path, path)
 
 
+def question_of(value: Any) -> str:
+    """The question that a row's value is, without space around it.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"the question is missing or empty, got {shown(value)}.")
+    return value.strip()
+
+
 def shown(value: Any) -> str:
     """A value for a message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
-__all__ = ["Picture", "Rows", "open_rows", "picture_of", "shown"]
+__all__ = ["Picture", "Rows", "open_rows", "picture_of", "question_of", "shown"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextConfig
 
+from ..checks import is_tiled
 from ..cost import PICTURE, picture_tokens
 from ..evaluation import Sample, demo_samples
 from ..evaluation.running import encode
@@ -71,7 +72,7 @@ def noise_batch(
     placeholders = torch.full((size, patches + newlines), config.image_token_id)
     ids = torch.cat([words[:, :before], placeholders, words[:, before:]], dim=1)
     side = config.vision_config.image_size
-    tiled = getattr(config, "image_grid_pinpoints", None) is not None
+    tiled = is_tiled(config)
     shape = (size, tiles, 3, side, side) if tiled else (size, 3, side, side)
     inputs: Inputs = {
         "input_ids": ids,

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from tqdm import tqdm
 
+from ..checks import is_tiled
 from ..compat import CACHE
 from ..recovery import check_budget
 from .batches import Inputs
@@ -103,10 +104,9 @@ def budget_fields(model: Any, budgets: Sequence[Budget]) -> dict[Budget, dict[st
     sections = {budget: {"budget": None if budget == DYNAMIC else budget} for budget in budgets}
     vision = model.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
-    tiled = getattr(model.config, "image_grid_pinpoints", None) is not None
     for fields in sections.values():
         section = model.config.token_recovery.replace(fields)
-        if not tiled:
+        if not is_tiled(model.config):
             check_budget(section, patches)
     return sections
 

@@ -41,6 +41,18 @@ def setting(text: str) -> tuple[str, Any]:
     return name, value
 
 
+def check_counts(arguments: argparse.Namespace, *options: str) -> None:
+    """Refuse options below 1; `None` stands for one that was not given.
+
+    Raises:
+        ValueError: Which one, and what it was.
+    """
+    for option in options:
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {value}.")
+
+
 def section_lines(facts: dict[str, Any]) -> list[str]:
     """The section for a reader."""
     encoder, settings = facts["token_recovery"]["text_encoder_config"], dict(facts["settings"])
@@ -79,4 +91,4 @@ def picture_size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-__all__ = ["add_command", "line", "picture_size", "quiet", "say", "section_lines", "setting"]
+__all__ = ["add_command", "check_counts", "line", "picture_size", "quiet", "say", "section_lines", "setting"]

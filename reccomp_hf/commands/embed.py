@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from ..convert import check_output
 from ..embedding import ImageEmbeds, embed_images
-from ..rows import Picture, Rows, open_rows, picture_of, shown
-from .common import add_command, quiet, say
+from ..rows import Picture, Rows, open_rows, picture_of, question_of, shown
+from .common import add_command, check_counts, quiet, say
 from .models import add_model_options, fields_of, load
 
 INDEX = "index.jsonl"
@@ -41,10 +41,7 @@ class _Row:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
-    for option in ("limit", "batch_size"):
-        value = getattr(arguments, option)
-        if value is not None and value < 1:
-            raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {value}.")
+    check_counts(arguments, "limit", "batch_size")
     output = Path(arguments.output).expanduser()
     check_output(output)
     rows = _read(open_rows(arguments.data, arguments.limit))
@@ -83,9 +80,7 @@ def _read(rows: Rows) -> list[_Row]:
         where = rows.where(number)
         try:
             row = rows[number]
-            question, name = row.get("question"), row.get("id")
-            if not isinstance(question, str) or not question.strip():
-                raise ValueError(f"the question is missing or empty, got {shown(question)}.")
+            question, name = question_of(row.get("question")), row.get("id")
             name = number if name is None else name
             if not isinstance(name, str | int):
                 raise ValueError(f"id must be a string or an integer, got {shown(name)}.")
@@ -97,7 +92,7 @@ def _read(rows: Rows) -> list[_Row]:
         if name in places:
             raise ValueError(f"{where}: the id {shown(name)} is that of {places[name]} too.")
         places[name] = where
-        read.append(_Row(where, name, question.strip(), picture))
+        read.append(_Row(where, name, question, picture))
     return read
 
 

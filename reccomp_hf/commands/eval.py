@@ -18,7 +18,7 @@ from ..evaluation import (
     parse_settings,
     plot_accuracy,
 )
-from .common import add_command, quiet, say
+from .common import add_command, check_counts, quiet, say
 from .models import DTYPES, check_file, check_kept, check_picture, load
 
 DEMO_DATA, DEMO_QUESTIONS = "demo", 2000
@@ -32,10 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
         unknown = [name for name in pair if name not in names]
         if unknown:
             raise ValueError(f"--compare names {unknown[0]!r}, which is not among --settings {arguments.settings}.")
-    for option in ("limit", "batch_size"):
-        value = getattr(arguments, option)
-        if value is not None and value < 1:
-            raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {value}.")
+    check_counts(arguments, "limit", "batch_size")
     check_kept(arguments.data, arguments.json, arguments.plot)
     if arguments.data == DEMO_DATA:
         samples = demo_samples(arguments.limit or DEMO_QUESTIONS, arguments.skip)

@@ -19,6 +19,7 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
+from ..checks import is_tiled
 from ..configuration_reccomp import TokenRecoveryConfig
 from ..methods import get_method
 from ..recovery import check_features, select_tokens
@@ -126,7 +127,7 @@ def picture_tokens(config: Any, picture: tuple[int, int] = PICTURE) -> tuple[int
     For LLaVA-1.5 every picture is one tile without newlines.
     """
     side, pixels = _grid(config), config.vision_config.image_size
-    if not _is_tiled(config):
+    if not is_tiled(config):
         return 1, side * side, 0
     size = (picture[1], picture[0])
     tiles = image_size_to_num_patches(size, config.image_grid_pinpoints, pixels)
@@ -209,7 +210,7 @@ def compare_costs(
         "dtype": dtype,
         "batch": batch,
         "text_tokens": text_tokens,
-        "picture": list(picture) if _is_tiled(config) else None,
+        "picture": list(picture) if is_tiled(config) else None,
         "tiles": tiles,
         "measured": False,
         "parameters": parameter_counts(config),
@@ -271,10 +272,6 @@ def _language_cost(config: Any, new: int, context: int, hardware: str | Hardware
 def _grid(config: Any) -> int:
     """Patches along a side of a tile."""
     return config.vision_config.image_size // config.vision_config.patch_size
-
-
-def _is_tiled(config: Any) -> bool:
-    return getattr(config, "image_grid_pinpoints", None) is not None
 
 
 def _at_least_one(**values: int) -> None:

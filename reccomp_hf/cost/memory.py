@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import CLIPTextConfig
 
+from ..checks import is_tiled
 from .hardware import Hardware, get_hardware, get_width
 from .operators import Stack
 
@@ -47,7 +48,7 @@ def parameter_counts(config: Any) -> dict[str, int]:
         "language_model": vocabulary + language.layers * (linears + biases + 2 * width) + width,
         "token_recovery": _recovery_parameters(config),
     }
-    counts["projector"] += width if getattr(config, "image_grid_pinpoints", None) is not None else 0
+    counts["projector"] += width if is_tiled(config) else 0
     return {**counts, "total": sum(counts.values())}
 
 

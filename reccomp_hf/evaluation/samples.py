@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..demo import EVALUATION_SEEDS, IMAGE_SIZE, draw_scene, questions
-from ..rows import Rows, open_rows, picture_of, shown
+from ..rows import Rows, open_rows, picture_of, question_of, shown
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -100,9 +100,7 @@ def load_samples(source: str | Path, limit: int | None = None) -> list[Sample]:
 def _sample(rows: Rows, number: int) -> Sample:
     try:
         row = rows[number]
-        question = row.get("question")
-        if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"the question is missing or empty, got {shown(question)}.")
+        question = question_of(row.get("question"))
         answers = row.get("answers", row.get("answer"))
         answers = [answers] if isinstance(answers, str) else answers
         if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
@@ -112,7 +110,7 @@ def _sample(rows: Rows, number: int) -> Sample:
         picture.open()
     except ValueError as error:
         raise ValueError(f"{rows.where(number)}: {error}") from error
-    return Sample(picture.open, picture.name, question.strip(), tuple(answers), "all" if kind is None else str(kind))
+    return Sample(picture.open, picture.name, question, tuple(answers), "all" if kind is None else str(kind))
 
 
 __all__ = ["Sample", "demo_samples", "load_samples", "normalize_answer"]

@@ -9,8 +9,9 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from ..checks import is_tiled
 from ..cost import compressed_tokens, picture_tokens
-from ..rows import Picture, Rows, picture_of, shown
+from ..rows import Picture, Rows, picture_of, question_of, shown
 
 DEFAULT_ID_COLUMN = "id"
 
@@ -124,9 +125,7 @@ class Questions:
         return value
 
     def _text(self, row: dict[str, Any]) -> tuple[str, list[str]]:
-        text = row.get(self.columns.question) if self.columns.asked is None else self.columns.asked
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"the question is missing or empty, got {shown(text)}.")
+        text = question_of(row.get(self.columns.question) if self.columns.asked is None else self.columns.asked)
         if not _is_text(text):
             raise ValueError(f"the question is no valid Unicode, got {shown(text)}.")
         if self._processor.image_token in text:
@@ -134,7 +133,7 @@ class Questions:
         reads = self._processor.questions_of([{"role": "user", "content": text}])
         if not reads:
             raise ValueError(f"the question is an answer instruction alone, got {shown(text)}.")
-        return text.strip(), reads
+        return text, reads
 
     def _pictures(self, row: dict[str, Any]) -> tuple[Picture, ...]:
         value = row.get(self.columns.image)
@@ -209,7 +208,7 @@ def _picture_length(config: Any, section: Any) -> Callable[[Picture], int]:
     side = config.vision_config.image_size
     share = compressed_tokens(config, section, (side, side)) / picture_tokens(config, (side, side))[1]
     fixed = section.budget if section.enabled and isinstance(section.budget, int) else None
-    tiled = getattr(config, "image_grid_pinpoints", None) is not None
+    tiled = is_tiled(config)
 
     @functools.lru_cache(maxsize=4096)
     def of_size(size: tuple[int, int]) -> int:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ...checks import check_supported
+from ...checks import check_supported, is_tiled
 from ...configuration_reccomp import TokenRecoveryConfig
 from ...cost import fixed_tokens, picture_tokens
 from ...methods import get_method
@@ -78,11 +78,6 @@ def _how_to_fix_the_count(section: TokenRecoveryConfig) -> str:
     )
 
 
-def is_tiled(config: Any) -> bool:
-    """Whether pictures are several tiles with newlines between their rows: LLaVA-NeXT."""
-    return getattr(config, "image_grid_pinpoints", None) is not None
-
-
 def request_section(section: TokenRecoveryConfig, budget: float) -> TokenRecoveryConfig:
     """The section of a picture by a number: tokens, minus a share of its patches, or 0 for the checkpoint's budget."""
     return section if budget == 0 else section.replace({"budget": -budget if budget < 0 else int(budget)})
@@ -142,7 +137,6 @@ __all__ = [
     "REQUEST_KEYS",
     "check_servable",
     "count_tokens",
-    "is_tiled",
     "request_budget",
     "request_section",
 ]
