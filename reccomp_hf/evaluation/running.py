@@ -208,6 +208,20 @@ def encode_rows(
     )
 
 
+def visual_tokens_read(output: Any, pictures: Sequence[int], placeholders: list[int]) -> list[int]:
+    """How many tokens the language model read for the pictures of every row, LLaVA-NeXT's newlines included.
+
+    Args:
+        output: What `generate` returned with `return_dict_in_generate`.
+        pictures: How many a row has.
+        placeholders: Of every row; what is read where nothing was compressed.
+    """
+    if output.visual_token_counts is None:
+        return placeholders
+    counts = (output.visual_token_counts + output.newline_counts).cpu()
+    return [int(of_row.sum()) for of_row in counts.split(list(pictures))]
+
+
 def prompt_of(processor: Any, text: str, pictures: int) -> str:
     """A question as the chat template asks it, or as LLaVA-1.5 does where there is none."""
     if processor.chat_template is None:
@@ -260,4 +274,4 @@ def _patches_in(box: tuple[float, float, float, float], side: int) -> Any:
     return np.array([row and column for row, column in itertools.product(down, across)])
 
 
-__all__ = ["DEFAULT_BATCH_SIZE", "encode", "encode_rows", "evaluate", "instructed", "prompt_of"]
+__all__ = ["DEFAULT_BATCH_SIZE", "encode", "encode_rows", "evaluate", "instructed", "prompt_of", "visual_tokens_read"]

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from ..commands.models import load
 from ..configuration_reccomp import overridden
 from ..evaluation import parse_setting
+from ..evaluation.running import visual_tokens_read
 
 MODEL = "reccomp_hf"
 
@@ -218,10 +219,8 @@ class RecComp(lmms):
         inputs = self._encode(rows, [self._prompt(row) for row in rows], "left")
         prompt = inputs["input_ids"]
         output = self._model.generate(**inputs, **_options(settings), return_dict_in_generate=True)
-        visual = placeholders = self._placeholders(prompt)
-        if output.visual_token_counts is not None:
-            of_images = output.visual_token_counts + output.newline_counts
-            visual = [int(of_row.sum()) for of_row in of_images.split([len(row.images) for row in rows])]
+        placeholders = self._placeholders(prompt)
+        visual = visual_tokens_read(output, [len(row.images) for row in rows], placeholders)
         lengths = inputs["attention_mask"].sum(-1).tolist()
         new = output.sequences[:, prompt.shape[1] :]
         texts = self.processor.batch_decode(new, skip_special_tokens=True)

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from ..configuration_reccomp import TokenRecoveryConfig
-from ..evaluation.running import encode_rows, instructed, prompt_of
+from ..evaluation.running import encode_rows, instructed, prompt_of, visual_tokens_read
 from ..rows import Rows, open_rows
 from .fingerprint import data_digest, model_digest
 from .parts import Parts
@@ -118,14 +118,10 @@ class _Asker:
         output = model.generate(**inputs, **options, token_recovery=self.token_recovery)
         prompt = inputs["input_ids"]
         ids = output.sequences[:, prompt.shape[1] :]
-        uncompressed = (prompt == model.config.image_token_id).sum(-1).cpu()
-        read = uncompressed
-        if output.visual_token_counts is not None:
-            rows = torch.repeat_interleave(torch.tensor([len(question.pictures) for question in asked]))
-            counts = (output.visual_token_counts + output.newline_counts).cpu()
-            read = torch.zeros_like(uncompressed).index_add(0, rows, counts)
+        uncompressed = (prompt == model.config.image_token_id).sum(-1).tolist()
+        read = visual_tokens_read(output, [len(question.pictures) for question in asked], uncompressed)
         answers = self.processor.batch_decode(ids, skip_special_tokens=True)
-        told = zip(asked, answers, read.tolist(), uncompressed.tolist(), strict=True)
+        told = zip(asked, answers, read, uncompressed, strict=True)
         return {question.row: _line(question, answer.strip(), *counts) for question, answer, *counts in told}
 
 
