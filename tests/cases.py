@@ -11,8 +11,9 @@ import torch
 from oracle import recover_oracle
 from torch import Tensor
 
-from reccomp_hf.configuration_reccomp import TokenRecoveryConfig
-from reccomp_hf.recovery import TokenRecoveryOutput, recover_tokens
+from reccomp_hf.core.choosing import recover_tokens
+from reccomp_hf.core.configuration import TokenRecoveryConfig
+from reccomp_hf.core.features import TokenRecoveryOutput
 
 MASKS = ("visual_mask", "text_mask", "coverage_mask", "centre_mask")
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2**-8, "atol": 1e-5}}

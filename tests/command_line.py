@@ -3,7 +3,7 @@
 import pytest
 import tiny
 
-from reccomp_hf import cli
+from reccomp_hf.cli import main as cli
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import reccomp_hf
 
-CONVERT = sys.modules["reccomp_hf.convert"]  # the package's attribute of that name is the function
+CONVERT = sys.modules["reccomp_hf.checkpoints.convert"]  # the package's attribute of that name is the function
 INDEX = "model.safetensors.index.json"
 LLM = "language_model.model.layers.1.mlp.up_proj.weight"
 SMALL = {

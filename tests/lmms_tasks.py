@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from reccomp_hf.evaluation import Sample, demo_samples, normalize_answer
+from reccomp_hf.measure.evaluation import Sample, demo_samples, normalize_answer
 
 QUESTIONS = 45
 _TASK = """

@@ -9,8 +9,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from reccomp_hf.configuration_reccomp import TokenRecoveryConfig
-from reccomp_hf.recovery import TokenRecoveryOutput, recover_tokens
+from reccomp_hf.core.choosing import recover_tokens
+from reccomp_hf.core.configuration import TokenRecoveryConfig
+from reccomp_hf.core.features import TokenRecoveryOutput
 
 GOLDEN = sorted((Path(__file__).parent / "data" / "golden").glob("authors_*.safetensors"))
 BY_WIDTH = {width: [path for path in GOLDEN if f"_c{width}_" in path.name] for width in (128, 1024)}

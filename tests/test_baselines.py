@@ -10,7 +10,7 @@ from cases import make_case
 from test_next_model import BATCHES, NEXT, encode
 
 from reccomp_hf import TokenRecoveryConfig, recover_tokens
-from reccomp_hf.methods_baselines import cell_grid
+from reccomp_hf.core.methods.baselines import cell_grid
 
 GRID, PATCHES = (12, 12), 144
 BUDGETS = (1, 2, 7, 16, 36, 100, 143, 144, 0.05, 0.1, 0.25, 1.0)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from architectures import LLAVA, LLAVA_NEXT
 
-from reccomp_hf.benchmark import capacity, comparing, contenders, counting, stages
-from reccomp_hf.benchmark.batches import noise_batch
-from reccomp_hf.benchmark.comparing import RATIOS, budget_fields, compare, notes, ratios
-from reccomp_hf.benchmark.models import MID, named_config, random_model, sharpen
-from reccomp_hf.benchmark.timing import Spread, Stopwatch, interleave
-from reccomp_hf.cost import kv_cache_bytes, parameter_counts
+from reccomp_hf.measure.benchmark import capacity, comparing, contenders, counting, stages
+from reccomp_hf.measure.benchmark.batches import noise_batch
+from reccomp_hf.measure.benchmark.comparing import RATIOS, budget_fields, compare, notes, ratios
+from reccomp_hf.measure.benchmark.models import MID, named_config, random_model, sharpen
+from reccomp_hf.measure.benchmark.timing import Spread, Stopwatch, interleave
+from reccomp_hf.measure.cost import kv_cache_bytes, parameter_counts
 
 CPU = torch.device("cpu")
 PICTURE = (70, 50)  # pixels, for LLaVA-NeXT

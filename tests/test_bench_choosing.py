@@ -7,11 +7,11 @@ import pytest
 import torch
 from test_authors import GOLDEN, load
 
-from reccomp_hf.benchmark import choosing, loops, scaling
-from reccomp_hf.benchmark.features import make_features, one_thread
-from reccomp_hf.configuration_reccomp import TokenRecoveryConfig
-from reccomp_hf.methods import get_method, method_names
-from reccomp_hf.recovery import recover_tokens
+from reccomp_hf.core.choosing import recover_tokens
+from reccomp_hf.core.configuration import TokenRecoveryConfig
+from reccomp_hf.core.methods.registry import get_method, method_names
+from reccomp_hf.experiments.selection import choosing, loops, scaling
+from reccomp_hf.experiments.selection.features import make_features, one_thread
 
 SMALL = {"rounds": 2, "patches": 144, "width": 32, "progress": False}
 
@@ -138,7 +138,7 @@ def test_exponents_are_of_least_squares():
 
 
 def test_what_every_call_costs_hides_growth_in_small_sizes():
-    from reccomp_hf.benchmark.timing import Spread
+    from reccomp_hf.measure.benchmark.timing import Spread
 
     sizes = [1, 2, 4, 8, 1024, 2048]
     found = scaling._growth(sizes, [Spread((100.0 + size,)) for size in sizes])

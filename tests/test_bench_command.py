@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from reccomp_hf.benchmark import choosing, comparing, reporting, scaling
-from reccomp_hf.commands import bench
+from reccomp_hf.cli import bench
+from reccomp_hf.experiments.selection import choosing, scaling
+from reccomp_hf.measure.benchmark import comparing, reporting
 
 pytest_plugins = ("command_line",)
 

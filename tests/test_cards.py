@@ -9,7 +9,7 @@ import pytest
 from architectures import LLAVA, LLAVA_NEXT, each_architecture
 from huggingface_hub import ModelCard, metadata_load
 
-from reccomp_hf.cards import (
+from reccomp_hf.checkpoints.cards import (
     CardFacts,
     content,
     is_unedited,
@@ -19,13 +19,13 @@ from reccomp_hf.cards import (
     shipped,
     write_card,
 )
-from reccomp_hf.cards.content import field_descriptions, field_rows, recipe
-from reccomp_hf.cli import main
-from reccomp_hf.commands.common import setting
-from reccomp_hf.configuration_reccomp import PRESETS, TokenRecoveryConfig
+from reccomp_hf.checkpoints.cards.content import field_descriptions, field_rows, recipe
+from reccomp_hf.cli.common import setting
+from reccomp_hf.cli.main import main
+from reccomp_hf.core.configuration import PRESETS, TokenRecoveryConfig
+from reccomp_hf.core.methods.registry import get_method, method_names
 from reccomp_hf.demo import CHECKPOINTS, checkpoint_folder
-from reccomp_hf.full_size import CLIP_VIT_L_336, FULL_SIZE
-from reccomp_hf.methods import get_method, method_names
+from reccomp_hf.measure.published import CLIP_VIT_L_336, FULL_SIZE
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 BASES = ["llava-hf/llava-1.5-7b-hf", CLIP_VIT_L_336]
@@ -76,7 +76,7 @@ def test_the_shipped_cards_are_what_is_rendered(tmp_path):
     paths = shipped.write_shipped(tmp_path)
     assert sorted(path.name for path in paths) == sorted(path.name for path in CARDS.glob("*.md"))
     for path in paths:
-        stale = f"{path.name} is stale: run `python -m reccomp_hf.cards.shipped`"
+        stale = f"{path.name} is stale: run `python -m reccomp_hf.checkpoints.cards.shipped`"
         assert path.read_text(encoding="utf-8") == (CARDS / path.name).read_text(encoding="utf-8"), stale
     for name in CHECKPOINTS:
         beside = (checkpoint_folder(name) / "README.md").read_text(encoding="utf-8")

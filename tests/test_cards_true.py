@@ -10,10 +10,10 @@ import pytest
 import tiny
 from architectures import LLAVA, each_architecture
 
-from reccomp_hf.cards import render_card
-from reccomp_hf.cards.probe import measure_tokens
+from reccomp_hf.checkpoints.cards import render_card
+from reccomp_hf.checkpoints.cards.probe import measure_tokens
+from reccomp_hf.core.remote_code import write_remote_code
 from reccomp_hf.demo import EVALUATION_SEEDS, checkpoint_folder, draw_scene, questions
-from reccomp_hf.remote_code import write_remote_code
 
 
 def save(folder, architecture=LLAVA, **fields):

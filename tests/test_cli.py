@@ -11,9 +11,9 @@ from transformers import AutoModelForImageTextToText, CLIPConfig
 from transformers.utils import logging
 
 import reccomp_hf
-from reccomp_hf.cli import main
-from reccomp_hf.commands import COMMANDS as COMMAND_MODULES
-from reccomp_hf.commands import common, info
+from reccomp_hf.cli import COMMANDS as COMMAND_MODULES
+from reccomp_hf.cli import common, info
+from reccomp_hf.cli.main import main
 
 pytest_plugins = ("command_line",)
 

@@ -16,8 +16,9 @@ from PIL import Image
 from torchao_noise import without_torchao
 
 import reccomp_hf
-from reccomp_hf.demo import EVALUATION_SEEDS, command
-from reccomp_hf.visualization import COLORS, plot_recovery
+from reccomp_hf.cli import demo_panels as command
+from reccomp_hf.demo import EVALUATION_SEEDS
+from reccomp_hf.measure.plot import COLORS, plot_recovery
 
 pytest_plugins = ("command_line",)
 
@@ -108,7 +109,7 @@ def test_demo_answers_from_a_ninth_of_the_tokens(tmp_path):
     package = str(Path(reccomp_hf.__file__).parents[1])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": package}
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "reccomp_hf.cli", "demo", "--json"],
+        [sys.executable, "-W", "error", "-m", "reccomp_hf.cli.main", "demo", "--json"],
         env=environment,
         cwd=tmp_path,
         capture_output=True,

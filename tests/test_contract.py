@@ -20,9 +20,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, DynamicCache
 
-from reccomp_hf.compat import clip_vision_model
-from reccomp_hf.methods import get_method
-from reccomp_hf.splicing import counted_positions
+from reccomp_hf.core.compat import clip_vision_model
+from reccomp_hf.core.methods.registry import get_method
+from reccomp_hf.core.splicing import counted_positions
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 PICTURES = sum(images for _, images in ROWS)

@@ -6,7 +6,7 @@ import torch
 from architectures import ROWS, SETTINGS, each_architecture, each_setting, generate, greedy_by_hand, single_runs
 from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer, set_seed
 
-from reccomp_hf.splicing import counted_positions
+from reccomp_hf.core.splicing import counted_positions
 
 OPTIONS = {
     "greedy": {},

@@ -13,10 +13,10 @@ from conversions import leave_cards_unmeasured
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import reccomp_hf
-from reccomp_hf import cli
-from reccomp_hf.conversion import checks as conversion_checks
-from reccomp_hf.conversion import shards
-from reccomp_hf.full_size import FULL_SIZE
+from reccomp_hf.checkpoints.conversion import checks as conversion_checks
+from reccomp_hf.checkpoints.conversion import shards
+from reccomp_hf.cli import main as cli
+from reccomp_hf.measure.published import FULL_SIZE
 
 
 @pytest.fixture(autouse=True)
@@ -236,7 +236,7 @@ def test_push_follows_when_the_folder_is_there(run, sources, tmp_path, monkeypat
         pushed.append((folder, repo, settings))
         return SimpleNamespace(url="the address", repo="me/model", branch="next")
 
-    monkeypatch.setattr("reccomp_hf.commands.convert.push", push)
+    monkeypatch.setattr("reccomp_hf.cli.convert.push", push)
     arguments = [*sources, tmp_path / "out", "--push", "me/model"]
     code, out, _ = run(*arguments, "--private", "--revision", "next", "--dtype", "bfloat16")
     assert code == 0 and "Pushed to the address" in out and "from_pretrained('me/model', revision='next')" in out

@@ -23,8 +23,8 @@ from conversions import (
 from safetensors.torch import load_file
 
 import reccomp_hf
-from reccomp_hf import cli
-from reccomp_hf.conversion import shards
+from reccomp_hf.checkpoints.conversion import shards
+from reccomp_hf.cli import main as cli
 
 
 @pytest.fixture(autouse=True)

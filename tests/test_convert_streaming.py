@@ -24,8 +24,8 @@ from test_checkpoints import DATA, assert_bit_equal, fixture_values, load
 from transformers import AutoModelForImageTextToText, CLIPModel, LlamaConfig, MistralConfig, Qwen2Config
 
 import reccomp_hf
-from reccomp_hf.conversion import shards
-from reccomp_hf.quiet import quiet
+from reccomp_hf.checkpoints.conversion import shards
+from reccomp_hf.checkpoints.quiet import quiet
 
 
 @pytest.fixture(autouse=True)

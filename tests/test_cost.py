@@ -7,10 +7,10 @@ import pytest
 import torch
 from architectures import LLAVA, LLAVA_NEXT, each_architecture
 
-from reccomp_hf import cost
-from reccomp_hf.configuration_reccomp import TokenRecoveryConfig
-from reccomp_hf.cost.operators import Stack, selection_operators
-from reccomp_hf.full_size import FULL_SIZE
+from reccomp_hf.core.configuration import TokenRecoveryConfig
+from reccomp_hf.measure import cost
+from reccomp_hf.measure.cost.operators import Stack, selection_operators
+from reccomp_hf.measure.published import FULL_SIZE
 
 SEVEN = FULL_SIZE["llava-1.5-7b"].config("paper")
 STOCK, COMPRESSED = 60 + 576, 60 + 56

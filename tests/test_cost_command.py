@@ -5,7 +5,7 @@ import json
 import pytest
 from architectures import LLAVA
 
-from reccomp_hf.cli import main
+from reccomp_hf.cli.main import main
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from reccomp_hf import TokenRecoveryConfig, recover_tokens
-from reccomp_hf.methods import get_method, method_names
+from reccomp_hf.core.methods.registry import get_method, method_names
 
 BATCH, WIDTH = 2, 32
 PROJECTED = 4

@@ -12,11 +12,10 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPModel
 
 from reccomp_hf.demo import COLORS, LETTERS, SHAPES, TRAIN_SEEDS, VALIDATION_SEEDS, Scene, draw_scene, questions
-from reccomp_hf.demo.train import main, train
-from reccomp_hf.demo.training import loop
-from reccomp_hf.demo.training.clip import ClipLoss, average_precision, new_clip, patches_inside
-from reccomp_hf.demo.training.config import MODELS, SCALES, Stage, TrainingConfig
-from reccomp_hf.demo.training.data import (
+from reccomp_hf.experiments.demo_models import loop
+from reccomp_hf.experiments.demo_models.clip import ClipLoss, average_precision, new_clip, patches_inside
+from reccomp_hf.experiments.demo_models.config import MODELS, SCALES, Stage, TrainingConfig
+from reccomp_hf.experiments.demo_models.data import (
     batch_rows,
     cached_scenes,
     draw_scenes,
@@ -24,16 +23,17 @@ from reccomp_hf.demo.training.data import (
     pixel_values,
     scene_objects,
 )
-from reccomp_hf.demo.training.llava import LlavaLoss, conversations, new_llava, tower_features
-from reccomp_hf.demo.training.packing import Packer
-from reccomp_hf.demo.training.texts import TextTable, kinds, texts_about, truths
-from reccomp_hf.demo.training.tokenizers import (
+from reccomp_hf.experiments.demo_models.llava import LlavaLoss, conversations, new_llava, tower_features
+from reccomp_hf.experiments.demo_models.packing import Packer
+from reccomp_hf.experiments.demo_models.texts import TextTable, kinds, texts_about, truths
+from reccomp_hf.experiments.demo_models.tokenizers import (
     CHAT_TEMPLATE,
     EOS_ID,
     answer_words,
     save_clip_tokenizer,
     save_llama_tokenizer,
 )
+from reccomp_hf.experiments.demo_models.train import main, train
 
 STAGE = Stage(
     steps=4,
@@ -289,7 +289,7 @@ def test_an_answer_of_several_tokens_is_refused(tokenizers: tuple):
 
 
 def test_drawn_scenes_are_kept_and_equal_in_parallel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("reccomp_hf.demo.training.data._CHUNK", 2)
+    monkeypatch.setattr("reccomp_hf.experiments.demo_models.data._CHUNK", 2)
     one, two = (cached_scenes(tmp_path / str(processes), range(3, 8), processes) for processes in (1, 2))
     assert np.array_equal(one.pictures, two.pictures)
     assert np.array_equal(one.objects, two.objects)
@@ -297,7 +297,7 @@ def test_drawn_scenes_are_kept_and_equal_in_parallel(tmp_path: Path, monkeypatch
         scene = draw_scene(seed)
         assert Image.fromarray(one.pictures[row]).tobytes() == scene.image.tobytes()
         assert scene_objects(one.objects[row]) == scene.objects
-    monkeypatch.setattr("reccomp_hf.demo.training.data.draw_scenes", None)  # nothing is drawn a second time
+    monkeypatch.setattr("reccomp_hf.experiments.demo_models.data.draw_scenes", None)  # nothing is drawn a second time
     assert np.array_equal(cached_scenes(tmp_path / "1", range(3, 8)).objects, one.objects)
 
 

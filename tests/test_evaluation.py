@@ -10,10 +10,11 @@ from architectures import LLAVA_NEXT
 from demo_model import demo_model
 from PIL import Image
 
-from reccomp_hf import cli
-from reccomp_hf.configuration_reccomp import PRESETS
+from reccomp_hf.cli import main as cli
+from reccomp_hf.core.configuration import PRESETS
+from reccomp_hf.core.methods.registry import get_method
 from reccomp_hf.demo import EVALUATION_SEEDS, QUESTION_KINDS, draw_scene
-from reccomp_hf.evaluation import (
+from reccomp_hf.measure.evaluation import (
     DEFAULT_SETTINGS,
     EvaluationReport,
     Sample,
@@ -25,9 +26,8 @@ from reccomp_hf.evaluation import (
     parse_settings,
     plot_accuracy,
 )
-from reccomp_hf.evaluation.report import ALL, MEAN
-from reccomp_hf.evaluation.running import _hits, _patches_in
-from reccomp_hf.methods import get_method
+from reccomp_hf.measure.evaluation.report import ALL, MEAN
+from reccomp_hf.measure.evaluation.running import _hits, _patches_in
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 

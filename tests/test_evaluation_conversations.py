@@ -7,9 +7,9 @@ import pytest
 from demo_model import demo_model
 
 from reccomp_hf.demo import EVALUATION_SEEDS, draw_scene
-from reccomp_hf.evaluation import conversations
-from reccomp_hf.evaluation.conversations import demo_dialogues, evaluate_dialogues
-from reccomp_hf.evaluation.samples import normalize_answer
+from reccomp_hf.experiments import conversations
+from reccomp_hf.experiments.conversations import demo_dialogues, evaluate_dialogues
+from reccomp_hf.measure.evaluation.samples import normalize_answer
 
 SETTING = "text:16+position_ids=original"
 

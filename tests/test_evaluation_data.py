@@ -6,8 +6,8 @@ import pytest
 import tiny
 from PIL import Image
 
-from reccomp_hf import cli
-from reccomp_hf.evaluation import load_samples
+from reccomp_hf.cli import main as cli
+from reccomp_hf.measure.evaluation import load_samples
 
 PICTURES = tiny.pictures(3)
 

@@ -8,7 +8,7 @@ import torch
 from demo_model import demo_model
 
 from reccomp_hf.demo import EVALUATION_SEEDS, TRAIN_SEEDS, draw_scene, questions
-from reccomp_hf.evaluation.finetuning import (
+from reccomp_hf.experiments.finetuning import (
     COMPRESSED,
     DEFAULT_SETTING,
     UNCOMPRESSED,
@@ -18,8 +18,8 @@ from reccomp_hf.evaluation.finetuning import (
     finetune,
     train_lora,
 )
-from reccomp_hf.evaluation.samples import demo_samples
-from reccomp_hf.evaluation.settings import parse_setting
+from reccomp_hf.measure.evaluation.samples import demo_samples
+from reccomp_hf.measure.evaluation.settings import parse_setting
 
 # PEFT 0.21 asks for an attribute that transformers 5.23 renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

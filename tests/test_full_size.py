@@ -2,8 +2,8 @@
 
 import pytest
 
-from reccomp_hf.cost import parameter_counts
-from reccomp_hf.full_size import FULL_SIZE, full_size
+from reccomp_hf.measure.cost import parameter_counts
+from reccomp_hf.measure.published import FULL_SIZE, full_size
 
 # Parameters of the stock checkpoints in billions, as their repositories on the Hub show them.
 PUBLISHED = {

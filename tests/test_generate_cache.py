@@ -6,7 +6,7 @@ import torch
 from architectures import CACHE, ROWS, each_architecture, generate, greedy_by_hand
 from transformers import DynamicCache, LogitsProcessorList, TextStreamer
 
-from reccomp_hf.splicing import counted_positions
+from reccomp_hf.core.splicing import counted_positions
 
 QUESTIONS = [[9, 20, 31, 42, 53], [10, 11, 12, 13, 14], [60, 61, 62, 63, 64], [15, 25, 35, 45, 55]]
 POSITIONS = ["compact", "original"]

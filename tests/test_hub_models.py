@@ -13,6 +13,7 @@ from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import reccomp_hf
+from reccomp_hf.checkpoints import hub as checkpoints_hub
 
 # huggingface_hub 2.x uploads by `data=` where there is no Xet storage, which its own HTTP library deprecates.
 pytestmark = [
@@ -38,13 +39,13 @@ def logits_of(name, auto=AutoModelForImageTextToText, **kwargs):
 def test_loaded_by_its_name(hub, tmp_path, monkeypatch, architecture):
     folder = save_checkpoint(tmp_path / "model", architecture, budget=12)
     (folder / "README.md").write_text(CARD)
-    first = reccomp_hf.hub.push(folder, "me/model", revision="main").commit
+    first = checkpoints_hub.push(folder, "me/model", revision="main").commit
     old = logits_of(folder)
     with torch.no_grad():
         model = architecture.build(budget=30)
         model.get_output_embeddings().weight.mul_(2)
     model.save_pretrained(folder)
-    reccomp_hf.hub.push(folder, "me/model")
+    checkpoints_hub.push(folder, "me/model")
     new = logits_of(folder)
     assert old.shape != new.shape
     for auto in (AutoModelForImageTextToText, reccomp_hf.AutoModelForVision2Seq):
@@ -61,7 +62,7 @@ def test_loaded_by_its_name(hub, tmp_path, monkeypatch, architecture):
 def test_the_pipeline_by_its_name(hub, tmp_path):
     folder = save_checkpoint(tmp_path / "model", budget=12)
     (folder / "README.md").write_text(CARD)
-    reccomp_hf.hub.push(folder, "me/model", private=True)
+    checkpoints_hub.push(folder, "me/model", private=True)
     chat = [tiny.turn("user", QUESTION, tiny.pictures(1))]
     answers = []
     for name in ("me/model", str(folder)):
@@ -75,7 +76,7 @@ def test_the_pipeline_by_its_name(hub, tmp_path):
 def test_the_hub_lists_what_was_pushed(hub, tmp_path):
     folder = save_checkpoint(tmp_path / "model", budget=12)
     (folder / "README.md").write_text(CARD)
-    pushed = reccomp_hf.hub.push(folder, "me/model", message="Mine")
+    pushed = checkpoints_hub.push(folder, "me/model", message="Mine")
     api = HfApi()
     assert [model.id for model in api.list_models(author="me")] == ["me/model"]
     files = api.list_repo_files("me/model")

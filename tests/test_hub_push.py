@@ -9,8 +9,10 @@ from architectures import each_architecture
 from hub_client import save_checkpoint
 from safetensors.torch import load_file, save_file
 
-from reccomp_hf import cards, cli, completeness, remote_code
-from reccomp_hf import hub as package_hub
+from reccomp_hf.checkpoints import cards, completeness
+from reccomp_hf.checkpoints import hub as package_hub
+from reccomp_hf.cli import main as cli
+from reccomp_hf.core import remote_code
 
 # huggingface_hub 2.x uploads by `data=` where there is no Xet storage, which its own HTTP library deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")

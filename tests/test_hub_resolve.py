@@ -9,8 +9,9 @@ import pytest
 from hub_client import save_checkpoint
 from huggingface_hub import constants
 
-from reccomp_hf import cli, inspection
-from reccomp_hf.hub import push_folder, resolve, split_revision
+from reccomp_hf.checkpoints import info as inspection
+from reccomp_hf.checkpoints.hub import push_folder, resolve, split_revision
+from reccomp_hf.cli import main as cli
 
 SHARD = "model-00001-of-00006.safetensors"
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import reccomp_hf
-from reccomp_hf.full_size import FULL_SIZE, TEXT_ENCODER, VISION
+from reccomp_hf.measure.published import FULL_SIZE, TEXT_ENCODER, VISION
 
 Shapes = dict[str, tuple[int, ...]]
 

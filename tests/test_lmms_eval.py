@@ -24,7 +24,7 @@ from PIL import Image
 
 import reccomp_hf
 from reccomp_hf.demo import checkpoint_folder, draw_scene
-from reccomp_hf.evaluation import evaluate
+from reccomp_hf.measure.evaluation import evaluate
 
 pytestmark = [pytest.mark.lmms_eval, pytest.mark.filterwarnings("default")]  # their warnings are theirs
 ROOT = Path(__file__).parents[1]
@@ -102,7 +102,7 @@ def test_the_readmes_command_measures_the_compressed_model(folder, tmp_path):
     assert {row["token_counts"][0]["images"] for row in rows} == {1}
     for name in ("", "_min", "_max"):
         assert results["throughput"][f"avg_visual_tokens_per_image{name}"] == 64
-    assert results["config"]["model_backend"] == "reccomp_hf.integrations.lmms_eval.RecComp (chat)"
+    assert results["config"]["model_backend"] == "reccomp_hf.engines.lmms_eval.RecComp (chat)"
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_rows_differ_in_pictures_and_lengths(simple, tmp_path):
 
 
 def test_a_text_marks_where_pictures_stand():
-    from reccomp_hf.integrations.lmms_eval import _asked
+    from reccomp_hf.engines.lmms_eval import _asked
 
     first, second = Image.new("RGB", (4, 4)), Image.new("RGB", (5, 5))
     image = {"type": "image"}

@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import reccomp_hf
 from reccomp_hf import MergedTokens, RecoveryMethod, TokenRecoveryConfig, TokenSelection, register_method
-from reccomp_hf.compat import clip_vision_model
-from reccomp_hf.evaluation import parse_setting, parse_settings
-from reccomp_hf.methods import OF_A_METHOD, _registry, get_method, method_names
+from reccomp_hf.core.compat import clip_vision_model
+from reccomp_hf.core.methods.contract import METHOD_FIELDS
+from reccomp_hf.core.methods.registry import _METHODS, get_method, method_names
+from reccomp_hf.measure.evaluation import parse_setting, parse_settings
 
 NAMES = tuple(method_names())
 WITH_BUDGET = [name for name in NAMES if get_method(name).budget != "none"]
@@ -64,10 +65,10 @@ EVERY = RecoveryMethod(
 @pytest.fixture
 def registry(monkeypatch):
     """The registry, as it was before after the test."""
-    before = dict(_registry())
-    yield _registry()
-    _registry().clear()
-    _registry().update(before)
+    before = dict(_METHODS)
+    yield _METHODS
+    _METHODS.clear()
+    _METHODS.update(before)
 
 
 @torch.no_grad()
@@ -203,7 +204,8 @@ def test_another_method_brings_its_own_settings():
     given = TokenRecoveryConfig(method="trim", text_relevance="value")
     assert (given.text_relevance, given.text_relevance_sign) == ("value", -1)
     assert all(
-        getattr(TokenRecoveryConfig(), key) == getattr(start.replace({"method": "random"}), key) for key in OF_A_METHOD
+        getattr(TokenRecoveryConfig(), key) == getattr(start.replace({"method": "random"}), key)
+        for key in METHOD_FIELDS
     )
 
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from oracle import budget_split, herded, limited, merge, nearest_centre, saliency_oracle, top
 from torch import Tensor
 
-from reccomp_hf.configuration_reccomp import TokenRecoveryConfig
-from reccomp_hf.recovery import TokenRecoveryOutput, recover_tokens
+from reccomp_hf.core.choosing import recover_tokens
+from reccomp_hf.core.configuration import TokenRecoveryConfig
+from reccomp_hf.core.features import TokenRecoveryOutput
 
 some = settings(max_examples=60, deadline=None, derandomize=True)
 

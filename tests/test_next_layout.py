@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from transformers import CLIPVisionConfig, LlavaNextProcessor
 
 import reccomp_hf
-from reccomp_hf.layout import NEWLINE, PADDING, ImageLayout
-from reccomp_hf.recovery import TokenRecoveryOutput, TokenSelection
+from reccomp_hf.core.features import TokenRecoveryOutput, TokenSelection
+from reccomp_hf.core.layout import NEWLINE, PADDING, ImageLayout
 
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # of the published LLaVA-NeXT checkpoints
 SIDE, PATCH = 336, 14

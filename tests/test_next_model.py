@@ -9,8 +9,8 @@ import torch
 from architectures import LLAVA, LLAVA_NEXT, assert_same_records, each_side, generate, labels_of, prompt_of
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, MistralConfig
 
-from reccomp_hf.compat import clip_vision_model
-from reccomp_hf.layout import NEWLINE
+from reccomp_hf.core.compat import clip_vision_model
+from reccomp_hf.core.layout import NEWLINE
 
 SIDE, CELLS, PATCHES = tiny.IMAGE_SIZE, tiny.IMAGE_SIZE // tiny.PATCH_SIZE, tiny.PATCHES
 PINPOINTS = [[height * SIDE, width * SIDE] for height, width in ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]

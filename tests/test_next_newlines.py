@@ -9,8 +9,8 @@ from architectures import LLAVA, generate, greedy_by_hand
 from test_next_model import MIXED, NEXT, SETTINGS, each_side, encode, layout_and_states, picture
 
 import reccomp_hf
-from reccomp_hf.cards.content import field_rows
-from reccomp_hf.layout import NEWLINE
+from reccomp_hf.checkpoints.cards.content import field_rows
+from reccomp_hf.core.layout import NEWLINE
 
 NONE = {"newlines": "none"}
 # Pooling's tokens are all merged ones and have no row.

@@ -10,7 +10,7 @@ import torch
 from oracle import lof_oracle
 from sklearn.neighbors import LocalOutlierFactor
 
-from reccomp_hf.outliers import local_outlier_factor
+from reccomp_hf.core.outliers import local_outlier_factor
 
 THRESHOLD = 1.5
 EXACT_MARGIN = 1e-6  # relative distance of a factor to the threshold below which its label is not compared

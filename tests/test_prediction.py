@@ -23,9 +23,9 @@ from predictions import (
 )
 from tiny import SENTENCES, pictures
 
-from reccomp_hf.prediction import Columns, parts, predict, running
-from reccomp_hf.prediction.questions import Questions, batches
-from reccomp_hf.rows import open_rows
+from reccomp_hf.data.rows import open_rows
+from reccomp_hf.engines.predict import Columns, parts, predict, running
+from reccomp_hf.engines.predict.questions import Questions, batches
 
 pytest_plugins = ("command_line", "prediction_runs")
 
@@ -179,7 +179,7 @@ def test_an_interrupted_run_says_what_is_kept(run, data, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("reccomp_hf.commands.predict.predict", interrupted)
+    monkeypatch.setattr("reccomp_hf.cli.predict.predict", interrupted)
     output = tmp_path / "out.jsonl"
     code, _, err = run("predict", data, "--model", "demo", "--output", output)
     assert code == 130 and f"{output}.parts keeps the answers so far; the same command goes on" in err
@@ -195,7 +195,7 @@ def test_errors_of_the_command(error, data, tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("nothing is loaded for what cannot be")
 
-    monkeypatch.setattr("reccomp_hf.commands.predict.load", never)
+    monkeypatch.setattr("reccomp_hf.cli.predict.load", never)
     output = tmp_path / "out.jsonl"
     common = ("predict", data, "--model", "demo", "--output")
     assert "by --image-column, --question-column and --id-column" in error(*common, output, "--image-column", "x")
@@ -205,6 +205,6 @@ def test_errors_of_the_command(error, data, tmp_path, monkeypatch):
     assert "the folder of" in error(*common, tmp_path / "no" / "out.jsonl")
     assert "neither a file of JSON lines" in error("predict", tmp_path / "no", "--model", "demo", "--output", output)
     state = State(1, 2)
-    monkeypatch.setattr("reccomp_hf.commands.predict.process_state", lambda device: state)
+    monkeypatch.setattr("reccomp_hf.cli.predict.process_state", lambda device: state)
     assert "--device cuda:1 is for one process" in error(*common, output, "--device", "cuda:1")
     assert not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ from demo_model import demo_model
 from PIL import Image
 from predictions import answers, ask, read_lines, save_pictures, write_lines
 
-from reccomp_hf.prediction import Columns
+from reccomp_hf.engines.predict import Columns
 
 datasets = pytest.importorskip("datasets")
 import pyarrow  # noqa: E402

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import turn
 
-import reccomp_hf.processing_reccomp as processing
-from reccomp_hf.processing_reccomp import LlavaNextRecCompProcessor
+from reccomp_hf.core import processing
+from reccomp_hf.core.processing import LlavaNextRecCompProcessor
 
 RECOVERY_NAMES = ["recovery_input_ids", "recovery_attention_mask"]
 PICTURE = tiny.pictures(1)

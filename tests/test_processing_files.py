@@ -14,8 +14,8 @@ from tiny import turn
 from transformers import LlavaProcessor
 from transformers.utils import hub
 
-import reccomp_hf.processing_reccomp as processing
-from reccomp_hf.processing_reccomp import LlavaNextRecCompProcessor, LlavaRecCompProcessor
+from reccomp_hf.core import processing
+from reccomp_hf.core.processing import LlavaNextRecCompProcessor, LlavaRecCompProcessor
 
 DATA = Path(__file__).parent / "data"
 FIXTURES = ["processor_4x", "processor_5x"]

@@ -7,8 +7,8 @@ import tiny
 from test_processing import EACH, QUESTION, RECOVERY_NAMES, TEMPLATES, UNUSABLE_TEMPLATES, clip_windows
 from tiny import turn
 
-import reccomp_hf.processing_reccomp as processing
-from reccomp_hf.processing_reccomp import LlavaNextRecCompProcessor
+from reccomp_hf.core import processing
+from reccomp_hf.core.processing import LlavaNextRecCompProcessor
 
 PICTURE = tiny.pictures(1)
 FIRST, SECOND = "Is this a cat?", "Why? Tell me more."

@@ -10,12 +10,12 @@ from demo_model import demo_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-from reccomp_hf.compat import IS_V5
+from reccomp_hf.core.compat import IS_V5
 from reccomp_hf.demo import checkpoint_folder
-from reccomp_hf.evaluation import precision
-from reccomp_hf.evaluation.precision import compare, kept_patches, load_in, overlap, quantization_config, weight_bytes
-from reccomp_hf.evaluation.samples import demo_samples
-from reccomp_hf.evaluation.settings import parse_settings
+from reccomp_hf.experiments import precision
+from reccomp_hf.experiments.precision import compare, kept_patches, load_in, overlap, quantization_config, weight_bytes
+from reccomp_hf.measure.evaluation.samples import demo_samples
+from reccomp_hf.measure.evaluation.settings import parse_settings
 
 pytest.importorskip("torchao", reason="the test extra brings it; without it nothing is quantised here")
 pytest.importorskip("bitsandbytes", reason="the test extra brings it; without it nothing is quantised here")

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import budget_split, farthest_points, top, upper_outliers
 
-from reccomp_hf.configuration_reccomp import TokenRecoveryConfig
+from reccomp_hf.core.configuration import TokenRecoveryConfig
 
 # --- the oracle itself, by hand -------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from cases import (
 )
 from oracle import cosine, upper_outliers
 
-from reccomp_hf.configuration_reccomp import TokenRecoveryConfig
+from reccomp_hf.core.configuration import TokenRecoveryConfig
 
 # --- promises -------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files, get_relative_imports
 
 import reccomp_hf
-from reccomp_hf.remote_code import write_remote_code
+from reccomp_hf.core import remote_code
+from reccomp_hf.core.remote_code import write_remote_code
 
 TESTS = Path(__file__).parent
 ALL = {**SETTINGS, **{name: {"method": name} for name in ("pooling_2x2", "base_tile")}}
@@ -187,14 +189,49 @@ def test_the_files_need_only_what_transformers_needs(folders):
         assert "from . import" not in file.read_text(encoding="utf-8"), file.name  # which transformers does not follow
 
 
+CORE = Path(remote_code.__file__).parent
+
+
+def test_the_flat_files_are_the_core_line_by_line():
+    """Only relative imports differ, and entry files end with the list of the others."""
+    sources = remote_code.flat_sources()
+    modules = [file for file in CORE.rglob("*.py") if file.name != "__init__.py"]
+    names = {"_".join(file.relative_to(CORE).with_suffix("").parts) + "_reccomp.py": file for file in modules}
+    assert sources.keys() == names.keys()
+    assert {"methods_trim_reccomp.py", "compat_reccomp.py", "modeling_llava_reccomp.py"} < sources.keys()
+    for name, file in names.items():
+        original, flat = (text.splitlines() for text in (file.read_text(encoding="utf-8"), sources[name]))
+        for line, (ours, written) in enumerate(zip(original, flat, strict=False), 1):
+            assert ours == written or re.match(r"\s*from \.", ours), f"{name}:{line}"
+            assert not re.match(r"\s*from \.(\.|\w+\.)", written), f"{name}:{line}"  # no sub-folder, no parent
+            assert ours.partition(" import ")[2] == written.partition(" import ")[2], f"{name}:{line}"
+
+
 @each_architecture
-def test_every_file_is_named_by_the_modeling_file_and_the_configs(architecture):
-    """Transformers 4.57 takes out of a local folder only those: a new file must be entered there."""
-    for entry in (architecture.model_class, architecture.config_class):  # the config comes first and needs the methods
-        module = sys.modules[entry.__module__]
-        named, needed = get_relative_imports(module.__file__), get_relative_import_files(module.__file__)
-        assert set(named) == {Path(file).stem for file in needed} - {Path(module.__file__).stem}
-    assert {f"methods_{name}" for name in ("cdpruner", "prumerge", "shared")} < set(named)
+def test_every_entry_file_names_all_others(architecture, folders):
+    """Transformers 4.57 copies out of a local folder only the files that an entry file names itself."""
+    folder = folders[f"{architecture.name}-saved"]
+    names = {file.stem for file in folder.glob("*.py")}
+    for entry in ("configuration", "modeling_llava", "modeling_llava_next", "processing"):
+        file = folder / f"{entry}_reccomp.py"
+        assert set(get_relative_imports(file)) == names - {file.stem}
+        assert {Path(needed).stem for needed in get_relative_import_files(file)} >= names - {file.stem}
+
+
+@each_architecture
+def test_code_of_an_older_layout_is_replaced(architecture, folders, tmp_path):
+    """What an older version wrote goes; files of other people stay."""
+    saved = folders[f"{architecture.name}-saved"]
+    for name in ("config.json", "processor_config.json"):
+        (tmp_path / name).write_bytes((saved / name).read_bytes())
+    old = {"configuration_reccomp.py": "from .methods import A", "methods.py": "from .methods_trim import B"}
+    old |= {"methods_trim.py": "B = 1", "processing_reccomp.py": "from .gone import C", "notes.py": "mine"}
+    for name, text in old.items():
+        (tmp_path / name).write_text(text)
+    write_remote_code(tmp_path)
+    names = {file.name for file in tmp_path.glob("*.py")}
+    assert names == {file.name for file in saved.glob("*.py")} | {"notes.py"}
+    assert (tmp_path / "notes.py").read_text() == "mine"
 
 
 @each_architecture
@@ -222,8 +259,7 @@ def test_code_beside_a_folder_without_any(architecture, folders, tmp_path):
 def test_code_beside_a_model_alone(architecture, folders, tmp_path):
     (tmp_path / "config.json").write_bytes((folders[f"{architecture.name}-saved"] / "config.json").read_bytes())
     names = {file.name for file in write_remote_code(str(tmp_path))}
-    assert f"modeling_{architecture.config_class.model_type}.py" in names
-    assert "processing_reccomp.py" not in names
+    assert names == {file.name for file in folders[f"{architecture.name}-saved"].glob("*.py")}
 
 
 def test_code_beside_a_stock_model_is_refused(tmp_path):

@@ -15,7 +15,7 @@ import torch
 from chat_client import ask, base64_of, chat, client_of, data_url, expected, raw_events, running
 from PIL import Image
 
-from reccomp_hf.compat import IS_V5
+from reccomp_hf.core.compat import IS_V5
 from reccomp_hf.demo import draw_scene, questions
 from reccomp_hf.serving import server as server_module
 from reccomp_hf.serving.answering import Service, _ManagerOfCall, _ModelOfCall

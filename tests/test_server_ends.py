@@ -10,7 +10,7 @@ import demo_model
 import pytest
 from chat_client import ask, chat, client_of, data_url, raw_events, running
 
-from reccomp_hf.compat import IS_V5
+from reccomp_hf.core.compat import IS_V5
 from reccomp_hf.demo import draw_scene
 from reccomp_hf.serving import server as server_module
 from reccomp_hf.serving.answering import Service

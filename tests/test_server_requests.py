@@ -12,8 +12,8 @@ from chat_client import base64_of, chat
 from PIL import Image
 from torchao_noise import without_torchao
 
-from reccomp_hf.commands.serve import names_of
-from reccomp_hf.compat import IS_V5
+from reccomp_hf.cli.serve import names_of
+from reccomp_hf.core.compat import IS_V5
 from reccomp_hf.serving import answering
 from reccomp_hf.serving.errors import RequestError
 from reccomp_hf.serving.pictures import PictureReader
@@ -223,7 +223,7 @@ def test_errors_before_anything_is_loaded(error):
 def test_the_command_serves_until_it_is_interrupted():
     import openai
 
-    command = [sys.executable, "-m", "reccomp_hf.cli", "serve", "--port", "0", "--budget", "20"]
+    command = [sys.executable, "-m", "reccomp_hf.cli.main", "serve", "--port", "0", "--budget", "20"]
     command += ["--allow-urls", "b.example", "--allow-urls", "a.example", "demo"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:

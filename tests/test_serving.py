@@ -9,10 +9,10 @@ import torch
 from architectures import LLAVA, LLAVA_NEXT
 from test_next_model import PINPOINTS, SIZES, stock_model
 
-import reccomp_hf
-from reccomp_hf.integrations import vllm as plugin
-from reccomp_hf.integrations.vllm.checks import check_servable, count_tokens, request_budget, request_section
-from reccomp_hf.integrations.vllm.tower import clip_tower
+from reccomp_hf.core import compat
+from reccomp_hf.engines import vllm as plugin
+from reccomp_hf.engines.vllm.checks import check_servable, count_tokens, request_budget, request_section
+from reccomp_hf.engines.vllm.tower import clip_tower
 
 PICTURE = (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
 
@@ -33,7 +33,7 @@ def test_registering_names_the_classes_alone(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(ModelRegistry=registry))
     plugin.register()
     plugin.register()
-    assert registered == {name: f"reccomp_hf.integrations.vllm.models:{name}" for name in plugin.ARCHITECTURES}
+    assert registered == {name: f"reccomp_hf.engines.vllm.models:{name}" for name in plugin.ARCHITECTURES}
     assert {row.model_class.__name__ for row in (LLAVA, LLAVA_NEXT)} == {*registered}
 
 
@@ -174,7 +174,7 @@ class _Fused(torch.nn.Module):
 
 @torch.no_grad()
 def test_a_fused_attention_is_taken_apart():
-    tower = reccomp_hf.compat.clip_vision_model(LLAVA.compressed().model.vision_tower)
+    tower = compat.clip_vision_model(LLAVA.compressed().model.vision_tower)
     own, layers = tower.encoder.layers[-1].self_attn, []
     for layer in tower.encoder.layers:
         attention = layer.self_attn

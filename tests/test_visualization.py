@@ -14,8 +14,8 @@ from PIL import Image
 from test_next_model import NEXT, SIZES, encode, picture
 
 import reccomp_hf
-from reccomp_hf import visualization
-from reccomp_hf.visualization import COLORS, plot_recovery
+from reccomp_hf.measure import plot as visualization
+from reccomp_hf.measure.plot import COLORS, plot_recovery
 
 SIDE = tiny.IMAGE_SIZE // tiny.PATCH_SIZE
 GREY = Image.new("RGB", (60, 60), (200, 200, 200))

@@ -250,7 +250,7 @@ def test_embeddings_of_any_length(fresh, transformers, expected):
 
 
 def test_the_tower_sees_few_pictures_at_once(fresh, expected):
-    from reccomp_hf.integrations.vllm.models import TOWER_TILES
+    from reccomp_hf.engines.vllm.models import TOWER_TILES
 
     seen: list[int] = []
 

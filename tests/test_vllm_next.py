@@ -15,7 +15,7 @@ from test_vllm import environment  # noqa: F401
 from transformers import LlamaConfig
 from vllm_engines import ask, copy_checkpoint, engine, forget, prompt, reference, run
 
-from reccomp_hf.cost import picture_tokens
+from reccomp_hf.core.counting import picture_tokens
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 

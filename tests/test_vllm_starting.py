@@ -83,7 +83,7 @@ def test_refused_at_the_start(name):
 
 
 def test_tensor_parallelism_is_refused_before_anything_is_built():
-    from reccomp_hf.integrations.vllm.models import LlavaRecCompForConditionalGeneration
+    from reccomp_hf.engines.vllm.models import LlavaRecCompForConditionalGeneration
 
     config = types.SimpleNamespace(token_recovery=types.SimpleNamespace(enabled=True))
     multimodal = types.SimpleNamespace(get_limit_per_prompt=lambda modality: 1)

@@ -238,7 +238,7 @@ def stock_next_processor(padding_side: str = "left") -> LlavaNextProcessor:
 
 def recovery_processor(cls: Any = None, padding_side: str = "left", **overrides: Any) -> Any:
     """Our processor (`cls`: LlavaRecCompProcessor by default) with the CLIP tokenizer; `overrides` go to __init__."""
-    from reccomp_hf import processing_reccomp
+    from reccomp_hf.core import processing as processing_reccomp
 
     cls = cls or processing_reccomp.LlavaRecCompProcessor
     images = next_image_processor() if issubclass(cls, LlavaNextProcessor) else image_processor()

@@ -1,0 +1,1 @@
+"""Ways to run a compressed model: batch prediction, servers, other engines and trainers."""
