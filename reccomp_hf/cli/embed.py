@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..checkpoints.convert import check_output
-from ..checkpoints.loading import load
+from ..checkpoints.loading import load_encoder
 from ..data.rows import Picture, Rows, open_rows, picture_of, question_of, shown
 from ..engines.embedding import ImageEmbeds, embed_images
 from .common import add_command, check_counts, quiet, say
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_output(output)
     rows = _read(open_rows(arguments.data, arguments.limit))
     with quiet(progress_bars=sys.stderr.isatty()):
-        model, processor = load(arguments.model, fields_of(arguments), arguments.device, arguments.dtype, encoder=True)
+        model, processor = load_encoder(arguments.model, fields_of(arguments), arguments.device, arguments.dtype)
         parent = output.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=parent) as work:

@@ -20,7 +20,7 @@ from ...core.processing import LlavaNextRecCompProcessor, LlavaRecCompProcessor
 from .. import hub
 from ..completeness import missing_shards
 from . import shards
-from .checks import check_clip, check_keys, check_text_side, guess_clip, text_encoder_config
+from .compatibility import check_clip, check_keys, check_text_side, guess_clip, text_encoder_config
 from .shards import DTYPES, Headers
 
 
