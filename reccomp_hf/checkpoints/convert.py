@@ -1,4 +1,4 @@
-"""Converting a stock LLaVA and the CLIP that its vision tower came from into a compressed LLaVA. Nothing is trained."""
+"""Converting a stock LLaVA and the CLIP of its vision tower into a compressed LLaVA; nothing is trained."""
 
 from __future__ import annotations
 
@@ -154,7 +154,9 @@ def _work_folder(output: Path) -> Iterator[Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
     prefix, suffix = f".{output.name}-", ".converting"
     for leftover in output.parent.glob(f"{prefix}*{suffix}"):
-        logger.warning(f"{leftover} belongs to another conversion, killed or still running. It is not used; remove it.")
+        logger.warning(
+            f"{leftover} belongs to another conversion, killed or still running. It is not used; remove it."
+        )
     work = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=output.parent))
     try:
         yield work

@@ -252,8 +252,8 @@ def _aftermath(api: HfApi, folder: Path, before: Any, repo: str, branch: str, er
         after = api.model_info(repo, revision=branch).sha
     except Exception:  # the same failure, most likely
         return (
-            f"{failure}. Whether branch {branch!r} has the commit is not known: the Hub cannot be asked. It has either "
-            f"all of the commit or none of it. {again}."
+            f"{failure}. Whether branch {branch!r} has the commit is not known: the Hub cannot be asked. It has "
+            f"either all of the commit or none of it. {again}."
         )
     if after == before.sha:
         return f"{failure}. Branch {branch!r} is unchanged. {again}."

@@ -79,9 +79,7 @@ def _settings(section: TokenRecoveryConfig) -> dict[str, Any]:
     """The method, and every overridable field that differs from its default."""
     defaults = TokenRecoveryConfig().overridable()
     return {
-        name: value
-        for name, value in section.overridable().items()
-        if name == "method" or value != defaults[name]
+        name: value for name, value in section.overridable().items() if name == "method" or value != defaults[name]
     }
 
 

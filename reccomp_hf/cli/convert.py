@@ -19,7 +19,7 @@ from ..checkpoints.conversion_record import ConversionRecord
 from ..checkpoints.convert import check_output, convert, section_of
 from ..checkpoints.hub import Pushed, push
 from ..checkpoints.info import describe
-from ..core.configuration import PRESETS
+from ..core.settings import PRESETS
 from .common import add_command, line, quiet, say, section_lines, setting
 
 
@@ -43,7 +43,12 @@ def run(arguments: argparse.Namespace) -> None:
         settings = {"dtype": arguments.dtype, "force": arguments.force, "repo": arguments.push}
         folder = convert(arguments.llava, clip, output, arguments.preset, **settings, **overrides)
         facts, record = describe(folder, str(folder)), ConversionRecord.read(folder)
-    say(f"Wrote {folder} (preset {arguments.preset}).", *section_lines(facts), *([] if record is None else [line("proven", record.proof)]), "")
+    say(
+        f"Wrote {folder} (preset {arguments.preset}).",
+        *section_lines(facts),
+        *([] if record is None else [line("proven", record.proof)]),
+        "",
+    )
     name, place = str(folder), repr(str(folder))
     if arguments.push is not None:
         pushed = _push(folder, arguments)

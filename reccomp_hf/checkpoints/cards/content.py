@@ -13,6 +13,7 @@ from ...core.configuration import TokenRecoveryConfig
 from ...core.counting import PAPER_SHARE, compressed_tokens, fixed_tokens, picture_tokens
 from ...core.methods.contract import RELEVANCE, SALIENCY
 from ...core.methods.registry import get_method
+from ...core.settings import PRESETS
 from ...measure.cost import compare_costs
 from ...measure.published import FULL_SIZE
 from ..conversion_record import ConversionRecord
@@ -155,8 +156,8 @@ def _unread_fields(section: TokenRecoveryConfig) -> set[str]:
 def _intro(facts: CardFacts) -> str:
     family = "A LLaVA-NeXT" if facts.tiled else "A LLaVA-1.5"
     return (
-        f"{family} that reads a fraction of its visual tokens: {_summary(facts)}. {_method(facts.section.method)}; the "
-        "checkpoint was made by `reccomp_hf`, which is independent of the paper's authors."
+        f"{family} that reads a fraction of its visual tokens: {_summary(facts)}. {_method(facts.section.method)}; "
+        "the checkpoint was made by `reccomp_hf`, which is independent of the paper's authors."
     )
 
 

@@ -140,7 +140,9 @@ def open_shard(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): it may be truncated; download or copy it again.") from error
+        raise ValueError(
+            f"{path} cannot be read ({error}): it may be truncated; download or copy it again."
+        ) from error
 
 
 def read_tensor(folder: Path, header: TensorHeader) -> Tensor:
