@@ -13,7 +13,6 @@ from ...core.configuration import TokenRecoveryConfig
 from ...core.counting import PAPER_SHARE, compressed_tokens, fixed_tokens, picture_tokens
 from ...core.methods.contract import RELEVANCE, SALIENCY
 from ...core.methods.registry import get_method
-from ...core.settings import PRESETS
 from ...measure.cost import compare_costs
 from ...measure.published import FULL_SIZE
 from ..conversion_record import ConversionRecord
