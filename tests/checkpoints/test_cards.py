@@ -22,8 +22,9 @@ from reccomp_hf.checkpoints.cards import (
 from reccomp_hf.checkpoints.cards.content import field_descriptions, field_rows, recipe
 from reccomp_hf.cli.common import setting
 from reccomp_hf.cli.main import main
-from reccomp_hf.core.configuration import PRESETS, TokenRecoveryConfig
+from reccomp_hf.core.configuration import TokenRecoveryConfig
 from reccomp_hf.core.methods.registry import get_method, method_names
+from reccomp_hf.core.settings import PRESETS
 from reccomp_hf.demo import CHECKPOINTS, checkpoint_folder
 from reccomp_hf.measure.published import CLIP_VIT_L_336, FULL_SIZE
 

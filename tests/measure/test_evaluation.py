@@ -11,8 +11,8 @@ from demo_model import demo_model
 from PIL import Image
 
 from reccomp_hf.cli import main as cli
-from reccomp_hf.core.configuration import PRESETS
 from reccomp_hf.core.methods.registry import get_method
+from reccomp_hf.core.settings import PRESETS
 from reccomp_hf.demo import EVALUATION_SEEDS, QUESTION_KINDS, draw_scene
 from reccomp_hf.measure.evaluation import (
     DEFAULT_SETTINGS,
