@@ -8,8 +8,8 @@ import tiny
 import torch
 from architectures import LLAVA, each_architecture, prompt_of
 from fake_hub_store import Blob
-from hub_client import save_checkpoint
 from huggingface_hub import HfApi
+from saved import save_checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import reccomp_hf

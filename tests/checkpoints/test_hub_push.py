@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from architectures import each_architecture
-from hub_client import save_checkpoint
 from safetensors.torch import load_file, save_file
+from saved import save_checkpoint
 
 from reccomp_hf.checkpoints import cards, completeness
 from reccomp_hf.checkpoints import hub as package_hub

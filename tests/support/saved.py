@@ -4,7 +4,7 @@ import numpy as np
 import tiny
 import torch
 import transformers
-from architectures import ARCHITECTURES, generate, prompt_of
+from architectures import ARCHITECTURES, LLAVA, generate, prompt_of
 from paths import DATA
 from PIL import Image
 from safetensors.torch import save_file
@@ -13,6 +13,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 LINE = f"{transformers.__version__.partition('.')[0]}x"
 PARTS = ("vision_tower", "multi_modal_projector", "language_model", "lm_head")
 FIXTURE_SETTINGS = {"dynamic": {}, "budget": {"budget": 20, "text_relevance": "value"}}
+
+
+def save_checkpoint(folder, architecture=LLAVA, shard="5GB", **fields):
+    """A compressed checkpoint with its processor, as `save_pretrained` writes them; returns the folder."""
+    model = architecture.build(**fields) if fields else architecture.compressed()
+    model.save_pretrained(folder, max_shard_size=shard)
+    architecture.processor().save_pretrained(folder)
+    return folder
 
 
 def load(auto_class, folder):
