@@ -49,8 +49,11 @@ def check_checkpoint(folder: Path) -> None:
     """Check that a folder holds a checkpoint that others can load.
 
     Raises:
-        ValueError: Files are missing, unreadable, or do not belong together.
+        FileNotFoundError: The folder does not exist.
+        ValueError: The config is not ours, or weights, tokenizers or the processor are missing or cannot be read.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist, or is not a folder.")
     section = _check_config(folder)
     _check_weights(folder)
     _check_processor(folder, needs_recovery_tokenizer=section.text_encoder_config is not None)

@@ -89,12 +89,12 @@ def test_a_push_that_fails_leaves_the_folder(hub, sources, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("llava", "message"),
     [
-        ("org/gated", "org/gated is no folder, and its repository is gated: accept its terms"),
-        ("org/none", "org/none is no folder, and no such repository is on the Hub"),
-        ("org/llava@v9", "org/llava@v9 is no folder, and the repository on the Hub has no such revision"),
+        ("org/gated", "org/gated is not a folder, and its repository is gated: accept its terms"),
+        ("org/none", "org/none is not a folder, and the Hub has no such repository"),
+        ("org/llava@v9", "org/llava@v9 is not a folder, and the repository on the Hub has no such revision"),
     ],
 )
-def test_sources_that_cannot_be_had(hub, sources, folders, tmp_path, capsys, monkeypatch, llava, message):
+def test_sources_that_cannot_be_downloaded(hub, sources, folders, tmp_path, capsys, monkeypatch, llava, message):
     hub.make("org/gated", folders[0], gated=True)
     monkeypatch.setenv("HF_TOKEN", "hf_stranger")
     assert cli.main(["convert", llava, "org/clip", str(tmp_path / "out")]) == 2

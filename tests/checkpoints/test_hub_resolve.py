@@ -144,7 +144,7 @@ def test_an_interrupted_download_is_taken_up(hub, published, tmp_path):
     hub.make("org/model", published)
     hub.break_next("GET", SHARD, cut=30_000)
     hub.break_next("GET", SHARD, cut=0, times=99)
-    pattern = r"org/model is not a folder, and the download was interrupted \(.*Run it again: complete files are in the cache"
+    pattern = r"org/model is not a folder, and the download was interrupted \(.*Run it again: complete files are in"
     with pytest.raises(OSError, match=pattern) as failure:
         resolve("org/model")
     assert "\n" not in str(failure.value)
@@ -185,7 +185,7 @@ def test_a_path_to_nothing_is_not_asked_for(hub, tmp_path, monkeypatch, name):
 
 
 def test_a_file_is_not_a_folder(hub, published):
-    with pytest.raises(NotADirectoryError, match="config.json is a file; name the folder"):
+    with pytest.raises(NotADirectoryError, match=r"config\.json is a file; name the folder"):
         resolve(published / "config.json")
 
 

@@ -107,7 +107,7 @@ def test_a_contender_that_did_not_run_leaves_a_dash():
         (["demo", "--budgets", "145", "--device", "cpu"], "an image has only 144 patches"),
         (["demo", "--repeats", "0", "--device", "cpu"], "rounds must be at least 1, got 0"),
         (["--selection", "--repeats", "0"], "rounds must be at least 1, got 0"),
-        (["no/such/folder"], "no/such/folder is no folder"),
+        (["no/such/folder"], "no/such/folder does not exist"),
     ],
 )
 def test_errors_are_one_line(error, arguments, message):
