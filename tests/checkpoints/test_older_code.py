@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from saved import OLDER, fixture_values, older_checkpoint, save_checkpoint
 
 from reccomp_hf.checkpoints import hub as package_hub
+from reccomp_hf.cli import main as cli
 from reccomp_hf.core import remote_code
 
 # huggingface_hub 2.x uploads by `data=` where there is no Xet storage, which its own HTTP library deprecates.
@@ -94,6 +95,13 @@ def test_a_push_removes_the_code_of_an_older_layout_in_the_same_commit(hub, olde
     assert files["notes.py"] == b"import checks\n" and files[".gitattributes"]
     assert repo.files(first)["checks.py"] == (older / "checks.py").read_bytes()
     assert package_hub.push(folder, "me/model").removed == []
+
+
+def test_the_command_says_how_many_files_it_removed(hub, older, tmp_path, capsys):
+    stale = code_of(older) - NEW.keys() - {"notes.py"}
+    hub.make("me/model", older)
+    assert cli.main(["push", str(save_checkpoint(tmp_path / "new")), "me/model"]) == 0
+    assert f"in one commit, {len(stale)} code files of an older layout removed.\n" in capsys.readouterr().out
 
 
 def test_code_is_removed_from_the_branch_of_the_push_alone(hub, older, tmp_path):
