@@ -51,7 +51,7 @@ class TokenRecoveryOutput:
         return self.visual_mask | self.text_mask | self.coverage_mask
 
     def stage_counts(self) -> dict[str, int]:
-        """Tokens of all rows by the stage that chose them: `visual`, `text`, `coverage`, `merged`. Reads the device."""
+        """Tokens of all rows by stage: `visual`, `text`, `coverage` and `merged`. Reads from the device."""
         kept = {name: int(getattr(self, f"{name}_mask").sum()) for name in ("visual", "text", "coverage")}
         return {**kept, "merged": int(self.counts.sum()) - sum(kept.values())}
 
