@@ -105,7 +105,8 @@ def push(
     The folder is checked first. It gets the code that loads it without this package, in place of code of an older
     layout, and a model card if it has none. The repository and the branch are created if they do not exist. The commit
     deletes code files that an older version of this package pushed and the new code does not need; no other file is
-    deleted. `model.push_to_hub` of transformers only adds files and leaves the old code in the repository.
+    deleted. `model.push_to_hub` of transformers only adds files: it leaves the old code in the repository, where a
+    later push does not find it, because the new code does not import it.
 
     Args:
         folder: A folder written by `reccomp-hf convert`, or by `save_pretrained` of model and processor.

@@ -34,13 +34,11 @@ class WeightFiles:
         folder: The folder.
         keys: Name of each file, present or not, and the keys that the index puts there; no keys for a single file, and
             no files for a folder without weights.
-        index: Name of the index; `None` without one.
         safetensors: Whether the files are safetensors.
     """
 
     folder: Path
     keys: Mapping[str, frozenset[str]]
-    index: str | None = None
     safetensors: bool = False
 
     @classmethod
@@ -54,7 +52,7 @@ class WeightFiles:
             if (folder / single).is_file():
                 return cls(folder, {single: frozenset()}, safetensors=single == SAFE_WEIGHTS_NAME)
             if (folder / index).is_file():
-                return cls(folder, _shards(folder / index), index, safetensors=single == SAFE_WEIGHTS_NAME)
+                return cls(folder, _shards(folder / index), safetensors=single == SAFE_WEIGHTS_NAME)
         return cls(folder, {})
 
     @property
@@ -92,10 +90,8 @@ def shard_names(count: int) -> list[str]:
 
 def _shards(index: Path) -> dict[str, frozenset[str]]:
     """The files that an index names, with the keys that it puts there."""
-    shards: dict[str, set[str]] = {}
-    for key, name in read_json(index).get("weight_map", {}).items():
-        shards.setdefault(name, set()).add(key)
-    return {name: frozenset(keys) for name, keys in shards.items()}
+    weight_map = read_json(index).get("weight_map", {})
+    return {name: frozenset(key for key in weight_map if weight_map[key] == name) for name in set(weight_map.values())}
 
 
 __all__ = ["NO_WEIGHTS", "PICKLES", "SAFETENSORS", "WeightFiles", "shard_names"]

@@ -1,5 +1,6 @@
 """From two repositories on the Hub to a third in one command, and what a stranger has of it."""
 
+import json
 import subprocess
 import sys
 
@@ -63,6 +64,10 @@ def test_one_command_and_a_stranger(hub, sources, tmp_path):
         assert files[name] == (output / name).read_bytes()
     card = files["README.md"].decode()
     assert "license: llama2" in card and "- org/llava\n" in card and 'from_pretrained("me/model"' in card
+    assert f"reccomp-hf convert {' '.join(sources)} out" in card.replace(" \\\n   ", "")
+    record = json.loads(files["conversion.json"])
+    assert (record["llava"], record["clip"], record["fields"]) == (*sources, {"budget": 24})
+    assert record["proof"] in " ".join(done.stdout.split())
     assert any(name.endswith(".safetensors") for name in files)
     repo.commit("main", "as on the branch", repo.at("b24").tree)
     result = tmp_path / "result.pt"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, SETTINGS, each_architecture
+from architectures import ARCHITECTURES, LLAVA, SETTINGS, each_architecture
 from paths import DATA, SUPPORT
 from remote_runs import assert_same, expected_of, run_child, unexpected
 from safetensors.torch import load_file
@@ -109,6 +109,16 @@ def test_code_is_removed_from_the_branch_of_the_push_alone(hub, older, tmp_path)
     pushed = package_hub.push(save_checkpoint(tmp_path / "new"), "me/model", revision="next")
     assert "checks.py" in pushed.removed
     assert "checks.py" in repo.files("main") and "checks.py" not in repo.files("next")
+
+
+def test_transformers_own_push_leaves_the_old_code(hub, older):
+    """It only adds files, and the new entry files no longer lead to the old ones."""
+    repo = hub.make("me/model", older)
+    LLAVA.compressed().push_to_hub("me/model")
+    assert {"checks.py", "choosing_reccomp.py"} < repo.files().keys()
+    stale = set(repo.files()) - NEW.keys()
+    assert {name for name in stale if name.endswith(".py")} == code_of(older) - NEW.keys()
+    assert package_hub.push(save_checkpoint(older.with_name("new")), "me/model").removed == []
 
 
 def test_files_of_the_same_names_that_no_entry_file_imports_stay(hub, older, tmp_path):
