@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from .checks import cache_length, check_encoder_outputs, goes_on
+from .checks import cache_length, check_continuation, check_encoder_outputs, is_continuation
 from .compat import behind_cache, cache_of, default_max_length, extended_positions, is_prefill, stock_cache
 from .configuration import TokenRecoveryConfig
 from .modeling import RecCompMixin
@@ -185,7 +185,8 @@ class RecCompGenerationMixin(RecCompMixin):
         past = cache_length(cache_of(kwargs))
         if not past or prompt is None or kwargs.get("pixel_values") is not None:
             return kwargs
-        if not goes_on(prompt, kwargs, self.config.image_token_id, section):
+        check_continuation(prompt, kwargs, self.config.image_token_id, section)
+        if not is_continuation(prompt, kwargs):
             return kwargs
         return {**kwargs, **behind_cache(past, prompt, kwargs.get("inputs_embeds"))}
 
