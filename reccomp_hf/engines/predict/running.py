@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from ...core.configuration import TokenRecoveryConfig
+from ...data.progress import progress_bar
+from ...data.prompts import add_instruction, build_prompt, count_visual_tokens, encode_rows
 from ...data.rows import Rows, open_rows
-from ...measure.evaluation.running import encode_rows, instructed, prompt_of, visual_tokens_read
 from .fingerprint import data_digest, model_digest
 from .parts import Parts
 from .questions import Batch, Columns, Question, Questions, batches, line_of, opened
@@ -95,7 +94,7 @@ class _Asker:
         return {
             "instruction": self.instruction,
             "max_new_tokens": self.max_new_tokens,
-            "prompt": prompt_of(self.processor, "?", 1),
+            "prompt": build_prompt(self.processor, "?", 1),
             **{f"token_recovery.{name}": value for name, value in fields.items()},
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "model": model_digest(self.model),
@@ -106,7 +105,7 @@ class _Asker:
         asked, pictures, wrong = opened(questions, batch)
         if not asked:
             return asked, None, wrong
-        texts = [instructed(question.text, self.instruction) for question in asked]
+        texts = [add_instruction(question.text, self.instruction) for question in asked]
         return asked, encode_rows(self.processor, pictures, texts, [question.reads for question in asked]), wrong
 
     @torch.no_grad()
@@ -119,7 +118,7 @@ class _Asker:
         prompt = inputs["input_ids"]
         ids = output.sequences[:, prompt.shape[1] :]
         uncompressed = (prompt == model.config.image_token_id).sum(-1).tolist()
-        read = visual_tokens_read(output, [len(question.pictures) for question in asked], uncompressed)
+        read = count_visual_tokens(output, [len(question.pictures) for question in asked], uncompressed)
         answers = self.processor.batch_decode(ids, skip_special_tokens=True)
         told = zip(asked, answers, read, uncompressed, strict=True)
         return {question.row: _line(question, answer.strip(), *counts) for question, answer, *counts in told}
@@ -248,11 +247,8 @@ def _answer(state: Any, asker: _Asker, questions: Questions, parts: Parts, todo:
     """Answer this process's share."""
     share = todo.batches[state.process_index :: state.num_processes]
     others = f", process 1 of {state.num_processes}" if state.num_processes > 1 else ""
-    bar = tqdm(
-        total=sum(len(fresh) for _, fresh in share),
-        desc=f"rows{others}",
-        file=sys.stderr,
-        disable=True if not state.is_main_process else None if progress is None else not progress,
+    bar = progress_bar(
+        sum(len(fresh) for _, fresh in share), f"rows{others}", progress if state.is_main_process else False
     )
     with bar, parts.writer(state.process_index) as write:
         for (_, fresh), (asked, inputs, lines) in _ahead(share, lambda entry: asker.encode(questions, entry[0])):
