@@ -160,7 +160,8 @@ class VisualFeatures:
                 states = tuple(self.hidden_states.shape)
                 hint = "; keys start with the class token." if name == "keys" else "."
                 raise ValueError(
-                    f"{name} must have shape {needed} for hidden_states of shape {states}, got {tuple(tensor.shape)}{hint}"
+                    f"{name} must have shape {needed} for hidden_states of shape {states}, "
+                    f"got {tuple(tensor.shape)}{hint}"
                 )
         projected = self.projected
         if projected is not None and (projected.ndim != 3 or tuple(projected.shape[:2]) != (batch, patches)):
