@@ -17,19 +17,13 @@ from ..measure.benchmark import (
     CONFIGS,
     DYNAMIC,
     check_gpu,
-    choosing_text,
     compare,
-    compare_choosing,
     comparison_text,
     largest_batches,
-    measure_scaling,
     named_config,
     noise_batch,
-    plot_choosing,
     plot_comparison,
-    plot_scaling,
     random_model,
-    scaling_text,
     scene_batch,
     sharpen,
 )
@@ -44,6 +38,11 @@ def run(arguments: argparse.Namespace) -> None:
     rounds = {} if arguments.repeats is None else {"rounds": arguments.repeats}
     shared = {**rounds, "cpu_time": arguments.cpu_time}
     if arguments.selection or arguments.scaling:
+        from ..experiments.selection.choosing import compare_choosing
+        from ..experiments.selection.plotting import plot_choosing, plot_scaling
+        from ..experiments.selection.reporting import choosing_text, scaling_text
+        from ..experiments.selection.scaling import measure_scaling
+
         measure = compare_choosing if arguments.selection else measure_scaling
         facts = measure(seed=arguments.seed, **shared)
         text, figure = (

@@ -159,7 +159,7 @@ def visual_tokens(layout: ImageLayout, record: TokenRecoveryOutput, first: int, 
     kept = record.kept_mask
     layout = layout.to(kept.device)
     patches, newlines = layout.kept(kept)
-    counts, _ = layout.counts(kept, record.stage_counts["merged"])
+    counts, _ = layout.counts(kept, record.merged_counts)
     merged, tokens = (counts - patches.sum(-1)).tolist(), []
     for index, (places, rows) in enumerate(zip((patches | newlines).cpu(), layout.rows.tolist(), strict=True)):
         slots = layout.slots[index].tolist()

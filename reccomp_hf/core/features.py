@@ -52,11 +52,14 @@ class TokenRecoveryOutput:
         return self.visual_mask | self.text_mask | self.coverage_mask
 
     @property
-    def stage_counts(self) -> dict[str, Tensor]:
-        """Tokens by the stage that chose them: `"visual"`, `"text"`, `"coverage"` and `"merged"`, (B,) int64 each."""
-        masks = {"visual": self.visual_mask, "text": self.text_mask, "coverage": self.coverage_mask}
-        stages = {name: mask.sum(-1) for name, mask in masks.items()}
-        return {**stages, "merged": self.counts - self.kept_mask.sum(-1)}
+    def merged_counts(self) -> Tensor:
+        """(B,) int64, number of merged tokens."""
+        return self.counts - self.kept_mask.sum(-1)
+
+    def stage_counts(self) -> dict[str, int]:
+        """Tokens of all rows by stage: `visual`, `text`, `coverage` and `merged`. Reads from the device."""
+        kept = {name: int(getattr(self, f"{name}_mask").sum()) for name in ("visual", "text", "coverage")}
+        return {**kept, "merged": int(self.counts.sum()) - sum(kept.values())}
 
     def split(self, tiles: list[int]) -> list[TokenRecoveryOutput]:
         """One output per image, with as many rows as the image has tiles. Reads the counts from the device."""

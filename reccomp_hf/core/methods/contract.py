@@ -34,8 +34,8 @@ class RecoveryMethod:
     """A way to choose tokens.
 
     Args:
-        select: `select(features, settings)` returns the choice, best made by `features.keep(...)`; it reads nothing from
-            the device.
+        select: `select(features, settings)` returns the choice, best made by `features.keep(...)`, and reads nothing
+            from the device.
         merge: `merge(features, selection, settings, max_merged)` makes the merged tokens, given the largest number of
             them in a row. The default makes none.
         text: Whether the question changes the choice: `"unused"`, `"optional"` (without a question the method chooses
