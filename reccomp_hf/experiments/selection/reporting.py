@@ -25,7 +25,7 @@ def choosing_text(facts: Mapping[str, Any]) -> str:
         for row in facts["rows"]
     ]
     lines = [
-        f"recover_tokens at ({settings['patches']}, {settings['width']}) on {describe_environment(facts['environment'])}",
+        f"recover_tokens at ({settings['patches']}, {settings['width']}) on {describe_environment(facts)}",
         f"medians of {settings['rounds']} rounds by {settings['clock']}, in brackets the quartiles of ratios within a "
         "round",
         "",
@@ -51,7 +51,8 @@ def scaling_text(facts: Mapping[str, Any]) -> str:
     """The results of `measure_scaling` for a reader."""
     settings = facts["settings"]
     lines = [
-        f"recover_tokens on {describe_environment(facts['environment'])}: exponents of its cost, over all sizes and over the upper half",
+        f"recover_tokens on {describe_environment(facts)}: exponents of its cost, over all sizes and over the "
+        "upper half",
         f"medians of {settings['rounds']} rounds by {settings['clock']}",
     ]
     for axis, entry in facts["axes"].items():

@@ -23,7 +23,7 @@ def comparison_text(name: str, facts: Mapping[str, Any]) -> str:
     """The results of `compare` for a reader."""
     settings = facts["settings"]
     lines = [
-        f"{name} on {describe_environment(facts['environment'])}",
+        f"{name} on {describe_environment(facts)}",
         f"medians of {settings['rounds']} rounds by {settings['clock']}, in brackets the quartiles of ratios within a "
         f"round; answers of {settings['new_tokens']} tokens",
     ]
