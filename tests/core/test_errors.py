@@ -163,7 +163,7 @@ def test_half_a_picture_in_a_row(architecture):
     slots = (ids[0] == image).nonzero().flatten()
     ids[0, slots[:7]] = 9
     ids[1, -7:] = image
-    refused(architecture, {**batch, "input_ids": ids}, r"Row 0 holds \d+ image placeholder tokens, which is not a whole")
+    refused(architecture, {**batch, "input_ids": ids}, r"Row 0 holds \d+ image placeholder tokens, which is not a")
 
 
 @each_architecture
