@@ -16,7 +16,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -81,28 +81,14 @@ class Answer:
         with contextlib.suppress(RuntimeError):  # the loop is closed once the server has stopped
             self._loop.call_soon_threadsafe(self._items.put_nowait, item)
 
-    async def prepared(self) -> Prepared:
-        """Wait for the first item.
+    async def receive(self) -> Any:
+        """Wait for the next item: `Prepared`, pieces of text if the answer is streamed, and `Finished`.
 
         Raises:
-            RequestError: The chat template, the processor or the model refuses the request.
+            RequestError: Instead of `Prepared`: the chat template, the processor or the model refuses the request.
             CallEnded: The client has left, or the server is stopping.
+            Exception: The model fails.
         """
-        return await self._receive()
-
-    async def finished(self) -> Finished:
-        """Wait for the end of an answer that is not streamed; raises the exception that ends it early."""
-        return await self._receive()
-
-    async def pieces(self) -> AsyncIterator[str | Finished]:
-        """Pieces of a streamed answer's text, then its end; raises the exception that ends it early."""
-        while True:
-            item = await self._receive()
-            yield item
-            if isinstance(item, Finished):
-                return
-
-    async def _receive(self) -> Any:
         item = await self._items.get()
         if isinstance(item, Exception):
             raise item
@@ -147,7 +133,7 @@ class Service:
 
     @torch.no_grad()
     def prepare(self, request: ChatRequest, client_left: threading.Event) -> Prepared:
-        """Encode a request and compress its images; see `Answer.prepared` for the errors."""
+        """Encode a request and compress its images; see `Answer.receive` for the errors."""
         self.check_wanted(client_left)
         model, image_token = self.model, self.processor.image_token
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
@@ -177,7 +163,7 @@ class Service:
         return Prepared(short, ids.shape[1], min(longest, limit - used), after, before)
 
     def _generate(self, answer: Answer, prepared: Prepared) -> Finished:
-        request, decode = answer.request, self._decode
+        request = answer.request
         if request.seed is not None:
             torch.manual_seed(request.seed)  # nothing else samples until this answer ends
         sequences = self.model.generate(
@@ -185,10 +171,11 @@ class Service:
             generation_config=self._generation_config(request, prepared.max_new_tokens),
             tokenizer=self.processor.tokenizer,
             stopping_criteria=[_WhileWanted(self, answer.client_left)],
-            streamer=_PieceStreamer(decode, answer.send) if request.stream else None,
+            streamer=_PieceStreamer(self._decode, answer.send) if request.stream else None,
         )
         ids = sequences[0, prepared.prompt_tokens :].tolist()
-        return Finished(decode(ids), len(ids), "length" if len(ids) >= prepared.max_new_tokens else "stop")
+        reason = "length" if len(ids) >= prepared.max_new_tokens else "stop"
+        return Finished(self._decode(ids), len(ids), reason)
 
     def _generation_config(self, request: ChatRequest, max_new_tokens: int) -> Any:
         config = copy.deepcopy(self.model.generation_config)

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from .answering import Answer, Service
+from .answering import Answer, Prepared, Service
 from .errors import CallEnded, RequestError, error_body
 from .images import ImageReader
 from .requests import check_model, read_request
@@ -58,12 +58,7 @@ class _Routes:
 
     def __init__(self, service: Service, open_image: ImageReader) -> None:
         self.service, self.open_image = service, open_image
-        self.entry = {
-            "id": service.name,
-            "object": "model",
-            "created": int(time.time()),
-            "owned_by": "reccomp_hf",
-        }
+        self.entry = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "reccomp_hf"}
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat request, streaming or not."""
@@ -83,7 +78,7 @@ class _Routes:
     async def _respond(self, answer: Answer) -> Response:
         start = time.monotonic()
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.service.name}
-        prepared = await answer.prepared()
+        prepared: Prepared = await answer.receive()
         logger.info(
             "%s: %d of %d visual tokens, prompt of %d tokens, after %.2f s",
             head["id"],
@@ -98,7 +93,7 @@ class _Routes:
         }
         if answer.request.stream:
             return EventStream(answer, prepared, head, headers)
-        return JSONResponse(completion_body(head, prepared, await answer.finished()), headers=headers)
+        return JSONResponse(completion_body(head, prepared, await answer.receive()), headers=headers)
 
     async def models(self, request: Request) -> Response:
         """List the one model."""

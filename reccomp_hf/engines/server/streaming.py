@@ -24,11 +24,8 @@ def completion_body(head: Mapping[str, Any], prepared: Prepared, finished: Finis
         prepared: The request.
         finished: The end of its answer.
     """
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": finished.text},
-        "finish_reason": finished.reason,
-    }
+    message = {"role": "assistant", "content": finished.text}
+    choice = {"index": 0, "message": message, "finish_reason": finished.reason}
     return {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(prepared, finished)}
 
 
@@ -65,11 +62,9 @@ async def _events(answer: Answer, prepared: Prepared, head: Mapping[str, Any]) -
 
     yield chunk({"delta": {"role": "assistant"}})
     try:
-        async for piece in answer.pieces():
-            if isinstance(piece, Finished):
-                yield chunk({"delta": {}, "finish_reason": piece.reason}, usage=_usage(prepared, piece))
-            else:
-                yield chunk({"delta": {"content": piece}})
+        while isinstance(item := await answer.receive(), str):
+            yield chunk({"delta": {"content": item}})
+        yield chunk({"delta": {}, "finish_reason": item.reason}, usage=_usage(prepared, item))
     except Exception as error:
         if not isinstance(error, CallEnded):
             logger.error("The answer ends here.", exc_info=error)
