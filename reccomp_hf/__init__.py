@@ -3,20 +3,23 @@
 Importing this package registers its model types with transformers' Auto classes; nothing is patched.
 """
 
-from . import compat
-from .configuration_reccomp import LlavaNextRecCompConfig, LlavaRecCompConfig, TokenRecoveryConfig
-from .conversation import Conversation
-from .convert import convert
-from .embedding import ImageEmbeds, embed_images, image_embeds_part, load_image_encoder
-from .methods import RecoveryMethod, register_method
-from .modeling_llava_next_reccomp import LlavaNextRecCompForConditionalGeneration, LlavaNextRecCompModel
-from .modeling_llava_reccomp import LlavaRecCompForConditionalGeneration, LlavaRecCompModel
-from .outliers import local_outlier_factor
-from .processing_reccomp import LlavaNextRecCompProcessor, LlavaRecCompProcessor
-from .recovery import MergedTokens, TokenRecoveryOutput, TokenSelection, VisualFeatures, recover_tokens
-from .registration import register
-from .training import CompressedTrainerMixin
-from .visualization import plot_recovery
+from .checkpoints.convert import convert
+from .checkpoints.loading import load_image_encoder
+from .conversation.conversation import Conversation
+from .core import compat
+from .core.choosing import recover_tokens
+from .core.configuration import LlavaNextRecCompConfig, LlavaRecCompConfig, TokenRecoveryConfig
+from .core.features import MergedTokens, TokenRecoveryOutput, TokenSelection, VisualFeatures
+from .core.methods.contract import RecoveryMethod
+from .core.methods.registry import method_names, register_method
+from .core.modeling_llava import LlavaRecCompForConditionalGeneration, LlavaRecCompModel
+from .core.modeling_llava_next import LlavaNextRecCompForConditionalGeneration, LlavaNextRecCompModel
+from .core.outliers import local_outlier_factor
+from .core.processing import LlavaNextRecCompProcessor, LlavaRecCompProcessor
+from .core.registration import register
+from .engines.embedding import ImageEmbeds, embed_images, image_embeds_part
+from .engines.trl import CompressedTrainerMixin
+from .measure.plot import plot_recovery
 
 __version__ = "0.1.0"
 
@@ -48,6 +51,7 @@ __all__ = [
     "image_embeds_part",
     "load_image_encoder",
     "local_outlier_factor",
+    "method_names",
     "plot_recovery",
     "recover_tokens",
     "register",

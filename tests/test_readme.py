@@ -12,17 +12,16 @@ import pytest
 import torch
 from chat_client import running
 from demo_model import demo_model
-from test_next_layout import NEWLINE, packed_oracle
+from oracle_layout import packed_oracle
+from paths import README
 
 import reccomp_hf
-from reccomp_hf import cli
-from reccomp_hf.compat import IS_V5
+from reccomp_hf.cli import main as cli
+from reccomp_hf.core.layout import NEWLINE
+from reccomp_hf.core.methods.registry import _METHODS, method_names
 from reccomp_hf.demo import checkpoint_folder, draw_scene
-from reccomp_hf.evaluation.settings import parse_settings
-from reccomp_hf.methods import _registry, method_names
-from reccomp_hf.serving.answering import Service
-
-README = Path(__file__).parents[1] / "README.md"
+from reccomp_hf.engines.server.answering import Service
+from reccomp_hf.measure.evaluation.settings import parse_settings
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +35,15 @@ def test_the_first_snippets_run(blocks, tmp_path, monkeypatch, capsys):
     exec(blocks[0], names)
     assert capsys.readouterr().out.split("\n")[:2] == ["N", "tensor([16])"]
     exec(blocks[1].replace("llava-1.5-7b-reccomp", str(checkpoint_folder("demo"))), names)
-    before = dict(_registry())
+    before = dict(_METHODS)
     try:
         exec(blocks[2], names)
         model, inputs = names["model"], names["inputs"]
         (record,) = model.recover(**inputs, token_recovery={"method": "corners", "budget": 4})
         assert record.places.tolist() == [[0, 11, 132, 143]]
     finally:
-        _registry().clear()
-        _registry().update(before)
+        _METHODS.clear()
+        _METHODS.update(before)
 
 
 def test_the_snippet_about_many_questions_runs(blocks, tmp_path, monkeypatch, capsys):
@@ -52,7 +51,7 @@ def test_the_snippet_about_many_questions_runs(blocks, tmp_path, monkeypatch, ca
     draw_scene(1_000_000).image.save("sign.png")
     rows = [{"image": "sign.png", "question": "What letter is on the cyan sign?"}, {"question": "Where?"}]
     Path("questions.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    (snippet,) = [block for block in blocks if "reccomp_hf.prediction" in block]
+    (snippet,) = [block for block in blocks if "reccomp_hf.engines.predict" in block]
     names: dict[str, Any] = {}
     exec(blocks[0], names)
     capsys.readouterr()
@@ -125,7 +124,6 @@ def test_the_class_for_vlmevalkit_answers_compressed(blocks, tmp_path, monkeypat
     assert projected == [14, 28]
 
 
-@pytest.mark.skipif(not IS_V5, reason="transformers 4.57 has no server parts")
 def test_the_client_of_the_server_runs(blocks, monkeypatch, capsys):
     openai = pytest.importorskip("openai")
     (snippet,) = [block for block in blocks if "OpenAI(" in block]

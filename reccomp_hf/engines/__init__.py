@@ -1,1 +1,1 @@
-"""Ways to run a model besides a Python call: HTTP, batch files, and other inference engines."""
+"""Ways to run a compressed model: batch prediction, servers, other engines and trainers."""

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from ...pictures import open_picture
+from ...data.pictures import open_picture
 from .errors import RequestError
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow reads some others with external programs

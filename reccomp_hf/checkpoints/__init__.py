@@ -1,0 +1,1 @@
+"""Making, checking, describing, loading and publishing checkpoints."""

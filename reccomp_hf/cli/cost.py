@@ -1,0 +1,138 @@
+"""`reccomp-hf cost`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from ..checkpoints.info import folder_of
+from ..core.configuration import TokenRecoveryConfig
+from ..core.counting import PICTURE
+from ..core.settings import PRESETS
+from ..measure.cost import DTYPES, HARDWARE, compare_costs
+from ..measure.published import FULL_SIZE, full_size
+from .common import add_command, line, picture_size, quiet, say
+
+DEFAULT_CONFIG, DEFAULT_PRESET = "llava-1.5-7b", "balanced"
+
+# Entry of a row -> its name for a reader, the factor to its unit, and how it is printed.
+CELLS: dict[str, tuple[str, float, str]] = {
+    "visual_tokens": ("visual tokens", 1, ",d"),
+    "prompt_tokens": ("prompt tokens", 1, ",d"),
+    "prefill_flops": ("prefill, TFLOP", 1e-12, ",.3f"),
+    "prefill_seconds": ("prefill, ms", 1e3, ",.2f"),
+    "prefill_traffic_bytes": ("  memory traffic, GB", 1e-9, ",.2f"),
+    "prefill_activation_bytes": ("  stored activations, GB", 1e-9, ",.3f"),
+    "vision_tower_seconds": ("vision tower, ms", 1e3, ",.2f"),
+    "projector_seconds": ("projector, ms", 1e3, ",.2f"),
+    "text_encoder_seconds": ("text encoder, ms", 1e3, ",.2f"),
+    "selection_seconds": ("selection, ms", 1e3, ",.2f"),
+    "first_token_seconds": ("all up to the first token, ms", 1e3, ",.2f"),
+    "kv_cache_bytes": ("KV cache, MB", 1e-6, ",.1f"),
+    "decode_seconds": ("decoding a token, ms", 1e3, ",.2f"),
+    "weight_bytes": ("weights, GB", 1e-9, ",.2f"),
+    "largest_batch": ("largest batch that fits", 1, ",d"),
+    "largest_batch_tokens_per_second": ("  its tokens per second", 1, ",.0f"),
+}
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command."""
+    name, config = _config(arguments)
+    facts = compare_costs(
+        config,
+        arguments.visual_tokens,
+        hardware=arguments.hardware,
+        dtype=arguments.dtype,
+        text_tokens=arguments.text_tokens,
+        batch=arguments.batch,
+        picture=arguments.picture,
+    )
+    say(json.dumps({"name": name, **facts}, indent=2) if arguments.json else report(name, facts))
+
+
+def report(name: str, facts: dict[str, Any]) -> str:
+    """The comparison for a reader: a column per row, with its ratio to the stock model where one is of use."""
+    rows = facts["rows"]
+    lines = [
+        line("model", f"{name}, {facts['parameters']['total'] / 1e9:,.2f} B parameters"),
+        line("hardware", f"{facts['hardware']['name']} ({facts['hardware']['source']}), {facts['dtype']}"),
+        line("prompt", f"{facts['text_tokens']} text tokens and a picture{_picture(facts)}, batch {facts['batch']}"),
+        "",
+        f"  {'':<30}{'stock':>14}" + "".join(f"{'compressed':>22}" for _ in rows[1:]),
+    ]
+    for entry, (label, factor, form) in CELLS.items():
+        cells = [f"{rows[0][entry] * factor:>14{form}}"]
+        for row in rows[1:]:
+            ratio = row["ratios"].get(entry)
+            cells.append(f"{row[entry] * factor:>14{form}}" + (f"{ratio:>7.2f}x" if ratio else " " * 8))
+        lines.append(f"  {label:<30}{''.join(cells)}".rstrip())
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Estimated, not measured: per operator the slower of computing and moving at the card's ceilings.",
+            "Vision side in fp16. Real kernels take longer, and launching them is not in it.",
+        ]
+    )
+
+
+def register(commands: Any) -> None:
+    """Declare the command."""
+    command = add_command(
+        commands,
+        run,
+        "estimate time, memory and batch size, stock against compressed",
+        "Estimates by a roofline model what a LLaVA costs before and after its visual tokens are cut. Needs\n"
+        "no weights and no accelerator. With LLaVA-1.5-7B at 56 visual tokens it gives the paper's table.",
+        "",
+        " --config llava-1.5-7b --visual-tokens 56 --dtype int8",
+        " ./llava-reccomp --hardware H100 --batch 8 --json",
+    )
+    source = command.add_mutually_exclusive_group()
+    source.add_argument("folder", metavar="FOLDER", nargs="?", help="a compressed checkpoint, or a Hub id")
+    source.add_argument("--config", metavar="NAME", help=f"one of {', '.join(FULL_SIZE)} ({DEFAULT_CONFIG})")
+    command.add_argument("--preset", choices=PRESETS, help=f"settings of a named --config ({DEFAULT_PRESET})")
+    command.add_argument("--hardware", default="A100", metavar="NAME", help=f"one of {', '.join(HARDWARE)} (A100)")
+    command.add_argument("--dtype", choices=DTYPES, default="fp16", help="numbers of the language model (fp16)")
+    command.add_argument(
+        "--text-tokens", type=int, default=60, metavar="N", help="tokens besides the visual ones (60)"
+    )
+    command.add_argument(
+        "--visual-tokens", type=int, nargs="+", metavar="N", help="counts to compare (what the settings come to)"
+    )
+    command.add_argument("--batch", type=int, default=1, metavar="N", help="prompts at a time (1)")
+    command.add_argument(
+        "--picture",
+        type=picture_size,
+        default=PICTURE,
+        metavar="WxH",
+        help=f"pixels of the picture, for LLaVA-NeXT ({PICTURE[0]}x{PICTURE[1]})",
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object, in bytes and seconds")
+
+
+def _config(arguments: argparse.Namespace) -> tuple[str, Any]:
+    if arguments.folder is None:
+        name = arguments.config or DEFAULT_CONFIG
+        return name, full_size(name).config(arguments.preset or DEFAULT_PRESET)
+    if arguments.preset is not None:
+        raise ValueError("--preset goes with --config; a checkpoint has its own settings.")
+    from transformers import AutoConfig
+
+    with quiet():
+        config = AutoConfig.from_pretrained(folder_of(arguments.folder), trust_remote_code=False)
+    if not isinstance(getattr(config, "token_recovery", None), TokenRecoveryConfig):
+        raise ValueError(f"{arguments.folder} is no compressed LLaVA: its model_type is {config.model_type!r}.")
+    return arguments.folder, config
+
+
+def _picture(facts: dict[str, Any]) -> str:
+    if facts["picture"] is None:
+        return ""
+    width, height = facts["picture"]
+    return f" of {width} x {height} ({facts['tiles']} tiles, newlines counted)"
+
+
+__all__ = ["register", "run"]

@@ -1,0 +1,159 @@
+"""`reccomp-hf embed`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from ..checkpoints.convert import check_output
+from ..checkpoints.loading import load
+from ..data.rows import Picture, Rows, open_rows, picture_of, question_of, shown
+from ..engines.embedding import ImageEmbeds, embed_images
+from .common import add_command, check_counts, quiet, say
+from .models import add_model_options, fields_of
+
+INDEX = "index.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """What is embedded.
+
+    Attributes:
+        where: Its place in the data, for messages.
+        id: As the data has it, or the row's number.
+        question: Not empty.
+        picture: Not opened.
+    """
+
+    where: str
+    id: str | int
+    question: str
+    picture: Picture
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command."""
+    check_counts(arguments, "limit", "batch_size")
+    output = Path(arguments.output).expanduser()
+    check_output(output)
+    rows = _read(open_rows(arguments.data, arguments.limit))
+    with quiet(progress_bars=sys.stderr.isatty()):
+        model, processor = load(arguments.model, fields_of(arguments), arguments.device, arguments.dtype, encoder=True)
+        parent = output.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=parent) as work:
+            staging = Path(work) / output.name
+            staging.mkdir()
+            counts = _write(staging, rows, model, processor, arguments.batch_size)
+            staging.replace(output)
+    width, section = model.config.get_text_config().hidden_size, model.config.token_recovery
+    mean = sum(after for after, _ in counts) / len(counts)
+    of = sum(before for _, before in counts) / len(counts)
+    files, dtype = f"{len(rows)} file{'s' if len(rows) > 1 else ''}", str(model.dtype).removeprefix("torch.")
+    tokens = f"{mean:.1f} of {of:.1f} tokens on average"
+    say(f"Wrote {output}: {files} of (tokens, {width}) in {dtype}, {tokens}, and {INDEX}.")
+    if section.position_ids == "original":
+        say(
+            "These settings keep every token's own position (`places`); an engine that counts tokens on reads them "
+            "as position_ids 'compact' would: --set position_ids=compact if that is what you want to measure."
+        )
+
+
+def _read(rows: Rows) -> list[_Row]:
+    """Check all rows, and the headers of their pictures, before any work is done.
+
+    Raises:
+        ValueError: A row that lacks something, or an id that is there twice.
+    """
+    rows.require("image", "question")
+    read: list[_Row] = []
+    places: dict[str | int, str] = {}
+    for number in range(len(rows)):
+        where = rows.where(number)
+        try:
+            row = rows[number]
+            question, name = question_of(row.get("question")), row.get("id")
+            name = number if name is None else name
+            if not isinstance(name, str | int):
+                raise ValueError(f"id must be a string or an integer, got {shown(name)}.")
+            picture = picture_of(row.get("image"), rows.base)
+            if picture.size() is None:
+                picture.open()  # says what is wrong
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if name in places:
+            raise ValueError(f"{where}: the id {shown(name)} is that of {places[name]} too.")
+        places[name] = where
+        read.append(_Row(where, name, question, picture))
+    return read
+
+
+def _write(folder: Path, rows: list[_Row], model: Any, processor: Any, batch_size: int) -> list[tuple[int, int]]:
+    """Write a file for each row, and the index; returns tokens after and before."""
+    digits, counts = max(5, len(str(len(rows)))), []
+    with (
+        tqdm(total=len(rows), desc="pictures", file=sys.stderr, disable=None) as bar,
+        (folder / INDEX).open("w", encoding="utf-8") as index,
+    ):
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            results = embed_images(model, processor, [_open(row) for row in batch], [row.question for row in batch])
+            for number, (row, result) in enumerate(zip(batch, results, strict=True), start=start):
+                file = f"{number:0{digits}d}.safetensors"
+                save_file(_tensors(result), folder / file)
+                counts.append((len(result.embeds), result.placeholders))
+                facts = {"id": row.id, "file": file, "tokens": counts[-1][0], "placeholders": counts[-1][1]}
+                facts |= {"image": row.picture.name, "question": row.question}
+                index.write(json.dumps(facts, ensure_ascii=False) + "\n")
+            bar.update(len(batch))
+    return counts
+
+
+def _open(row: _Row) -> Any:
+    try:
+        return row.picture.open()
+    except ValueError as error:
+        raise ValueError(f"{row.where}: {error}") from error
+
+
+def _tensors(result: ImageEmbeds) -> dict[str, Any]:
+    places = {} if result.places is None else {"places": result.places.contiguous()}
+    return {"image_embeds": result.embeds.contiguous(), **places}
+
+
+def register(commands: Any) -> None:
+    """Declare the command."""
+    command = add_command(
+        commands,
+        run,
+        "write what pictures become for the language model, for serving engines",
+        "Compresses the picture of every row by its question and writes what the language model would read,\n"
+        "(tokens, width) as `image_embeds`, a safetensors file for each row, with index.jsonl to find them by.\n"
+        "The layers of the language model are not loaded. All rows are checked first, a bad one ends the command,\n"
+        "and the folder appears when it is complete. reccomp_hf.image_embeds_part makes of them what\n"
+        "vLLM's server takes (--enable-mm-embeds).",
+        " ./llava-reccomp questions.jsonl embeds --set position_ids=compact",
+        " demo questions.jsonl embeds --budget dynamic --dtype bfloat16",
+    )
+    command.add_argument("model", metavar="MODEL", help="a compressed checkpoint: folder, Hub id, demo or demo-global")
+    command.add_argument(
+        "data",
+        metavar="DATA",
+        help="JSON lines with image, question and perhaps id; a Parquet file; or a folder that datasets wrote",
+    )
+    command.add_argument("output", metavar="OUTPUT", help="folder to write, which must not exist, or be empty")
+    command.add_argument("--limit", type=int, metavar="N", help="the first N rows (all)")
+    command.add_argument("--batch-size", type=int, default=16, metavar="N", help="read at once (16)")
+    add_model_options(command)
+
+
+__all__ = ["register", "run"]

@@ -1,0 +1,92 @@
+"""`reccomp-hf serve`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import ipaddress
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.loading import load
+from .common import add_command, quiet, say
+from .models import add_model_options, fields_of
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command."""
+    _check_packages()
+    from ..engines.server.answering import Service
+    from ..engines.server.app import build_app
+    from ..engines.server.images import ImageReader
+    from ..engines.server.listening import Server, listen, url_of
+
+    listener = listen(arguments.host, arguments.port)  # before anything is loaded
+    with listener, quiet(progress_bars=sys.stderr.isatty()):
+        model, processor = load(arguments.model, fields_of(arguments), arguments.device, arguments.dtype)
+        name, *aliases = names_of(arguments.model)
+        service = Service(name, model, processor, aliases)
+        server = Server(build_app(service, ImageReader(arguments.allow_urls)), service)
+        _log()
+        say(f"Serving {name} on {url_of(listener)} (Ctrl-C ends it).")
+        if not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback:
+            say("No API key is required: anyone who can reach this address can use it.")
+        with contextlib.suppress(KeyboardInterrupt):  # raised again unless the shell has disabled it
+            server.run(sockets=[listener])
+        say("Stopped.")
+
+
+def names_of(model: str) -> list[str]:
+    """The names that clients may use for a model; the first one, a folder's own name, is listed."""
+    bare = model.rstrip("/")
+    listed = Path(os.path.abspath(model)).name if Path(model).is_dir() else model
+    return list(dict.fromkeys(name for name in (listed, model, bare) if name))
+
+
+def _check_packages() -> None:
+    missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"reccomp-hf serve needs {' and '.join(missing)}: pip install 'reccomp_hf[serve]'.")
+
+
+def _log() -> None:
+    """Write the server's log to stderr, one line per entry."""
+    log, handler = logging.getLogger("reccomp_hf.engines.server"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+
+
+def register(commands: Any) -> None:
+    """Declare the command."""
+    command = add_command(
+        commands,
+        run,
+        "answer OpenAI's chat completions over HTTP, without vLLM",
+        "Serves one checkpoint: POST /v1/chat/completions, streaming or not, and GET /v1/models. Images come\n"
+        "as data URLs or base64. Answers are made one after the other; a request may override settings with\n"
+        'token_recovery={"budget": 64}. prompt_tokens counts what the language model reads; the header\n'
+        "x-visual-tokens says how many of them stand for images. Needs pip install 'reccomp_hf[serve]'.",
+        " ./llava-reccomp --budget 64",
+        " demo --port 8001 --preset paper",
+    )
+    command.add_argument("model", metavar="MODEL", help="a compressed checkpoint: folder, Hub id, demo or demo-global")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
+    command.add_argument(
+        "--port", type=int, default=8000, metavar="N", help="port to listen on, 0 for a free one (8000)"
+    )
+    command.add_argument(
+        "--allow-urls",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="fetch images that requests give as http(s) URLs of this host; may be repeated (none)",
+    )
+    add_model_options(command)
+
+
+__all__ = ["names_of", "register", "run"]

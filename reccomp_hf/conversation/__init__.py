@@ -1,0 +1,5 @@
+"""Several questions about one image."""
+
+from .conversation import MODES, Conversation
+
+__all__ = ["MODES", "Conversation"]

@@ -1,0 +1,1 @@
+"""The code that a checkpoint carries: configuration, methods, models and processors."""

@@ -1,0 +1,124 @@
+"""LLaVA-NeXT with token recovery: what tiles, unpadding and newlines add."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from typing import Any
+
+import torch
+from torch import LongTensor, Tensor
+from transformers import LlavaNextForConditionalGeneration, LlavaNextModel
+from transformers.models.llava_next.modeling_llava_next import (
+    LlavaNextCausalLMOutputWithPast,
+    LlavaNextModelOutputWithPast,
+    image_size_to_num_patches,
+)
+
+from .compat import register_key_renames
+from .configuration import LlavaNextRecCompConfig
+from .generation import RecCompGenerationMixin
+from .layout import NEWLINE, ImageLayout
+from .modeling import RecCompMixin
+
+
+@dataclasses.dataclass
+class LlavaNextRecCompModelOutputWithPast(LlavaNextModelOutputWithPast):
+    """Stock outputs of the shortened sequence; the counts are `None` where nothing was compressed.
+
+    Args:
+        image_hidden_states: (tokens, D), projected tokens and newlines of all pictures in reading order.
+        visual_token_counts: (I,) int64, patch and merged tokens that each picture became.
+        newline_counts: (I,) int64, newline embeddings beside them.
+    """
+
+    image_hidden_states: Tensor | None = None  # the stock field; 5.24 has a property, which would warn
+    visual_token_counts: LongTensor | None = None
+    newline_counts: LongTensor | None = None
+
+
+@dataclasses.dataclass
+class LlavaNextRecCompCausalLMOutputWithPast(LlavaNextCausalLMOutputWithPast):
+    """Stock outputs; loss and logits are of the shortened sequence. Counts are `None` where nothing was compressed.
+
+    Args:
+        image_hidden_states: (tokens, D), projected tokens and newlines of all pictures in reading order.
+        visual_token_counts: (I,) int64, patch and merged tokens that each picture became.
+        newline_counts: (I,) int64, newline embeddings beside them.
+    """
+
+    image_hidden_states: Tensor | None = None  # the stock field; 5.24 has a property, which would warn
+    visual_token_counts: LongTensor | None = None
+    newline_counts: LongTensor | None = None
+
+
+def tiled_layout(config: Any, pixel_values: Tensor, image_sizes: list[list[int]]) -> tuple[Tensor, ImageLayout]:
+    """The placeholders that stock `pack_image_features` gives the tiles of pictures of any size.
+
+    Args:
+        config: A LLaVA-NeXT config.
+        pixel_values: (T, 3, H, W) tiles, or (I, tiles at most, 3, H, W) padded with further ones.
+        image_sizes: Height and width in pixels of every picture.
+
+    Returns:
+        Tiles (T, 3, H, W) of all pictures, and the placeholders that stand for their patches.
+
+    Raises:
+        ValueError: Other numbers of pictures or tiles.
+    """
+    side = config.vision_config.image_size
+    tiles = [image_size_to_num_patches(size, config.image_grid_pinpoints, side) for size in image_sizes]
+    if pixel_values.ndim == 5:
+        if len(pixel_values) != len(image_sizes) or pixel_values.shape[1] < max(tiles):
+            raise ValueError(
+                f"pixel_values of shape {tuple(pixel_values.shape)} do not fit {len(image_sizes)} image_sizes that "
+                f"need up to {max(tiles)} tiles."
+            )
+        pixel_values = torch.cat([image[:count] for image, count in zip(pixel_values, tiles, strict=True)])
+    if len(pixel_values) != sum(tiles):
+        raise ValueError(f"pixel_values hold {len(pixel_values)} tiles, image_sizes need {sum(tiles)}.")
+    patches = (side // config.vision_config.patch_size) ** 2
+    index = [torch.arange(count * patches).view(count, patches, 1) for count in tiles]
+    packed, _ = LlavaNextModel.pack_image_features(
+        types.SimpleNamespace(config=config),  # of a model it reads the config alone
+        index,
+        image_sizes,
+        config.vision_feature_select_strategy,
+        image_newline=torch.tensor([NEWLINE]),
+    )
+    return pixel_values, ImageLayout.of_packed([order.squeeze(-1) for order in packed], tiles, patches)
+
+
+class _TiledMixin:
+    """Pictures are tiles of different numbers."""
+
+    def _layout(self, pixel_values: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, ImageLayout]:
+        """Tiles (T, 3, H, W) of all pictures, and the placeholders that stand for their patches.
+
+        Reads `image_sizes` from the device: the number of tiles depends on them.
+        """
+        if image_sizes is None:
+            raise ValueError("LLaVA-NeXT needs image_sizes beside pixel_values; the processor gives both.")
+        return tiled_layout(self.config, pixel_values, torch.as_tensor(image_sizes).tolist())  # type: ignore[attr-defined]
+
+
+class LlavaNextRecCompModel(_TiledMixin, RecCompMixin, LlavaNextModel):
+    """`LlavaNextModel` (no language-model head) that reads recovered tokens."""
+
+    config_class = LlavaNextRecCompConfig
+    output_class = LlavaNextRecCompModelOutputWithPast
+    _keys_to_ignore_on_load_unexpected = ["lm_head"]
+
+
+class LlavaNextRecCompForConditionalGeneration(_TiledMixin, RecCompGenerationMixin, LlavaNextForConditionalGeneration):
+    """`LlavaNextForConditionalGeneration` that reads recovered tokens."""
+
+    config_class = LlavaNextRecCompConfig
+    output_class = LlavaNextRecCompCausalLMOutputWithPast
+
+
+# Here and not in the package's __init__: with trust_remote_code this file alone is imported.
+register_key_renames("LlavaNextRecCompForConditionalGeneration", "llava_next")
+register_key_renames("LlavaNextRecCompModel", "LlavaNextModel")
+
+__all__ = ["LlavaNextRecCompForConditionalGeneration", "LlavaNextRecCompModel", "tiled_layout"]

@@ -1,0 +1,74 @@
+"""The fields of the `token_recovery` section as plain data, and the presets; `TokenRecoveryConfig` validates them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The settings of a method; [`TokenRecoveryConfig`] documents each field."""
+
+    version: int = 1
+    enabled: bool = True
+    method: str = "recoverable"
+    method_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    budget: int | float | None = None
+    text_share: float = 0.5
+    text_limit: str = "share"
+    merged_tokens: int = 8
+    coverage_share: float = 0.0
+    coverage_by: str = "place"
+    outlier_neighbors: int = 20
+    merge_neighbors: int = 10
+    outlier_threshold: float = 1.5
+    text_relevance: str = "last"
+    text_relevance_sign: int = 1
+    visual_layer: int = -1
+    visual_heads: str = "joint"
+    position_ids: str = "compact"
+    newlines: str = "kept"
+    text_encoder_config: dict[str, Any] | None = None
+
+    @property
+    def options(self) -> Any:
+        """`method_options` as an instance of the method's own dataclass; `None` for a method without options."""
+        return vars(self).get("_options")
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Settings))
+"""Names of the section's fields, in the order of config.json."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The paper's method as this package reads it; the number of tokens adapts to the image.
+    "paper": {},
+    # The computation of the paper's released code, for reproduction.
+    "authors": {"method": "authors"},
+    # A fixed budget with the settings that measured best on the demo models: the question takes the patches that stand
+    # out for it, and the rest of the budget represents the image as a whole.
+    "balanced": {
+        "budget": 64,
+        "text_relevance": "value",
+        "visual_layer": -2,
+        "text_share": 1.0,
+        "text_limit": "outliers",
+        "coverage_share": 0.25,
+        "coverage_by": "content",
+        "merged_tokens": 0,
+        "position_ids": "original",
+    },
+}
+
+CHOICES: dict[str, tuple[str | int, ...]] = {
+    "text_relevance": ("last", "penultimate", "value"),
+    "text_relevance_sign": (1, -1),
+    "visual_heads": ("joint", "mean"),
+    "text_limit": ("share", "outliers"),
+    "coverage_by": ("place", "content"),
+    "position_ids": ("compact", "original"),
+    "newlines": ("kept", "none"),
+}
+"""Values of the fields that have few."""
+
+__all__ = ["CHOICES", "FIELDS", "PRESETS", "Settings"]

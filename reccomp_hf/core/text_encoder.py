@@ -1,0 +1,178 @@
+"""CLIP's text side inside a LLaVA."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from .checks import check_supported
+from .compat import rename_vision_key
+
+_SKIP_LISTS = ("modules_to_not_convert", "llm_int8_skip_modules")  # TorchAO's and most others', bitsandbytes'
+
+
+class TokenRecoveryModules(nn.Module):
+    """CLIP's text encoder and visual projection, frozen, which say how a question relates to a patch.
+
+    `named_modules` stops here: adapters and quantisers look for their targets by module name, and these weights are
+    none (`target_modules="q_proj"` or `"all-linear"` would otherwise reach the text encoder).
+    """
+
+    def __init__(self, text_config: CLIPTextConfig, vision_width: int) -> None:
+        """Build both modules from a CLIP text config; the projection maps `vision_width` to its projection width."""
+        super().__init__()
+        self.text_encoder = CLIPTextModelWithProjection(text_config)
+        self.visual_projection = nn.Linear(vision_width, text_config.projection_dim, bias=False)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Yield this module alone."""
+        memo = set() if memo is None else memo
+        if self not in memo:
+            if remove_duplicate:
+                memo.add(self)
+            yield prefix, self
+
+    def embed_question(self, input_ids: Tensor) -> Tensor:
+        """Embeddings pooled at the end-of-text token: (rows, windows, length) int64 -> (rows, windows, P).
+
+        The text encoder is causal, so padding after the end-of-text token needs no mask.
+        """
+        flat = input_ids.flatten(0, 1)
+        if flat.device.type == "cpu":  # elsewhere finding equal texts would cost more than reading them twice
+            flat, inverse = flat.unique(dim=0, return_inverse=True)
+            embeds = self.text_encoder(input_ids=flat).text_embeds[inverse]
+        else:
+            embeds = self.text_encoder(input_ids=flat).text_embeds
+        return embeds.unflatten(0, input_ids.shape[:2])
+
+
+class RecoveryModulesMixin:
+    """The recovery modules in a stock LLaVA class: built, loaded, counted, and kept frozen."""
+
+    # What the stock class brings along.
+    config: Any
+    model: Any
+    post_init: Any
+    _modules: dict[str, Any]
+    token_recovery: TokenRecoveryModules | None
+
+    def __init__(self, config: Any) -> None:
+        """Build the stock model, then the recovery modules if the config names a text encoder.
+
+        Raises:
+            ValueError: A vision tower or feature selection that has no class token to go by.
+        """
+        check_supported(config, config.token_recovery)
+        super().__init__(config)  # type: ignore[call-arg]
+        self.token_recovery = _build_recovery_modules(config)
+        self.post_init()
+        self._freeze()
+
+    @property
+    def _llava(self) -> Any:
+        """The stock module that holds vision tower, projector and language model."""
+        return self if "vision_tower" in self._modules else self.model
+
+    def _freeze(self) -> None:
+        """The choice of tokens has no gradient: the vision tower is trained on request, CLIP's text side never."""
+        self._llava.vision_tower.requires_grad_(False)
+        self._freeze_text_side()
+
+    def _freeze_text_side(self) -> None:
+        for _, module in self._text_side(""):
+            module.requires_grad_(False)
+
+    def _text_side(self, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that `named_modules` does not show, with their paths."""
+        for name, module in [] if self.token_recovery is None else self.token_recovery.named_children():
+            yield ".".join(filter(None, (prefix, "token_recovery", name))), module
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As the stock method for all parameters but CLIP's text side, which stays frozen."""
+        super().requires_grad_(requires_grad)  # type: ignore[misc]
+        self._freeze_text_side()
+        return self
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As the stock method, but weights that are missing from the checkpoint raise instead of being random.
+
+        A `quantization_config` never reaches CLIP's text side.
+
+        Raises:
+            ValueError: The checkpoint lacks weights that the config asks for.
+        """
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _sparing_text_side(kwargs["quantization_config"])
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            *args, output_loading_info=True, **kwargs
+        )
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ValueError(
+                f"The checkpoint lacks {len(missing)} weights of {cls.__name__}, which would be random: "
+                f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. A stock LLaVA becomes a checkpoint "
+                "of this class by reccomp_hf.convert(llava, clip, output)."
+            )
+        model._freeze()  # 5.x makes new parameters while it loads
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Do nothing: the config's `save_pretrained` writes the code and its `auto_map`."""
+
+    @staticmethod
+    def _fix_state_dict_key_on_load(key: str) -> tuple[str, bool]:
+        """Read vision towers that transformers 5.x wrote on 4.57 too."""
+        renamed = rename_vision_key(key)
+        return renamed, renamed != key
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters, the frozen recovery modules' included."""
+        yield from super().named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
+        for path, module in self._text_side(prefix) if recurse else ():
+            yield from module.named_parameters(path, recurse, remove_duplicate)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """All buffers, the frozen recovery modules' included."""
+        yield from super().named_buffers(prefix, recurse, remove_duplicate)  # type: ignore[misc]
+        for path, module in self._text_side(prefix) if recurse else ():
+            yield from module.named_buffers(path, recurse, remove_duplicate)
+
+
+def _sparing_text_side(quantization_config: Any) -> Any:
+    """A quantisation config that also skips the recovery modules, which some quantisers find by their weights' names.
+
+    A list that is `None` stands for what transformers skips by itself, the output embeddings.
+    """
+    if isinstance(quantization_config, dict):
+        from transformers.quantizers import AutoQuantizationConfig  # loads TorchAO, which has much to say
+
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    sparing = copy.copy(quantization_config)
+    for name in _SKIP_LISTS:
+        if hasattr(sparing, name):
+            given = getattr(sparing, name)
+            setattr(sparing, name, [*(["lm_head"] if given is None else given), "token_recovery"])
+    return sparing
+
+
+def _build_recovery_modules(config: Any) -> TokenRecoveryModules | None:
+    """The modules that a model config asks for; `None` for a visual-only model."""
+    section = config.token_recovery.text_encoder_config
+    if section is None:
+        return None
+    return TokenRecoveryModules(CLIPTextConfig(**section), config.vision_config.hidden_size)
+
+
+__all__ = ["RecoveryModulesMixin", "TokenRecoveryModules"]

@@ -1,0 +1,1 @@
+"""Data files: rows, images and prompts."""

@@ -1,0 +1,264 @@
+"""vLLM's own LLaVA classes, whose pictures become recovered tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPTextConfig
+from vllm.config import VllmConfig
+from vllm.model_executor.models.clip import CLIPVisionModel
+from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from ...core.choosing import assemble_tokens, select_tokens
+from ...core.counting import picture_tokens
+from ...core.layout import ImageLayout
+from ...core.modeling_llava_next import tiled_layout
+from ...core.picture_tokens import Question, projected_tokens, visual_features, window_mask
+from ...core.text_encoder import TokenRecoveryModules
+from ...core.vision import EncodedImages, needed_states, vision_states
+from .checks import count_tokens, request_section
+from .processing import (
+    LlavaNextRecCompInfo,
+    LlavaNextRecCompMultiModalProcessor,
+    LlavaRecCompInfo,
+    LlavaRecCompMultiModalProcessor,
+    RecoveryDummyInputsBuilder,
+)
+from .tower import clip_tower
+
+TOWER_TILES = 8
+"""Tiles that go through the vision tower at once: vLLM's encoder budget counts kept tokens, of which many are few."""
+
+# transformers 5 writes a vision tower's keys without `vision_model.`.
+_VISION_KEYS = WeightsMapper(
+    orig_to_new_regex={re.compile(r"^(model\.)?vision_tower\.(?!vision_model\.)"): "vision_tower.vision_model."}
+)
+
+
+@dataclasses.dataclass
+class _Picture:
+    """A picture as a request brings it.
+
+    Args:
+        tiles: (T, 3, H, W).
+        size: Width and height in pixels.
+        budget: Of the request, see `request_section`.
+        question: (W, L) ids and mask; `None` where the question is not read.
+    """
+
+    tiles: Tensor
+    size: tuple[int, int]
+    budget: float
+    question: tuple[Tensor, Tensor] | None
+
+
+class RecoveryModelMixin:
+    """Token recovery for one of vLLM's LLaVA classes, which stands next in the bases."""
+
+    config: Any
+    vision_tower: Any
+    multi_modal_projector: Any
+    hf_to_vllm_mapper: WeightsMapper
+    token_recovery: TokenRecoveryModules | None
+    supports_tower_connector_lora = False  # vLLM maps adapters by a number of tokens that ours is not
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        """Build the stock model, its vision tower with all blocks, and CLIP's text side.
+
+        Raises:
+            ValueError: Tensor parallelism, which splits the heads that the saliency is computed from.
+        """
+        recovers = vllm_config.model_config.hf_config.token_recovery.enabled and _has_tower(vllm_config)
+        if recovers and (size := vllm_config.parallel_config.tensor_parallel_size) > 1:
+            raise ValueError(
+                f"Token recovery reads whole attention heads of the vision tower, which tensor parallelism splits: "
+                f"got --tensor-parallel-size {size}. Use 1, with --data-parallel-size for more devices."
+            )
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self.token_recovery = None
+        if not recovers:
+            return
+        # Stock vLLM stops at LLaVA's feature layer; saliency and relevance may read the last block too.
+        self.vision_tower = CLIPVisionModel(
+            self.config.vision_config,
+            quant_config=vllm_config.quant_config,
+            require_post_norm=True,
+            prefix=maybe_prefix(prefix, "vision_tower"),
+        )
+        if (text := self.config.token_recovery.text_encoder_config) is not None:
+            self.token_recovery = TokenRecoveryModules(CLIPTextConfig(**text), self.config.vision_config.hidden_size)
+            self.token_recovery.requires_grad_(False)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load a checkpoint that either line of transformers wrote.
+
+        Raises:
+            ValueError: Weights of CLIP's text side are missing; vLLM itself checks the others.
+        """
+        ours = self.token_recovery
+        loader = AutoWeightsLoader(self, ignore_unexpected_prefixes=["token_recovery."] if ours is None else None)
+        loaded = loader.load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        if ours is not None:
+            wanted = {f"token_recovery.{name}" for name in ours.state_dict()}
+            if missing := sorted(wanted - loaded):
+                raise ValueError(
+                    f"The checkpoint lacks {len(missing)} weights of CLIP's text side, {missing[0]} for one. Convert "
+                    "it again: reccomp_hf.convert(llava, clip, output)."
+                )
+        return loaded
+
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        """The tokens of every picture, each (K, D), in the order of the pictures."""
+        embeds = kwargs.get("image_embeds")
+        if embeds is not None:
+            return list(embeds)  # of any length each; the stock class wants them equal
+        if not self.config.token_recovery.enabled:
+            return super().embed_multimodal(**kwargs)  # type: ignore[misc]
+        if kwargs.get("pixel_values") is None:
+            return []
+        pictures = self._pictures(**kwargs)
+        outputs: list[Tensor] = [torch.empty(0)] * len(pictures)
+        for batch in _batches(pictures):
+            for index, tokens in zip(batch, self._recovered([pictures[at] for at in batch]), strict=True):
+                outputs[index] = tokens
+        return outputs
+
+    def _pictures(
+        self,
+        pixel_values: Any,
+        recovery_budget: Tensor,
+        recovery_input_ids: Any = None,
+        recovery_attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> list[_Picture]:
+        """What a batch of requests brings, picture by picture; tensors of unequal shapes come as lists."""
+        questions: list[Any] = [None] * len(recovery_budget)
+        if recovery_input_ids is not None:
+            questions = list(zip(recovery_input_ids, recovery_attention_mask, strict=True))
+        tiles = self._tiles(pixel_values, **kwargs)
+        return [
+            _Picture(*picture, budget, question)
+            for picture, budget, question in zip(tiles, recovery_budget.tolist(), questions, strict=True)
+        ]
+
+    def _tiles(self, pixel_values: Tensor, **kwargs: Any) -> list[tuple[Tensor, tuple[int, int]]]:
+        """Tiles and size of every picture."""
+        size = (self.config.vision_config.image_size,) * 2
+        return [(tile, size) for tile in pixel_values.unsqueeze(1)]
+
+    def _layout(self, tiles: Tensor, pictures: list[_Picture]) -> ImageLayout:
+        """Which placeholder of the uncompressed pictures stands for which patch."""
+        return ImageLayout.of_grids(len(tiles), self._side**2)
+
+    @property
+    def _side(self) -> int:
+        vision = self.config.vision_config
+        return vision.image_size // vision.patch_size
+
+    def _recovered(self, pictures: list[_Picture]) -> Iterable[Tensor]:
+        """The tokens (K, D) of pictures with one budget, by the computation that the transformers models do."""
+        config, budget = self.config, pictures[0].budget
+        section, layer = request_section(config.token_recovery, budget), config.vision_feature_layer
+        tower, tiles = clip_tower(self.vision_tower.vision_model), torch.cat([picture.tiles for picture in pictures])
+        asked = pictures[0].question is not None
+        states = vision_states(tower, tiles, needed_states(section, layer, len(tower.encoder.layers), asked))
+        layout = self._layout(tiles, pictures).to(tiles.device).keeping(section.newlines)
+        features = visual_features(
+            tower,
+            self.token_recovery,
+            EncodedImages(states, layout, (self._side, self._side)),
+            _question(pictures, layout.image_of_tile(tiles.device)) if asked else None,
+            section,
+            layer,
+            num_heads=config.vision_config.num_attention_heads,
+            projector=self.multi_modal_projector,
+        )
+        selection = select_tokens(features, section)
+        sizes = selection.known_sizes or selection.sizes.tolist()
+        record = assemble_tokens(features, selection, section, sizes)
+        tokens, newlines = layout.counts(selection)
+        lengths, expected = tokens + newlines, [count_tokens(config, budget, picture.size) for picture in pictures]
+        if selection.known_sizes != [expected[0], sizes[1], sum(expected)] and lengths.tolist() != expected:
+            raise RuntimeError(f"Method {section.method!r} gave {lengths.tolist()} tokens, the budget {expected}.")
+        newline = getattr(self, "image_newline", None)
+        flat, _ = projected_tokens(
+            self.multi_modal_projector,
+            newline,
+            layout,
+            selection,
+            record,
+            lengths,
+            sizes=sizes,
+            longest=max(expected),
+            total=sum(expected),
+        )
+        return flat.split(expected)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    LlavaRecCompMultiModalProcessor, info=LlavaRecCompInfo, dummy_inputs=RecoveryDummyInputsBuilder
+)
+class LlavaRecCompForConditionalGeneration(RecoveryModelMixin, LlavaForConditionalGeneration):
+    """LLaVA-1.5 that reads recovered tokens."""
+
+    hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | _VISION_KEYS
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    LlavaNextRecCompMultiModalProcessor, info=LlavaNextRecCompInfo, dummy_inputs=RecoveryDummyInputsBuilder
+)
+class LlavaNextRecCompForConditionalGeneration(RecoveryModelMixin, LlavaNextForConditionalGeneration):
+    """LLaVA-NeXT that reads recovered tokens."""
+
+    hf_to_vllm_mapper = LlavaNextForConditionalGeneration.hf_to_vllm_mapper | _VISION_KEYS
+
+    def _tiles(
+        self, pixel_values: Any, image_sizes: Any = None, **kwargs: Any
+    ) -> list[tuple[Tensor, tuple[int, int]]]:
+        """Tiles and size of every picture, without the padding that the processor puts behind its tiles."""
+        sizes = [(width, height) for height, width in (size.tolist() for size in image_sizes)]
+        return [
+            (tiles[: picture_tokens(self.config, size)[0]], size)
+            for tiles, size in zip(pixel_values, sizes, strict=True)
+        ]
+
+    def _layout(self, tiles: Tensor, pictures: list[_Picture]) -> ImageLayout:
+        """Which placeholder of the uncompressed pictures stands for which patch, as stock LLaVA-NeXT packs them."""
+        sizes = [[picture.size[1], picture.size[0]] for picture in pictures]
+        return tiled_layout(self.config, tiles, sizes)[1]
+
+
+def _has_tower(vllm_config: VllmConfig) -> bool:
+    """Whether requests may bring pictures; else vLLM leaves the vision tower out."""
+    return vllm_config.model_config.get_multimodal_config().get_limit_per_prompt("image") > 0
+
+
+def _batches(pictures: list[_Picture]) -> Iterator[list[int]]:
+    """Numbers of pictures with one budget that go through the vision tower together."""
+    batch: list[int] = []
+    for index in sorted(range(len(pictures)), key=lambda at: pictures[at].budget):
+        tiles = sum(len(pictures[at].tiles) for at in (*batch, index))
+        if batch and (pictures[index].budget != pictures[batch[0]].budget or tiles > TOWER_TILES):
+            yield batch
+            batch = []
+        batch = [*batch, index]
+    if batch:
+        yield batch
+
+
+def _question(pictures: list[_Picture], rows: Tensor) -> Question:
+    """The pictures' questions side by side, each in as many windows as the longest has."""
+    given = [picture.question for picture in pictures if picture.question is not None]
+    ids, mask = (torch.nn.utils.rnn.pad_sequence(list(part), batch_first=True) for part in zip(*given, strict=True))
+    return Question(ids, window_mask(ids, mask), rows)
+
+
+__all__ = ["LlavaNextRecCompForConditionalGeneration", "LlavaRecCompForConditionalGeneration"]

@@ -1,0 +1,1 @@
+"""How published numbers were made. Not part of the installed package."""

@@ -1,0 +1,1 @@
+"""Measuring a model: answers, time, and estimated cost."""

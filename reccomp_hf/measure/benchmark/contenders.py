@@ -1,0 +1,121 @@
+"""The three that are compared: the stock model, ours, and the oracle that is given the short prompt for nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.compat import CACHE
+from .batches import Inputs
+from .timing import Measures, Stopwatch
+
+STOCK, OURS, ORACLE = "stock", "ours", "oracle"
+
+
+@dataclasses.dataclass
+class Contender:
+    """One way to come from pictures and prompts to an answer.
+
+    Args:
+        model: The model that all contenders share.
+        read: Reads the prompt: runs whatever is this contender's up to the first token's logits, and returns the
+            model's output with its cache.
+        attention_mask: (R, L) of the prompt as the language model sees it.
+        next_position: (R,) int64, the first new token's.
+        visual_tokens: (R,) int64, tokens of each prompt that stand for its picture, newlines included.
+    """
+
+    model: Any
+    read: Callable[[], Any]
+    attention_mask: Tensor
+    next_position: Tensor
+    visual_tokens: Tensor
+
+    @torch.no_grad()
+    def prefill(self) -> Any:
+        """Everything up to the first token's logits."""
+        return self.read()
+
+    @torch.no_grad()
+    def decode(self, prefilled: Any, steps: int) -> Tensor:
+        """So many further tokens, greedily, whatever they are: (R, steps) ids."""
+        rows, length = self.attention_mask.shape
+        mask = torch.cat([self.attention_mask, self.attention_mask.new_ones(rows, steps)], dim=1)
+        logits, cache, chosen = prefilled.logits, getattr(prefilled, CACHE), []
+        for step in range(steps):
+            chosen.append(logits[:, -1:].argmax(-1))
+            output = self.model(
+                input_ids=chosen[-1],
+                attention_mask=mask[:, : length + step + 1],
+                position_ids=(self.next_position + step).unsqueeze(-1),
+                cache=cache,
+                use_cache=True,
+            )
+            logits, cache = output.logits, getattr(output, CACHE)
+        return torch.cat(chosen, dim=1)
+
+    def turn(self, stopwatch: Stopwatch, steps: int) -> Measures:
+        """Prefill and decode once.
+
+        Returns:
+            `"prefill"`, `"decode"` (of one token) and `"answer"` (all of it), in seconds.
+        """
+        prefill, prefilled = stopwatch.time(self.prefill)
+        decode, _ = stopwatch.time(lambda: self.decode(prefilled, steps))
+        return {"prefill": prefill, "decode": decode / steps, "answer": prefill + decode}
+
+
+def stock(model: Any, inputs: Inputs) -> Contender:
+    """The model with token recovery off, which is bit for bit the stock one."""
+    off = {"enabled": False}
+    return Contender(
+        model,
+        lambda: model(**inputs, token_recovery=off, logits_to_keep=1, use_cache=True),
+        attention_mask=inputs["attention_mask"],
+        next_position=inputs["attention_mask"].sum(-1),
+        visual_tokens=(inputs["input_ids"] == model.config.image_token_id).sum(-1),
+    )
+
+
+def ours(model: Any, inputs: Inputs, fields: dict[str, Any]) -> Contender:
+    """The compressed model, with some fields of its section overridden."""
+    prompt = _short_prompt(model, inputs, fields)
+    return Contender(
+        model, lambda: model(**inputs, token_recovery=fields, logits_to_keep=1, use_cache=True), *_seen(model, prompt)
+    )
+
+
+def oracle(model: Any, inputs: Inputs, fields: dict[str, Any]) -> Contender:
+    """The limit: the vision tower's whole pass, as in the stock model, and the short prompt's embeddings for nothing.
+
+    The language model reads exactly what it reads in `ours`; nothing is chosen, merged, projected or cut.
+    """
+    prompt = _short_prompt(model, inputs, fields)
+    embedded = {name: prompt[name] for name in ("inputs_embeds", "attention_mask", "position_ids") if name in prompt}
+    pixels = inputs["pixel_values"]
+    pixels = pixels.flatten(0, 1) if pixels.ndim == 5 else pixels  # tiles; all pictures of a batch have as many
+
+    def read() -> Any:
+        model.model.vision_tower(pixels, output_hidden_states=True)
+        return model(**embedded, logits_to_keep=1, use_cache=True)
+
+    return Contender(model, read, *_seen(model, prompt))
+
+
+@torch.no_grad()
+def _short_prompt(model: Any, inputs: Inputs, fields: dict[str, Any]) -> dict[str, Any]:
+    return model.compress_inputs(**inputs, token_recovery=fields)[0]
+
+
+def _seen(model: Any, prompt: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Mask, next positions and visual tokens of a shortened prompt."""
+    mask, positions = prompt["attention_mask"], prompt.get("position_ids")
+    following = mask.sum(-1) if positions is None else positions.amax(-1) + 1
+    return mask, following, (prompt["input_ids"] == model.config.image_token_id).sum(-1)
+
+
+__all__ = ["ORACLE", "OURS", "STOCK", "Contender", "oracle", "ours", "stock"]

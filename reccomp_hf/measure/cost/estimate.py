@@ -1,0 +1,242 @@
+"""A cost model: what a LLaVA costs on an accelerator before and after its visual tokens are cut.
+
+A roofline estimate, per operator max(operations / peak, bytes / bandwidth). For the language model's prefill it is
+the accounting of the paper's table and reproduces it ([`prefill_cost`]); what the paper leaves out stands beside it:
+vision tower, text encoder, selection, key-value cache, decoding, the largest batch that fits. Everything is a lower
+bound: real kernels take longer, and launching them is not counted.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from ...core.checks import is_tiled
+from ...core.configuration import TokenRecoveryConfig
+from ...core.counting import PICTURE, compressed_tokens, patches_per_side, picture_tokens
+from ...core.methods.registry import get_method
+from .hardware import DTYPES, HARDWARE, Hardware, get_hardware, get_width
+from .memory import NEW_TOKENS, USABLE, kv_cache_bytes, largest_batch, parameter_counts, weight_bytes
+from .operators import (
+    Cost,
+    Operator,
+    Stack,
+    linear,
+    projector_operators,
+    selection_operators,
+    text_operators,
+    vision_operators,
+)
+
+
+def prefill_cost(
+    config: Any, tokens: int, *, hardware: str | Hardware = "A100", dtype: str = "fp16", batch: int = 1
+) -> Cost:
+    """The language model's reading of `batch` prompts of `tokens` tokens, the head on the last one of each.
+
+    With LLaVA-1.5-7B at 636 and 116 tokens (60 of text and 576 or 56 visual ones) on an A100 it gives the paper's
+    table. Vision tower, question and selection are not in it, see [`vision_cost`].
+
+    Args:
+        config: A LLaVA config, stock or ours.
+        tokens: Tokens per prompt, visual ones included.
+        hardware: A name in `HARDWARE` or a [`Hardware`].
+        dtype: `"fp16"`, `"int8"` or `"int4"`: the width of weights, activations and cache alike.
+        batch: Prompts.
+
+    Returns:
+        A [`Cost`]: `.flops`, `.seconds`, `.traffic_bytes`, `.activation_bytes` and the `.operators`.
+
+    Raises:
+        ValueError: Unknown hardware or dtype, fewer than one token or prompt.
+    """
+    return _language_cost(config, tokens, tokens, hardware, dtype, batch)
+
+
+def decode_cost(
+    config: Any, tokens: int, *, hardware: str | Hardware = "A100", dtype: str = "fp16", batch: int = 1
+) -> Cost:
+    """One further token of each of `batch` rows, with `tokens` tokens in the cache, itself included.
+
+    Args:
+        config: A LLaVA config, stock or ours.
+        tokens: Tokens that the new one attends to.
+        hardware: A name in `HARDWARE` or a [`Hardware`].
+        dtype: `"fp16"`, `"int8"` or `"int4"`.
+        batch: Rows.
+
+    Raises:
+        ValueError: As for [`prefill_cost`].
+    """
+    return _language_cost(config, 1, tokens, hardware, dtype, batch)
+
+
+def vision_cost(
+    config: Any,
+    tokens: int,
+    *,
+    tiles: int = 1,
+    windows: int = 1,
+    batch: int = 1,
+    section: TokenRecoveryConfig | None = None,
+    hardware: str | Hardware = "A100",
+) -> dict[str, Cost]:
+    """What stands before the language model, in 16 bit: vision tower, projector, and with token recovery the rest.
+
+    Args:
+        config: A LLaVA config, stock or ours.
+        tokens: Visual tokens per prompt that the projector gets.
+        tiles: Tiles per prompt; 1 for LLaVA-1.5.
+        windows: Windows of the question, each as long as the text encoder reads.
+        batch: Prompts.
+        section: The token recovery; `None` for the stock model.
+        hardware: A name in `HARDWARE` or a [`Hardware`].
+
+    Returns:
+        `"vision_tower"`, `"projector"`, `"text_encoder"`, `"selection"`; the last two are empty for the stock model.
+    """
+    _at_least_one(tokens=tokens, tiles=tiles, windows=windows, batch=batch)
+    device = get_hardware(hardware)
+    asks = section is not None and section.enabled and get_method(section.method).reads_question(section)
+    encoder = section.text_encoder_config if section is not None and asks else None
+    parts: dict[str, list[Operator]] = {
+        "vision_tower": vision_operators(config.vision_config, tiles * batch),
+        "projector": projector_operators(config, tokens * batch),
+        "text_encoder": [] if encoder is None else text_operators(encoder, windows * batch),
+        "selection": [] if section is None else selection_operators(config, section, tiles * batch, tokens * batch),
+    }
+    return {name: Cost(tuple(operators), device, "fp16") for name, operators in parts.items()}
+
+
+def compare_costs(
+    config: Any,
+    visual_tokens: list[int] | None = None,
+    *,
+    hardware: str = "A100",
+    dtype: str = "fp16",
+    text_tokens: int = 60,
+    batch: int = 1,
+    picture: tuple[int, int] = PICTURE,
+) -> dict[str, Any]:
+    """The stock model beside the compressed one, a row each, on one accelerator.
+
+    Args:
+        config: A config of ours; its section says what is computed besides.
+        visual_tokens: Counts to compare, newlines apart; `None` takes the section's own.
+        hardware: A name in `HARDWARE`.
+        dtype: `"fp16"`, `"int8"` or `"int4"`.
+        text_tokens: Tokens of a prompt that are not visual.
+        batch: Prompts, a picture each.
+        picture: Width and height in pixels; read for LLaVA-NeXT only.
+
+    Returns:
+        Plain numbers for a table or JSON: `"rows"`, the stock model first, with tokens, FLOPs, seconds, bytes and
+        ratios to it; `"parameters"`; and what was assumed. LLaVA-NeXT's newlines are counted as if all rows kept one.
+
+    Raises:
+        ValueError: Unknown hardware or dtype, counts below 1 or above what the picture has.
+    """
+    section, device = config.token_recovery, get_hardware(hardware)
+    tiles, patches, newlines = picture_tokens(config, picture)
+    counts = [compressed_tokens(config, section, picture)] if visual_tokens is None else visual_tokens
+    for count in counts:
+        if not 1 <= count <= patches:
+            raise ValueError(f"visual tokens must be 1 to {patches}, which the picture has, got {count}.")
+    _at_least_one(batch=batch)
+    if text_tokens < 1:
+        raise ValueError(f"text tokens must be at least 1, got {text_tokens}.")
+    row = functools.partial(
+        _row, config, device=device, dtype=dtype, text_tokens=text_tokens, batch=batch, tiles=tiles
+    )
+    rows = [row(patches, newlines, None), *(row(count, min(newlines, count), section) for count in counts)]
+    for entry in rows:
+        entry["ratios"] = {name: entry[name] / rows[0][name] if rows[0][name] else None for name in RATIOS}
+    return {
+        "hardware": {"name": device.name, "source": device.source},
+        "dtype": dtype,
+        "batch": batch,
+        "text_tokens": text_tokens,
+        "picture": list(picture) if is_tiled(config) else None,
+        "tiles": tiles,
+        "measured": False,
+        "parameters": parameter_counts(config),
+        "rows": rows,
+    }
+
+
+RATIOS = ("prefill_flops", "prefill_seconds", "first_token_seconds", "kv_cache_bytes", "largest_batch")
+"""Entries of a row of [`compare_costs`] that are also given as shares of the stock model's."""
+
+
+def _row(
+    config: Any,
+    visual: int,
+    newlines: int,
+    section: TokenRecoveryConfig | None,
+    *,
+    device: Hardware,
+    dtype: str,
+    text_tokens: int,
+    batch: int,
+    tiles: int,
+) -> dict[str, Any]:
+    tokens = text_tokens + visual + newlines
+    prefill = prefill_cost(config, tokens, hardware=device, dtype=dtype, batch=batch)
+    projected = (
+        visual if section is not None else tiles * patches_per_side(config) ** 2
+    )  # stock projects before it unpads
+    before = vision_cost(config, projected, tiles=tiles, batch=batch, section=section, hardware=device)
+    fits = largest_batch(config, tokens, hardware=device, dtype=dtype, stock=section is None)
+    step = decode_cost(config, tokens + NEW_TOKENS // 2, hardware=device, dtype=dtype, batch=batch)
+    full = decode_cost(config, tokens + NEW_TOKENS // 2, hardware=device, dtype=dtype, batch=max(fits, 1))
+    return {
+        "compressed": section is not None,
+        "visual_tokens": visual,
+        "newline_tokens": newlines,
+        "prompt_tokens": tokens,
+        "prefill_flops": prefill.flops,
+        "prefill_seconds": prefill.seconds,
+        "prefill_traffic_bytes": prefill.traffic_bytes,
+        "prefill_activation_bytes": prefill.activation_bytes,
+        **{f"{name}_seconds": cost.seconds for name, cost in before.items()},
+        "first_token_seconds": prefill.seconds + sum(cost.seconds for cost in before.values()),
+        "kv_cache_bytes": kv_cache_bytes(config, tokens, dtype) * batch,
+        "decode_seconds": step.seconds,
+        "weight_bytes": weight_bytes(config, dtype, stock=section is None),
+        "largest_batch": fits,
+        "largest_batch_tokens_per_second": fits / full.seconds,
+    }
+
+
+def _language_cost(config: Any, new: int, context: int, hardware: str | Hardware, dtype: str, batch: int) -> Cost:
+    _at_least_one(tokens=context, batch=batch)
+    get_width(dtype)
+    device = get_hardware(hardware)
+    text = config.text_config
+    head = linear("head", batch, text.hidden_size, text.vocab_size)
+    return Cost((*Stack.of(text, gated=True).operators(new, context, batch), head), device, dtype)
+
+
+def _at_least_one(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+__all__ = [
+    "DTYPES",
+    "HARDWARE",
+    "NEW_TOKENS",
+    "USABLE",
+    "Cost",
+    "Hardware",
+    "Operator",
+    "compare_costs",
+    "decode_cost",
+    "kv_cache_bytes",
+    "largest_batch",
+    "parameter_counts",
+    "prefill_cost",
+    "vision_cost",
+    "weight_bytes",
+]

@@ -1,0 +1,299 @@
+"""What the parts of a compressed LLaVA compute and move: the operators behind the cost model.
+
+Counts are numbers of operations and of elements; bytes and seconds follow from a dtype and an accelerator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import CLIPTextConfig
+
+from ...core.configuration import TokenRecoveryConfig
+from ...core.methods.contract import RecoveryMethod
+from ...core.methods.registry import get_method
+from .hardware import Hardware, get_width
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """One computation that loads its inputs from memory and stores its result there.
+
+    Args:
+        name: What it is.
+        operations: Floating-point operations; a multiplication and an addition are two.
+        weights: Weight elements it reads.
+        reads: Activation elements it reads.
+        writes: Activation elements it stores.
+        cache: Elements of the key-value cache that it reads or stores.
+        repeats: How often it runs, once per layer say.
+    """
+
+    name: str
+    operations: float
+    weights: float = 0
+    reads: float = 0
+    writes: float = 0
+    cache: float = 0
+    repeats: int = 1
+
+    def moved(self, width: float) -> float:
+        """Bytes from and to memory in one run, numbers being `width` bytes wide."""
+        return (self.weights + self.reads + self.writes + self.cache) * width
+
+    def seconds(self, hardware: Hardware, dtype: str) -> float:
+        """Roofline time of one run: computing or moving, whichever takes longer."""
+        return max(self.operations / hardware.peak(dtype), self.moved(get_width(dtype)) / hardware.bandwidth)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """A lower bound on what operators cost on an accelerator, and what they are.
+
+    Args:
+        operators: What runs.
+        hardware: Where.
+        dtype: In which numbers.
+    """
+
+    operators: tuple[Operator, ...]
+    hardware: Hardware
+    dtype: str
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations, whatever the dtype."""
+        return sum(operator.operations * operator.repeats for operator in self.operators)
+
+    @property
+    def seconds(self) -> float:
+        """Sum of the operators' roofline times: no launch, no waiting, perfect kernels."""
+        return sum(operator.seconds(self.hardware, self.dtype) * operator.repeats for operator in self.operators)
+
+    @property
+    def traffic_bytes(self) -> float:
+        """Bytes from and to memory (what the paper's table calls total memory)."""
+        return sum(operator.moved(get_width(self.dtype)) * operator.repeats for operator in self.operators)
+
+    @property
+    def activation_bytes(self) -> float:
+        """Bytes of activations stored, one operator after the other; keys and values are the cache's."""
+        return sum(operator.writes * operator.repeats for operator in self.operators) * get_width(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """A stack of transformer blocks.
+
+    Args:
+        layers: Blocks.
+        width: Width of the hidden state.
+        inner: Width inside the feed-forward part.
+        heads: Attention heads.
+        key_heads: Heads of keys and values; fewer under grouped-query attention.
+        head_width: Width of a head.
+        gated: Whether the feed-forward part has a gate, as Llama's; CLIP's has none.
+        cached: Whether keys and values are kept for later tokens.
+    """
+
+    layers: int
+    width: int
+    inner: int
+    heads: int
+    key_heads: int
+    head_width: int
+    gated: bool
+    cached: bool
+
+    @classmethod
+    def of(cls, config: Any, gated: bool) -> Stack:
+        """Read a config of a language model (gated) or of a CLIP encoder."""
+        heads = config.num_attention_heads
+        return cls(
+            layers=config.num_hidden_layers,
+            width=config.hidden_size,
+            inner=config.intermediate_size,
+            heads=heads,
+            key_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_width=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            gated=gated,
+            cached=gated,
+        )
+
+    @property
+    def key_width(self) -> int:
+        """Width of a token's keys, and of its values."""
+        return self.key_heads * self.head_width
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Linear layers of a block: name -> width in, width out."""
+        query = self.heads * self.head_width
+        names = ("gate", "up") if self.gated else ("up",)
+        return {
+            "query": (self.width, query),
+            "key": (self.width, self.key_width),
+            "value": (self.width, self.key_width),
+            "attention out": (query, self.width),
+            **dict.fromkeys(names, (self.width, self.inner)),
+            "down": (self.inner, self.width),
+        }
+
+    def operators(self, new: int, context: int, batch: int) -> list[Operator]:
+        """What the blocks do for `batch` rows of `new` tokens that attend to `context` tokens, their own included.
+
+        The accounting is that of LLM-Viewer (Yuan et al., arXiv 2402.16363), which the paper's table is made with.
+        Three of its simplifications are kept so that the table comes out: attention scores go through memory (eager
+        attention), a residual addition reads one of its inputs, and the feed-forward activation is counted at the
+        hidden width instead of the inner one (2 to 3 % of the bytes at 636 tokens).
+        """
+        rows, query = new * batch, self.heads * self.head_width
+        scores, keys = rows * context * self.heads, context * batch * self.key_width
+        found = [self._linear(name, rows, *widths) for name, widths in self.linears().items()]
+        matmul = 2 * scores * self.head_width
+        found += [
+            self._attention("scores", matmul, rows * query, scores, keys),
+            Operator("softmax", 5 * scores, reads=scores, writes=scores),
+            self._attention("weighted values", matmul, scores, rows * query, keys),
+        ]
+        state = rows * self.width
+        found += [Operator("norm", 7 * state, reads=state, writes=state)] * 2
+        found += [Operator("residual", state, reads=state, writes=state)] * 2
+        found.append(Operator("activation", 2 * state, reads=2 * state, writes=state))
+        return [dataclasses.replace(operator, repeats=self.layers) for operator in found]
+
+    def _linear(self, name: str, rows: int, width_in: int, width_out: int) -> Operator:
+        result, cached = rows * width_out, self.cached and name in ("key", "value")
+        return Operator(
+            name,
+            2 * rows * width_in * width_out,
+            weights=width_in * width_out,
+            reads=rows * width_in,
+            writes=0 if cached else result,
+            cache=result if cached else 0,
+        )
+
+    def _attention(self, name: str, operations: float, reads: float, writes: float, keys: float) -> Operator:
+        if self.cached:
+            return Operator(name, operations, reads=reads, writes=writes, cache=keys)
+        return Operator(name, operations, reads=reads + keys, writes=writes)
+
+
+def linear(name: str, rows: int, width_in: int, width_out: int) -> Operator:
+    """A linear layer over `rows` vectors."""
+    return Operator(
+        name, 2 * rows * width_in * width_out, width_in * width_out, reads=rows * width_in, writes=rows * width_out
+    )
+
+
+def vision_operators(vision: Any, tiles: int) -> list[Operator]:
+    """CLIP's vision tower on `tiles` pictures or tiles; all of its blocks run, as in stock LLaVA."""
+    patches = (vision.image_size // vision.patch_size) ** 2
+    embed = linear("patch embedding", patches * tiles, 3 * vision.patch_size**2, vision.hidden_size)
+    return [embed, *Stack.of(vision, gated=False).operators(patches + 1, patches + 1, tiles)]
+
+
+def projector_operators(config: Any, tokens: int) -> list[Operator]:
+    """LLaVA's projector on `tokens` tokens."""
+    width = config.text_config.hidden_size
+    return [
+        linear("projector in", tokens, config.vision_config.hidden_size, width),
+        Operator("projector activation", 2 * tokens * width, reads=tokens * width, writes=tokens * width),
+        linear("projector out", tokens, width, width),
+    ]
+
+
+def text_operators(encoder: dict[str, Any], windows: int) -> list[Operator]:
+    """CLIP's text encoder on `windows` windows of a question, each padded to what it reads at a time."""
+    config = CLIPTextConfig(**encoder)
+    length = config.max_position_embeddings
+    head = linear("text projection", windows, config.hidden_size, config.projection_dim)
+    return [*Stack.of(config, gated=False).operators(length, length, windows), head]
+
+
+def selection_operators(config: Any, section: TokenRecoveryConfig, tiles: int, tokens: int) -> list[Operator]:
+    """Choosing and merging `tokens` of the patches of `tiles` tiles; 0 for a stock model.
+
+    Sorting and searching are counted as operations on the scores. What they cost in practice is the launching of
+    some dozens of small kernels, which a roofline does not know.
+    """
+    if not section.enabled:
+        return []
+    vision, method = config.vision_config, get_method(section.method)
+    width, grid = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
+    patches = grid * tiles
+    gathered = Operator("gathering", 0, reads=tokens * width, writes=tokens * width)
+    if method.fields == () and not method.reads_projected:  # pooling and the like: means over all patches
+        return [Operator("pooling", patches * width, reads=patches * width), gathered]
+    found = []
+    if method.fields is None or "visual_layer" in method.fields:
+        found += [
+            linear("class query", tiles, width, width),
+            linear("keys", patches, width, width),
+            Operator("saliency", 2 * patches * width, reads=patches * width, writes=patches),
+        ]
+    encoder = section.text_encoder_config
+    if encoder is not None and method.reads_question(section):
+        if section.text_relevance == "value":
+            found += [linear("value path", patches, width, width)] * 2
+        projection = encoder["projection_dim"]
+        found.append(linear("visual projection", patches, width, projection))
+        found.append(Operator("relevance", 2 * patches * projection, reads=patches * projection, writes=patches))
+    if method.reads_projected:
+        found += projector_operators(config, patches)
+    if method.fields is not None:
+        return [*found, *_comparison(config, method, tiles, tokens), gathered]
+    found += _choice(section, patches, tokens, width)
+    merged = tokens // 2 if section.budget is None else min(section.merged_tokens, tokens - 1)
+    if merged > 0:  # in dynamic mode half of the tokens are taken for cluster centres
+        found.append(Operator("clustering", 2 * patches * merged * width, reads=2 * patches * width, writes=patches))
+        found.append(Operator("merging", 2 * patches * width, reads=patches * width, writes=merged * width))
+    return [*found, gathered]
+
+
+def _comparison(config: Any, method: RecoveryMethod, tiles: int, tokens: int) -> Iterable[Operator]:
+    """Sorting scores, and comparing features with those of all patches of a tile."""
+    vision = config.vision_config
+    grid = (vision.image_size // vision.patch_size) ** 2
+    sort = Operator("top scores", grid * tiles * math.log2(grid), reads=grid * tiles, writes=grid * tiles)
+    rows = {"nothing": 0, "tokens": tokens, "patches": grid * tiles}[method.compares]
+    if not rows:
+        return [sort]
+    width = config.text_config.hidden_size if method.reads_projected else vision.hidden_size
+    reads = (grid * tiles + rows) * width
+    return [sort, Operator("comparison", 2 * rows * grid * width, reads=reads, writes=rows * grid)]
+
+
+def _choice(section: TokenRecoveryConfig, patches: int, tokens: int, width: int) -> Iterable[Operator]:
+    """Sorting, outliers or coverage, over one score per patch; coverage by content compares all patches."""
+    sort = patches * max(math.log2(patches), 1)
+
+    def outliers(factors: int, neighbours: int) -> Operator:
+        flops = factors * sort + 8 * patches * neighbours
+        return Operator("outliers", flops, reads=patches * neighbours, writes=patches)
+
+    if section.budget is None:  # two local outlier factors of 2 k neighbours each, and the one of the centres
+        return [outliers(3, 4 * section.outlier_neighbors + 2 * section.merge_neighbors)]
+    limited = section.text_limit == "outliers"
+    steps = int((section.coverage_share + limited * (1 - section.coverage_share) * section.text_share) * tokens)
+    coverage = Operator("coverage", 6 * steps * patches, reads=steps * patches, writes=steps * patches)
+    found = [Operator("top scores", 2 * sort, reads=2 * patches, writes=2 * patches), coverage]
+    if limited:
+        found.append(outliers(1, 2 * section.outlier_neighbors))
+    if steps and section.coverage_by == "content":
+        found.append(Operator("cosines", 2 * patches**2 * width, reads=patches * width, writes=patches**2))
+    return found
+
+
+__all__ = [
+    "Cost",
+    "Operator",
+    "Stack",
+    "linear",
+    "projector_operators",
+    "selection_operators",
+    "text_operators",
+    "vision_operators",
+]

@@ -1,0 +1,153 @@
+"""The settings that an evaluation compares, and how they are written: `NAME[:BUDGET][+field=value...]`.
+
+A name is one of `NAMES`, or a registered method's. `visual` is the paper's own first stage, as in the README's tables;
+FasterVLM, which is the method `"visual"`, differs in layer and heads and goes by `fastervlm`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from ...core.configuration import TokenRecoveryConfig, overridden
+from ...core.methods.registry import get_method, method_names
+from ...core.settings import PRESETS
+
+_STAGES = {"merged_tokens": 0}
+NAMES: dict[str, dict[str, Any]] = {
+    # The checkpoint's own section.
+    "stored": {},
+    # The stock model: every token.
+    "off": {"enabled": False},
+    **PRESETS,
+    # One of the paper's stages alone, without merging; what differs between the first two is the choice alone.
+    "visual": {**_STAGES, "text_share": 0.0},
+    "text": {**_STAGES, "text_share": 1.0},
+    # Evenly spread tokens. Like means of cells, they stand for a place of the picture, and keep its position.
+    "coverage": {**_STAGES, "coverage_share": 1.0, "position_ids": "original"},
+    "pool": {"method": "pooling", "position_ids": "original"},
+    "fastervlm": {"method": "visual"},
+}
+"""Fields of `token_recovery` that a name stands for; what it does not name has its default, not the checkpoint's."""
+
+OFF = "off"
+DEFAULT_SETTINGS = "off,paper,balanced:0.1,text:0.1,visual:0.1,coverage:0.1,random:0.1,pool:0.1"
+
+_STAGES_ALONE = ("visual", "text", "coverage")
+_CLOSING = {"{": "}", "[": "]"}
+_NOT_OVERRIDDEN = ("version", "text_encoder_config")  # they belong to the weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One way to compress.
+
+    Attributes:
+        name: As it was written.
+        fields: What overrides the checkpoint's section in a call.
+    """
+
+    name: str
+    fields: dict[str, Any]
+
+    @property
+    def is_off(self) -> bool:
+        """Whether it is the uncompressed model."""
+        return self.fields.get("enabled") is False
+
+
+def named_settings() -> dict[str, dict[str, Any]]:
+    """What every name stands for: `NAMES`, and each other registered method with its own defaults."""
+    return {**NAMES, **{name: {"method": name} for name in method_names() if name not in NAMES}}
+
+
+def parse_setting(text: str) -> Setting:
+    """Read a setting.
+
+    Args:
+        text: `NAME`, a key of `NAMES` or a method; then perhaps `:BUDGET`, an int, a share in (0, 1] or `dynamic`;
+            then any number of `+field=value`, the value as JSON or a plain word. For example
+            `text:16+text_relevance=value` or `prumerge:dynamic+method_options={"neighbors":16}`.
+
+    Raises:
+        ValueError: An unknown name or field, or values that do not fit together.
+    """
+    head, *parts = _split(text.strip(), "+")
+    name, colon, budget = head.partition(":")
+    known = named_settings()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"write one of {', '.join(known)}."
+        raise ValueError(f"Unknown setting {name!r} in {text!r}; {hint}")
+    fields: dict[str, Any] = {}
+    if colon:
+        fields["budget"] = _value(budget, text) if budget != "dynamic" else None
+    for part in parts:
+        field, equals, value = part.partition("=")
+        if not field or not equals:
+            raise ValueError(f"Setting {text!r}: expected +field=value, got {'+' + part!r}.")
+        fields[field] = _value(value, text)
+    fields = overridden(known[name], fields)
+    if _needs_a_budget(name, known[name]) and fields.get("budget") is None:
+        raise ValueError(f"Setting {text!r} needs a budget, since {name} has no count of its own: write {name}:0.1.")
+    if name == OFF and set(fields) != {"enabled"}:
+        raise ValueError(f"Setting {text!r}: off keeps every token and takes neither a budget nor fields.")
+    try:
+        whole = TokenRecoveryConfig(**fields).to_dict()
+    except ValueError as error:
+        raise ValueError(f"Setting {text!r}: {error}") from error
+    if name not in ("stored", OFF):
+        fields = {field: value for field, value in whole.items() if field not in _NOT_OVERRIDDEN}
+    return Setting(text.strip(), fields)
+
+
+def parse_settings(text: str | Iterable[str | Setting]) -> list[Setting]:
+    """Read several settings, separated by commas or one by one; one that is named twice counts once.
+
+    Raises:
+        ValueError: As `parse_setting`, or there is none.
+    """
+    parts = _split(text, ",") if isinstance(text, str) else list(text)
+    settings = [part if isinstance(part, Setting) else parse_setting(part) for part in parts if part]
+    if not settings:
+        raise ValueError(f"No setting was named, got {text!r}; write for example {DEFAULT_SETTINGS}.")
+    return list({setting.name: setting for setting in settings}.values())
+
+
+def _needs_a_budget(name: str, fields: dict[str, Any]) -> bool:
+    return name in _STAGES_ALONE or ("method" in fields and get_method(fields["method"]).budget == "required")
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split at separators that stand outside of JSON's braces, brackets and strings."""
+    parts, quoted = [""], False
+    open_ones: list[str] = []
+    for place, letter in enumerate(text):
+        quoted ^= letter == '"' and bool(open_ones) and text[place - 1] != "\\"
+        if letter == separator and not open_ones:
+            parts.append("")
+            continue
+        if not quoted and letter in _CLOSING:
+            open_ones.append(_CLOSING[letter])
+        elif not quoted and open_ones and letter == open_ones[-1]:
+            open_ones.pop()
+        parts[-1] += letter
+    return parts
+
+
+def _value(text: str, setting: str) -> Any:
+    if not text:
+        raise ValueError(f"Setting {setting!r} has an empty value.")
+    with contextlib.suppress(json.JSONDecodeError):
+        return json.loads(text)
+    try:
+        return float(text)  # .5, which is no JSON
+    except ValueError:
+        return text
+
+
+__all__ = ["DEFAULT_SETTINGS", "NAMES", "OFF", "Setting", "named_settings", "parse_setting", "parse_settings"]
