@@ -64,7 +64,7 @@ def test_one_command_and_a_stranger(hub, sources, tmp_path):
         assert files[name] == (output / name).read_bytes()
     card = files["README.md"].decode()
     assert "license: llama2" in card and "- org/llava\n" in card and 'from_pretrained("me/model"' in card
-    assert f"reccomp-hf convert {' '.join(sources)} out" in card.replace(" \\\n   ", "")
+    assert f"reccomp-hf convert {' '.join(sources)} model" in card.replace(" \\\n   ", "")
     record = json.loads(files["conversion.json"])
     assert (record["llava"], record["clip"], record["fields"]) == (*sources, {"budget": 24})
     assert record["proof"] in " ".join(done.stdout.split())
