@@ -252,10 +252,10 @@ def picture_of(value: Any, base: Path) -> Picture:
 
 
 def question_of(value: Any) -> str:
-    """Strip and return the question in a row's value.
+    """The question that a row's value is, without space around it.
 
     Raises:
-        ValueError: The value is not a non-empty string.
+        ValueError: It is none.
     """
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"the question is missing or empty, got {shown(value)}.")
@@ -263,7 +263,7 @@ def question_of(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value for a message, shortened if it is long."""
+    """A value for a message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
