@@ -167,13 +167,13 @@ def test_axes_are_measured_step_by_step():
 @pytest.mark.parametrize(("axis", "shape"), [("batch", (3, 144)), ("tiles", (3, 144)), ("patches", (1, 196))])
 def test_what_grows(axis, shape, monkeypatch):
     seen = []
-    original = scaling.check_features
+    original = scaling.VisualFeatures
     monkeypatch.setattr(
-        scaling, "check_features", lambda *a, **k: seen.append((a[0].shape[:2], k["tiles"])) or original(*a, **k)
+        scaling, "VisualFeatures", lambda *a, **k: seen.append((a[0].shape[:2], k["tiles"])) or original(*a, **k)
     )
     size = 196 if axis == "patches" else 3
     scaling._turn(axis, size, TokenRecoveryConfig(), 144, 8, 0, scaling.Stopwatch(torch.device("cpu")))()
-    assert seen == [(shape, [3] if axis == "tiles" else None)]
+    assert seen == [(shape, [3] if axis == "tiles" else [1] * shape[0])]
 
 
 # ---- texts and plots -----------------------------------------------------------------------------------------------
