@@ -193,7 +193,8 @@ def test_what_the_command_refuses(error, converted, data, tmp_path):
 
     assert "rows.jsonl, line 2: the question is missing or empty, got ' '" in changed(question=" ")
     assert "line 2: id must be a string or an integer, got [1]" in changed(id=[1])
-    assert "line 2: the id 'first/../one' is that of rows.jsonl, line 1 too" in changed(id="first/../one")
+    assert "line 2: id must be a string or an integer, got True" in changed(id=True)
+    assert "line 2: the id 'first/../one' is already the id of rows.jsonl, line 1" in changed(id="first/../one")
     assert "line 2: the picture no.png cannot be read: no such file" in changed(image="no.png")
     assert "line 2: image must be the path of a picture, got 3" in changed(image=3)
     broken = tmp_path / "1.png"

@@ -56,13 +56,13 @@ def test_only_what_is_missing_is_written(data, tmp_path, monkeypatch):
 def test_a_batch_that_lacks_a_row_is_read_as_it_was(data, tmp_path, monkeypatch):
     """So that in half precision too its answers are the same."""
     output, seen = tmp_path / "out.jsonl", []
-    answer = running._Asker.answer
+    answer = running._Answerer.answer
 
-    def watched(self, asked, inputs):
-        seen.append([question.row for question in asked])
-        return answer(self, asked, inputs)
+    def watched(self, questions, inputs):
+        seen.append([question.row for question in questions])
+        return answer(self, questions, inputs)
 
-    monkeypatch.setattr(running._Asker, "answer", watched)
+    monkeypatch.setattr(running._Answerer, "answer", watched)
     ask(data, tmp_path / "whole.jsonl")
     whole = list(seen)
     seen.clear()
@@ -78,7 +78,7 @@ def test_a_batch_that_lacks_a_row_is_read_as_it_was(data, tmp_path, monkeypatch)
 def test_a_finished_output_is_left_alone(data, wanted, tmp_path):
     output = tmp_path / "out.jsonl"
     output.write_text("mine", encoding="utf-8")
-    with pytest.raises(FileExistsError, match=r"out\.jsonl is finished and was left as it is: .* with --overwrite"):
+    with pytest.raises(FileExistsError, match=r"out\.jsonl is finished and was left unchanged: .* with --overwrite"):
         ask(data, output)
     assert output.read_text(encoding="utf-8") == "mine"
     ask(data, output, overwrite=True)
@@ -98,7 +98,7 @@ OTHERS = {
 def test_a_run_does_not_go_on_as_another_one(data, wanted, tmp_path, options, message):
     output = tmp_path / "out.jsonl"
     assert killed(data, output, 6)
-    with pytest.raises(ValueError, match=rf"holds answers of another run: it differs in {message}\. Go on as"):
+    with pytest.raises(ValueError, match=rf"holds answers of another run, which differs in {message}\. Resume with"):
         ask(data, output, **options)
     ask(data, output)
     assert output.read_bytes() == wanted
@@ -114,14 +114,14 @@ def test_a_run_does_not_go_on_with_another_model_or_other_data(data, wanted, tmp
     trained = copy.deepcopy(model)
     trained.lm_head.weight.data[0, 0] += 0.01
     options = {"max_new_tokens": NEW_TOKENS}
-    with pytest.raises(ValueError, match=r"it differs in model \("):
+    with pytest.raises(ValueError, match=r"which differs in model \("):
         predict(trained, processor, rows, output, **options)
     half = copy.deepcopy(model).bfloat16()
-    with pytest.raises(ValueError, match=r"it differs in dtype \('float32' there, 'bfloat16' here\), and in model"):
+    with pytest.raises(ValueError, match=r"which differs in dtype \('float32' there, 'bfloat16' here\), and in model"):
         predict(half, processor, rows, output, **options)
     before = rows.read_text(encoding="utf-8")
     rows.write_text(before.replace("circle", "square", 1), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"it differs in data \("):
+    with pytest.raises(ValueError, match=r"which differs in data \("):
         ask(rows, output)
     rows.write_text(before, encoding="utf-8")
     ask(rows, output)
@@ -159,15 +159,15 @@ def test_a_damaged_folder_is_told(data, tmp_path):
 
 
 def test_rows_that_vanish_are_told(data, tmp_path, monkeypatch):
-    output, ahead = tmp_path / "out.jsonl", running._ahead
+    output, prefetch = tmp_path / "out.jsonl", running._prefetch
 
     def vanishing(items, prepare):
-        yield from ahead(items, prepare)
+        yield from prefetch(items, prepare)
         for file in left_files(output):
             file.unlink()
 
-    monkeypatch.setattr(running, "_ahead", vanishing)
-    with pytest.raises(RuntimeError, match=f"{COUNT} of {COUNT} rows are not in .*Run it again"):
+    monkeypatch.setattr(running, "_prefetch", vanishing)
+    with pytest.raises(RuntimeError, match=f"{COUNT} of {COUNT} rows are not in .*Run the same command again"):
         ask(data, output)
     assert not output.exists()
 
