@@ -169,7 +169,7 @@ BAD = {
     "an empty question": ({**GOOD, "question": " \n", "id": "a"}, "a", "the question is missing or empty"),
     "a number for a question": ({**GOOD, "question": 3}, 1, "the question is missing or empty, got 3"),
     "an instruction alone": ({**GOOD, "question": INSTRUCTION}, 1, "the question is only an answer instruction"),
-    "a placeholder": ({**GOOD, "question": "What is <image>?"}, 1, "the question contains <image>, the placeholder of an image"),
+    "a placeholder": ({**GOOD, "question": "What is <image>?"}, 1, "the question contains <image>, the placeholder"),
     "half a pair": ({**GOOD, "question": "\ud83d?"}, 1, "the question is not valid Unicode"),
     "no picture": ({"question": "What?", "id": 7}, 7, "image must be the path of a picture, got None"),
     "an empty list": ({**GOOD, "image": []}, 1, "the row has no image, got an empty list"),
@@ -268,7 +268,8 @@ def test_data_that_cannot_be_read_is_refused(folder):
     with pytest.raises(FileNotFoundError, match="neither a file of JSON lines nor a folder, nor a Parquet file"):
         ask(folder / "nothing", folder / "out.jsonl")
     data = write_lines(folder / "data.jsonl", [GOOD])
-    for asked, message in ((" ", "missing or empty"), ("<image>", "contains <image>"), (INSTRUCTION, "only an answer instruction")):
+    refused = {" ": "missing or empty", "<image>": "contains <image>", INSTRUCTION: "only an answer instruction"}
+    for asked, message in refused.items():
         with pytest.raises(ValueError, match=message):
             ask(data, folder / "out.jsonl", columns=Columns(asked=asked))
     assert not list(folder.glob("out.jsonl*"))
