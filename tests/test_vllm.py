@@ -12,6 +12,7 @@ from PIL import Image
 from vllm_engines import ask, copy_checkpoint, engine, forget, prompt, reference, run
 
 from reccomp_hf.demo import checkpoint_folder, draw_scene
+from reccomp_hf.engines.vllm.budgets import budget_to_tensor
 
 # What vLLM and its dependencies warn about when they are imported is not ours.
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
@@ -159,13 +160,13 @@ def test_a_request_may_have_a_smaller_budget(llm, expected, budget, tokens):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"token_recovery": {"budget": BUDGET + 1}}, r"budget of 17 is 17 tokens of a picture, more than the 16"),
-        ({"token_recovery": {"budget": 0.5}}, r"budget of 0.5 is 72 tokens of a picture, more than the 16"),
+        ({"token_recovery": {"budget": BUDGET + 1}}, r"budget of 17 is 17 tokens of an image, more than the 16"),
+        ({"token_recovery": {"budget": 0.5}}, r"budget of 0.5 is 72 tokens of an image, more than the 16"),
         ({"token_recovery": {"budget": 1.0}}, r"budget of 1.0 is 144 tokens"),
         ({"token_recovery": {"budget": 0}}, r"budget must be null, an int >= 1 or a float"),
         ({"token_recovery": {"budget": None}}, r"budget must be an int >= 1"),
-        ({"token_recovery": {"text_share": 0.0}}, r"may set the budget alone.*--hf-overrides"),
-        ({"token_recovery": 8}, r"may set the budget alone"),
+        ({"token_recovery": {"text_share": 0.0}}, r"may set only the budget.*--hf-overrides"),
+        ({"token_recovery": 8}, r"may set only the budget"),
         ({"recovery_turns": "first"}, r"recovery_turns must be 'last' or 'all'"),
         ({"recovery_text": " "}, r"Row 0 has an image but no question"),
     ],
@@ -295,7 +296,7 @@ def test_every_method_gives_the_tokens_of_transformers(llm, transformers, name):
         try:
             given = {key: inputs[key] for key in ("pixel_values", "recovery_input_ids", "recovery_attention_mask")}
             with torch.inference_mode():
-                return model.embed_multimodal(**given, recovery_budget=torch.zeros(len(SCENES), dtype=torch.float64))
+                return model.embed_multimodal(**given, recovery_budget=[budget_to_tensor(None)] * len(SCENES))
         finally:
             vars(model.config)["token_recovery"] = before
 

@@ -259,7 +259,7 @@ def test_a_request_over_http_may_say_its_budget(address, demo):
     larger = {"mm_processor_kwargs": {"token_recovery": {"budget": 17}}}
     status, message = chat(address, QUESTIONS[0], SCENES[:1], **larger)
     assert status == 400
-    assert "budget of 17 is 17 tokens of a picture, more than the 16" in message
+    assert "budget of 17 is 17 tokens of an image, more than the 16" in message
     assert chat(address, QUESTIONS[0], SCENES[:1]) == "N"
 
 
