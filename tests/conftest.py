@@ -3,6 +3,7 @@
 The one exception is the `hub` fixture, a server in the test's own process.
 """
 
+import importlib.util
 import os
 import socket
 from collections.abc import Iterator
@@ -23,6 +24,24 @@ hypothesis.settings.load_profile("suite")
 
 OPEN_PORTS: set[int] = set()
 """Ports of 127.0.0.1 on which a server of this process listens."""
+
+EXPERIMENTS = Path(__file__).parent / "experiments"
+
+
+class SkippedModule(pytest.Module):
+    """A module of tests of code that is not installed."""
+
+    def collect(self) -> Iterator[Any]:
+        """Report the module as skipped, without importing it."""
+        reason = "reccomp_hf.experiments is not in the wheel; it needs an editable install of the checkout"
+        raise pytest.skip.Exception(reason, allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Skip tests/experiments where the installed package has no experiments."""
+    if EXPERIMENTS in module_path.parents and not importlib.util.find_spec("reccomp_hf.experiments"):
+        return SkippedModule.from_parent(parent, path=module_path)
+    return None
 
 
 @pytest.fixture(autouse=True)

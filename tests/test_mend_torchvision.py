@@ -3,11 +3,11 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-SCRIPT = Path(__file__).parents[1] / ".ci" / "mend_torchvision.py"
+SCRIPT = ROOT / ".ci" / "mend_torchvision.py"
 REGISTRATION = '@torch.library.register_fake("torchvision::{name}")\ndef {name}(): ...\n'
 
 pytestmark = pytest.mark.skipif(not SCRIPT.is_file(), reason="a source distribution has no .ci folder")

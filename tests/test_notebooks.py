@@ -1,4 +1,4 @@
-"""The notebooks are whole, tidy and up to date; `python tests/run_notebooks.py` writes their outputs."""
+"""The notebooks are whole, tidy and up to date; `python tests/support/run_notebooks.py` writes their outputs."""
 
 import re
 import tempfile
@@ -7,7 +7,8 @@ from pathlib import Path
 import nbformat
 import pytest
 import transformers
-from run_notebooks import FOLDER, execute, paths, printed, read
+from paths import NOTEBOOKS
+from run_notebooks import execute, paths, printed, read
 
 MOST_BYTES = 800_000
 MACHINES = re.compile(
@@ -17,7 +18,7 @@ MACHINES = re.compile(
             r"\b[A-Z]:\\",
             "site-packages",
             r"https?://(?!huggingface\.co/|arxiv\.org/)",
-            *map(re.escape, {str(Path.home()), tempfile.gettempdir(), str(FOLDER.parent)}),
+            *map(re.escape, {str(Path.home()), tempfile.gettempdir(), str(NOTEBOOKS.parent)}),
         ]
     )
 )

@@ -10,17 +10,17 @@ import pytest
 import torch
 from chat_client import running
 from demo_model import demo_model
-from test_next_layout import NEWLINE, packed_oracle
+from oracle_layout import packed_oracle
+from paths import README
 
 import reccomp_hf
 from reccomp_hf.cli import main as cli
 from reccomp_hf.core.compat import IS_V5
+from reccomp_hf.core.layout import NEWLINE
 from reccomp_hf.core.methods.registry import _METHODS, method_names
 from reccomp_hf.demo import checkpoint_folder, draw_scene
 from reccomp_hf.measure.evaluation.settings import parse_settings
 from reccomp_hf.serving.answering import Service
-
-README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.loading import DTYPES, load
-from ..core.configuration import PRESETS
+from ..core.settings import PRESETS
 from ..measure.benchmark import (
     BATCH_SIZES,
     BUDGETS,

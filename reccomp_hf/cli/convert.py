@@ -18,7 +18,7 @@ from ..checkpoints.conversion.shards import DTYPES
 from ..checkpoints.convert import check_output, convert_and_prove, section_of
 from ..checkpoints.hub import Pushed, push
 from ..checkpoints.info import describe
-from ..core.configuration import PRESETS
+from ..core.settings import PRESETS
 from .common import add_command, line, quiet, say, section_lines, setting
 
 

@@ -7,8 +7,9 @@ import json
 from typing import Any
 
 from ..checkpoints.info import folder_of
-from ..core.configuration import PRESETS, TokenRecoveryConfig
+from ..core.configuration import TokenRecoveryConfig
 from ..core.counting import PICTURE
+from ..core.settings import PRESETS
 from ..measure.cost import DTYPES, HARDWARE, compare_costs
 from ..measure.published import FULL_SIZE, full_size
 from .common import add_command, line, picture_size, quiet, say

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from ..checkpoints.loading import load
-from ..core.configuration import PRESETS
+from ..core.settings import PRESETS
 from ..demo import CHECKPOINTS
 from . import demo_panels as demo
 from .common import add_command, quiet, say

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.loading import DTYPES
-from ..core.configuration import PRESETS, TokenRecoveryConfig
+from ..core.configuration import TokenRecoveryConfig
+from ..core.settings import PRESETS
 from .common import setting
 from .demo_panels import budget
 

@@ -7,8 +7,7 @@ import sys
 from typing import Any
 
 from ..checkpoints.loading import load
-from ..measure.evaluation.running import encode
-from ..measure.evaluation.samples import Sample
+from ..data.prompts import encode_rows
 from ..measure.plot import plot_recovery
 from .common import add_command, quiet, say
 from .demo_panels import picture_file
@@ -24,8 +23,8 @@ def run(arguments: argparse.Namespace) -> None:
         section = model.config.token_recovery
         if not section.enabled:
             raise ValueError("There is nothing to plot: token_recovery.enabled is false, and every token is read.")
-        samples = [Sample(picture.image, arguments.image, question, ("",)) for question in picture.questions]
-        inputs = encode(processor, samples, "").to(model.device, model.dtype)
+        images = [[picture.image]] * len(picture.questions)
+        inputs = encode_rows(processor, images, picture.questions, picture.questions).to(model.device, model.dtype)
         records = model.recover(**inputs)
         figure = plot_recovery(
             picture.image, records, processor=processor, questions=picture.questions, method=section.method

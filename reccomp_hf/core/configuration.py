@@ -15,39 +15,9 @@ from transformers import LlavaConfig, LlavaNextConfig, PretrainedConfig
 from .methods.contract import METHOD_FIELDS
 from .methods.registry import get_method
 from .remote_code import model_auto_map, write_sources
-from .settings import FIELDS, Settings
+from .settings import CHOICES, FIELDS, PRESETS, Settings
 
 logger = logging.getLogger(__name__)
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # The paper's method with this package's reading of it; the count of tokens adapts to the picture.
-    "paper": {},
-    # The computation of the paper's released code, for reproduction.
-    "authors": {"method": "authors"},
-    # A fixed budget with the settings that measured best on the demo models: the question takes the patches that stand
-    # out for it, and the rest of the budget stands for the picture as a whole.
-    "balanced": {
-        "budget": 64,
-        "text_relevance": "value",
-        "visual_layer": -2,
-        "text_share": 1.0,
-        "text_limit": "outliers",
-        "coverage_share": 0.25,
-        "coverage_by": "content",
-        "merged_tokens": 0,
-        "position_ids": "original",
-    },
-}
-
-CHOICES = {
-    "text_relevance": ("last", "penultimate", "value"),
-    "text_relevance_sign": (1, -1),
-    "visual_heads": ("joint", "mean"),
-    "text_limit": ("share", "outliers"),
-    "coverage_by": ("place", "content"),
-    "position_ids": ("compact", "original"),
-    "newlines": ("kept", "none"),
-}
 
 
 class TokenRecoveryConfig(Settings):

@@ -1,4 +1,4 @@
-"""The fields of the `token_recovery` section as plain data; `TokenRecoveryConfig` validates them."""
+"""The fields of the `token_recovery` section as plain data, and the presets; `TokenRecoveryConfig` validates them."""
 
 from __future__ import annotations
 
@@ -40,4 +40,35 @@ class Settings:
 FIELDS = tuple(field.name for field in dataclasses.fields(Settings))
 """Names of the section's fields, in the order of config.json."""
 
-__all__ = ["FIELDS", "Settings"]
+PRESETS: dict[str, dict[str, Any]] = {
+    # The paper's method as this package reads it; the number of tokens adapts to the image.
+    "paper": {},
+    # The computation of the paper's released code, for reproduction.
+    "authors": {"method": "authors"},
+    # A fixed budget with the settings that measured best on the demo models: the question takes the patches that stand
+    # out for it, and the rest of the budget represents the image as a whole.
+    "balanced": {
+        "budget": 64,
+        "text_relevance": "value",
+        "visual_layer": -2,
+        "text_share": 1.0,
+        "text_limit": "outliers",
+        "coverage_share": 0.25,
+        "coverage_by": "content",
+        "merged_tokens": 0,
+        "position_ids": "original",
+    },
+}
+
+CHOICES: dict[str, tuple[str | int, ...]] = {
+    "text_relevance": ("last", "penultimate", "value"),
+    "text_relevance_sign": (1, -1),
+    "visual_heads": ("joint", "mean"),
+    "text_limit": ("share", "outliers"),
+    "coverage_by": ("place", "content"),
+    "position_ids": ("compact", "original"),
+    "newlines": ("kept", "none"),
+}
+"""Values of the fields that have few."""
+
+__all__ = ["CHOICES", "FIELDS", "PRESETS", "Settings"]

@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from ..checkpoints.loading import load
 from ..core.configuration import overridden
-from ..measure.evaluation import parse_setting
-from ..measure.evaluation.running import visual_tokens_read
+from ..data.prompts import count_visual_tokens
+from ..measure.evaluation.settings import parse_setting
 
 MODEL = "reccomp_hf"
 
@@ -220,7 +220,7 @@ class RecComp(lmms):
         prompt = inputs["input_ids"]
         output = self._model.generate(**inputs, **_options(settings), return_dict_in_generate=True)
         placeholders = self._placeholders(prompt)
-        visual = visual_tokens_read(output, [len(row.images) for row in rows], placeholders)
+        visual = count_visual_tokens(output, [len(row.images) for row in rows], placeholders)
         lengths = inputs["attention_mask"].sum(-1).tolist()
         new = output.sequences[:, prompt.shape[1] :]
         texts = self.processor.batch_decode(new, skip_special_tokens=True)

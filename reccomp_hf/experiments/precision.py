@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..measure.evaluation.report import EvaluationReport, _table
-from ..measure.evaluation.running import DEFAULT_BATCH_SIZE, encode, evaluate
-from ..measure.evaluation.samples import Sample, demo_samples
+from ..measure.evaluation.running import DEFAULT_BATCH_SIZE, evaluate
+from ..measure.evaluation.samples import Sample, demo_samples, encode_samples
 from ..measure.evaluation.settings import OFF, Setting, parse_settings
 from .finetuning import DEFAULT_SETTING
 
@@ -101,7 +101,8 @@ def kept_patches(model: Any, processor: Any, samples: Sequence[Sample], setting:
     """Which patches a model keeps for every question: (questions, patches) bool."""
     rows: list[Tensor] = []
     for start in range(0, len(samples), DEFAULT_BATCH_SIZE):
-        inputs = encode(processor, samples[start : start + DEFAULT_BATCH_SIZE], "").to(model.device, model.dtype)
+        batch = samples[start : start + DEFAULT_BATCH_SIZE]
+        inputs = encode_samples(processor, batch).to(model.device, model.dtype)
         rows += [record.kept_mask.cpu() for record in model.recover(**inputs, token_recovery=setting.fields)]
     return torch.cat(rows)
 

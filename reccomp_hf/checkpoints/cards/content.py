@@ -9,10 +9,11 @@ import shlex
 import textwrap
 from typing import Any
 
-from ...core.configuration import PRESETS, LlavaNextRecCompConfig, TokenRecoveryConfig, default_fields
+from ...core.configuration import LlavaNextRecCompConfig, TokenRecoveryConfig, default_fields
 from ...core.counting import PAPER_SHARE, compressed_tokens, fixed_tokens, picture_tokens
 from ...core.methods.contract import METHOD_FIELDS, RELEVANCE, SALIENCY
 from ...core.methods.registry import get_method
+from ...core.settings import PRESETS
 from ...measure.cost import compare_costs
 from ...measure.published import FULL_SIZE
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from ...core.configuration import TokenRecoveryConfig
+from ...data.progress import progress_bar
+from ...data.prompts import add_instruction, build_prompt, count_visual_tokens, encode_rows
 from ...data.rows import Rows, open_rows
-from ...measure.evaluation.running import encode_rows, instructed, prompt_of, visual_tokens_read
 from .batching import Batch, plan_batches
 from .defaults import DEFAULT_BATCH_SIZE, DEFAULT_NEW_TOKENS
 from .fingerprint import data_digest, model_digest
@@ -108,7 +107,7 @@ class _Answerer:
         return {
             "instruction": self.instruction,
             "max_new_tokens": self.max_new_tokens,
-            "prompt": prompt_of(self.processor, "?", 1),
+            "prompt": build_prompt(self.processor, "?", 1),
             **{f"token_recovery.{name}": value for name, value in fields.items()},
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "model": model_digest(self.model),
@@ -128,7 +127,7 @@ class _Answerer:
         return encode_rows(
             self.processor,
             [row.images for row in opened],
-            [instructed(row.question.text, self.instruction) for row in opened],
+            [add_instruction(row.question.text, self.instruction) for row in opened],
             [row.question.clip_texts for row in opened],
         )
 
@@ -142,7 +141,7 @@ class _Answerer:
         prompt = inputs["input_ids"]
         ids = output.sequences[:, prompt.shape[1] :]
         uncompressed = (prompt == model.config.image_token_id).sum(-1).tolist()
-        read = visual_tokens_read(output, [len(question.pictures) for question in questions], uncompressed)
+        read = count_visual_tokens(output, [len(question.pictures) for question in questions], uncompressed)
         answers = self.processor.batch_decode(ids, skip_special_tokens=True)
         rows = zip(questions, answers, read, uncompressed, strict=True)
         return {question.row: _line(question, answer.strip(), *counts) for question, answer, *counts in rows}
@@ -264,12 +263,8 @@ def _answer(
     """Answer this process's share of the work."""
     share = work.batches[state.process_index :: state.num_processes]
     process = f", process 1 of {state.num_processes}" if state.num_processes > 1 else ""
-    bar = tqdm(
-        total=sum(len(missing) for _, missing in share),
-        desc=f"rows{process}",
-        file=sys.stderr,
-        disable=True if not state.is_main_process else None if progress is None else not progress,
-    )
+    rows = sum(len(missing) for _, missing in share)
+    bar = progress_bar(rows, f"rows{process}", progress if state.is_main_process else False)
     with bar, parts.writer(state.process_index) as write:
         for (_, missing), batch in _prefetch(share, lambda entry: answerer.encode(questions, entry[0])):
             lines = {bad_row.row: bad_row.line for bad_row in batch.bad_rows}

@@ -11,8 +11,7 @@ from transformers import CLIPTextConfig
 
 from ...core.checks import is_tiled
 from ...core.counting import PICTURE, picture_tokens
-from ..evaluation import Sample, demo_samples
-from ..evaluation.running import encode
+from ..evaluation.samples import Sample, demo_samples, encode_samples
 
 Inputs = dict[str, Any]
 """Tensors that a model takes, `recovery_input_ids` among them."""
@@ -34,7 +33,7 @@ def scene_batch(
     samples = demo_samples(size, seed)
     if picture is not None:
         samples = [dataclasses.replace(sample, image=_scaled(sample, picture)) for sample in samples]
-    return dict(encode(processor, samples, "").to(model.device, model.dtype))
+    return dict(encode_samples(processor, samples).to(model.device, model.dtype))
 
 
 def _scaled(sample: Sample, picture: tuple[int, int]) -> Any:

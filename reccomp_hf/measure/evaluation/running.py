@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from tqdm import tqdm
 
 from ...core import splicing
 from ...core.features import TokenRecoveryOutput
 from ...core.methods.registry import get_method
-from ...core.vision import EncodedImages
+from ...core.vision import EncodedImages, needed_states
+from ...data.progress import progress_bar
 from .report import EvaluationReport, SettingResult
-from .samples import Sample, normalize_answer
+from .samples import Sample, encode_samples, normalize_answer
 from .settings import OFF, Setting, parse_setting, parse_settings
 
 DEFAULT_BATCH_SIZE = 64
@@ -66,16 +64,10 @@ def evaluate(
         model.config.token_recovery.replace(setting.fields)
     runs = {setting.name: _Run(setting) for setting in table}
     starts = range(0, len(samples), batch_size)
-    bar = tqdm(
-        total=len(starts) * len(table),
-        desc="batches",
-        file=sys.stderr,
-        disable=None if progress is None else not progress,
-    )
-    with bar:
+    with progress_bar(len(starts) * len(table), "batches", progress) as bar:
         for start in starts:
             batch = samples[start : start + batch_size]
-            inputs = _Inputs(encode(processor, batch, instruction).to(model.device, model.dtype))
+            inputs = _Inputs(encode_samples(processor, batch, instruction).to(model.device, model.dtype))
             for run in runs.values():
                 if start == 0:  # what the first call of all costs is not the setting's
                     run.ask(model, processor, inputs, batch, max_new_tokens=1)
@@ -95,15 +87,16 @@ class _Inputs:
 
     def __init__(self, tensors: Any) -> None:
         self.tensors = tensors
-        self._encoded: dict[tuple[Any, ...], tuple[EncodedImages, float]] = {}
+        self._encoded: dict[frozenset[int], tuple[EncodedImages, float]] = {}
 
     def of(self, model: Any, fields: dict[str, Any]) -> tuple[dict[str, Any], float]:
         """Arguments of a call with these settings, and the seconds that their share of the vision tower took."""
         section = model.config.token_recovery.replace(fields)
         if not section.enabled:
             return dict(self.tensors), 0.0
-        reads = get_method(section.method).reads_question(section)
-        key = (section.visual_layer, section.text_relevance if reads else None)
+        layer, blocks = model.config.vision_feature_layer, model.config.vision_config.num_hidden_layers
+        asks = get_method(section.method).reads_question(section)
+        key = frozenset(needed_states(section, layer, blocks, asks))
         if key not in self._encoded:
             began = _now(model)
             encoded = model.encode_images(**self.tensors, token_recovery=fields)
@@ -167,70 +160,6 @@ class _Run:
         )
 
 
-def encode(processor: Any, batch: Sequence[Sample], instruction: str) -> Any:
-    """The processor's tensors for a batch, a picture and a question a row."""
-    opened = {sample.picture: sample for sample in batch}
-    pictures = {name: sample.open() for name, sample in opened.items()}
-    return encode_rows(
-        processor,
-        [[pictures[sample.picture]] for sample in batch],
-        [instructed(sample.question, instruction) for sample in batch],
-        [sample.question for sample in batch],
-    )
-
-
-def instructed(question: str, instruction: str) -> str:
-    """A question with an answer instruction on a line of its own, if there is one."""
-    return f"{question}\n{instruction}" if instruction else question
-
-
-def encode_rows(
-    processor: Any,
-    pictures: Sequence[Sequence[Image.Image]],
-    texts: Sequence[str],
-    recovery: Sequence[str | Sequence[str]],
-) -> Any:
-    """The processor's tensors for rows of one or more pictures and a user turn each, padded on the left.
-
-    Args:
-        processor: Of a compressed LLaVA.
-        pictures: Of every row.
-        texts: What the language model reads of the user's turn.
-        recovery: What CLIP reads.
-    """
-    return processor(
-        images=[picture for row in pictures for picture in row],
-        text=[prompt_of(processor, text, len(row)) for text, row in zip(texts, pictures, strict=True)],
-        recovery_text=recovery,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-    )
-
-
-def visual_tokens_read(output: Any, pictures: Sequence[int], placeholders: list[int]) -> list[int]:
-    """How many tokens the language model read for the pictures of every row, LLaVA-NeXT's newlines included.
-
-    Args:
-        output: What `generate` returned with `return_dict_in_generate`.
-        pictures: How many a row has.
-        placeholders: Of every row; what is read where nothing was compressed.
-    """
-    if output.visual_token_counts is None:
-        return placeholders
-    counts = (output.visual_token_counts + output.newline_counts).cpu()
-    return [int(of_row.sum()) for of_row in counts.split(list(pictures))]
-
-
-def prompt_of(processor: Any, text: str, pictures: int) -> str:
-    """A question as the chat template asks it, or as LLaVA-1.5 does where there is none."""
-    if processor.chat_template is None:
-        placeholders = f"{processor.image_token}\n" * pictures
-        return f"USER: {placeholders}{text} ASSISTANT:"
-    turn = [*[{"type": "image"}] * pictures, {"type": "text", "text": text}]
-    return str(processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True))
-
-
 def _position_ids(model: Any, fields: dict[str, Any]) -> str:
     return str(fields.get("position_ids", model.config.token_recovery.position_ids))
 
@@ -274,4 +203,4 @@ def _patches_in(box: tuple[float, float, float, float], side: int) -> Any:
     return np.array([row and column for row, column in itertools.product(down, across)])
 
 
-__all__ = ["DEFAULT_BATCH_SIZE", "encode", "encode_rows", "evaluate", "instructed", "prompt_of", "visual_tokens_read"]
+__all__ = ["DEFAULT_BATCH_SIZE", "evaluate"]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
+from ...data.prompts import add_instruction, encode_rows
 from ...data.rows import Rows, open_rows, picture_of, question_of, shown
 from ...demo import EVALUATION_SEEDS, IMAGE_SIZE, draw_scene, questions
 
@@ -113,4 +115,15 @@ def _sample(rows: Rows, number: int) -> Sample:
     return Sample(picture.open, picture.name, question, tuple(answers), "all" if kind is None else str(kind))
 
 
-__all__ = ["Sample", "demo_samples", "load_samples", "normalize_answer"]
+def encode_samples(processor: Any, samples: Sequence[Sample], instruction: str = "") -> Any:
+    """Encode a batch of samples, see [`encode_rows`]; an image that several of them share is opened once."""
+    images = {name: sample.open() for name, sample in {sample.picture: sample for sample in samples}.items()}
+    return encode_rows(
+        processor,
+        [[images[sample.picture]] for sample in samples],
+        [add_instruction(sample.question, instruction) for sample in samples],
+        [sample.question for sample in samples],
+    )
+
+
+__all__ = ["Sample", "demo_samples", "encode_samples", "load_samples", "normalize_answer"]

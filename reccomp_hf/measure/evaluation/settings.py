@@ -13,8 +13,9 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from ...core.configuration import PRESETS, TokenRecoveryConfig, overridden
+from ...core.configuration import TokenRecoveryConfig, overridden
 from ...core.methods.registry import get_method, method_names
+from ...core.settings import PRESETS
 
 _STAGES = {"merged_tokens": 0}
 NAMES: dict[str, dict[str, Any]] = {

@@ -1,0 +1,81 @@
+"""The `authors` method against outputs of the paper's released code (tests/data/golden)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from golden import GOLDEN, load
+from torch import Tensor
+
+from reccomp_hf.core.choosing import recover_tokens
+from reccomp_hf.core.configuration import TokenRecoveryConfig
+from reccomp_hf.core.features import TokenRecoveryOutput
+
+BY_WIDTH = {width: [path for path in GOLDEN if f"_c{width}_" in path.name] for width in (128, 1024)}
+INPUTS = ("hidden_states", "cls_query", "keys", "text_similarity")
+
+
+def run(images: list[dict[str, Tensor]]) -> TokenRecoveryOutput:
+    """The method on a batch of golden inputs."""
+    h, q, keys, s = (torch.stack([image[name] for image in images]) for name in INPUTS)
+    return recover_tokens(h[:, 1:], q, keys, s, TokenRecoveryConfig.from_preset("authors"))
+
+
+def test_the_golden_files_are_here() -> None:
+    assert len(BY_WIDTH[128]) == 6
+    assert len(BY_WIDTH[1024]) == 1
+    stages = [load(path)[1] for path in GOLDEN]
+    assert any(stage["merged"] == 0 for stage in stages)
+    assert all(s["total"] == s["visual"] + s["text"] + s["merged"] + (s["merged"] > 0) for s in stages)
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_authors_gives_the_released_codes_tokens(path: Path) -> None:
+    image, stages = load(path)
+    output = run([image])
+    assert output.tokens.shape == (1, *image["output"].shape)
+    assert output.counts.tolist() == [stages["total"]]
+    torch.testing.assert_close(output.tokens[0], image["output"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_authors_records_every_stage(path: Path) -> None:
+    image, stages = load(path)
+    output = run([image])
+    assert int(output.visual_mask.sum()) == stages["visual"]
+    assert int(output.text_mask.sum()) == stages["text"]
+    assert int(output.centre_mask.sum()) == stages["merged"]
+    assert not output.coverage_mask.any()
+    total = output.visual_mask.long() + output.text_mask.long() + output.centre_mask.long()
+    assert int(total.max()) == 1
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_authors_keeps_features_bit_for_bit_and_clusters_nothing_else(path: Path) -> None:
+    image, stages = load(path)
+    output = run([image])
+    kept = (output.visual_mask | output.text_mask)[0].nonzero().flatten()
+    assert len(kept) == stages["visual"] + stages["text"]
+    assert torch.equal(output.tokens[0, : len(kept)], image["hidden_states"][1:][kept])
+    assert torch.equal(output.cluster[0, kept], torch.arange(len(kept)))
+    others = torch.ones(output.cluster.shape[1], dtype=torch.bool)
+    others[kept] = False
+    assert (output.cluster[0, others] == -1).all()
+
+
+@pytest.mark.parametrize("width", BY_WIDTH)
+def test_authors_batched_equals_single(width: int) -> None:
+    images = [load(path)[0] for path in BY_WIDTH[width]]
+    images += images[:1]
+    output = run(images)
+    assert output.counts.tolist() == [len(image["output"]) for image in images]
+    for row, image in enumerate(images):
+        alone, count = run([image]), int(output.counts[row])
+        for name in ("visual_mask", "text_mask", "centre_mask", "cluster"):
+            assert torch.equal(getattr(output, name)[row], getattr(alone, name)[0]), name
+        assert torch.equal(output.places[row, :count], alone.places[0])
+        torch.testing.assert_close(output.tokens[row, :count], alone.tokens[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(output.tokens[row, :count], image["output"], rtol=1e-5, atol=1e-5)
+        assert not output.tokens[row, count:].any()

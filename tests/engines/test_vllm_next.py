@@ -1,0 +1,150 @@
+"""LLaVA-NeXT in vLLM answers as in transformers, without newlines: pictures of any shape, one tile or five.
+
+The weights are random, so that logits are compared besides the ids.
+"""
+
+import dataclasses
+import functools
+
+import pytest
+import tiny
+import torch
+from architectures import LLAVA_NEXT, prompt_of
+from next_model import PINPOINTS, SIZES, picture, stock_model
+from transformers import LlamaConfig
+from vllm_engines import ask, copy_checkpoint, engine, forget, prompt, reference, run
+from vllm_scenes import environment  # noqa: F401
+
+from reccomp_hf.core.counting import picture_tokens
+
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
+
+SHARE = 0.2
+FIELDS = {"text_relevance": "value", "visual_layer": -2, "coverage_share": 0.25, "coverage_by": "content"}
+NONE = {"newlines": "none"}
+QUESTIONS = tiny.SENTENCES[:3]
+ROWS = [(names, question) for names in [(name,) for name in SIZES] for question in QUESTIONS]
+ROWS += [(("wide", "tiny"), QUESTIONS[0]), (("large", "square", "tall"), QUESTIONS[1]), ((), QUESTIONS[2])]
+
+
+@functools.lru_cache
+def stock():
+    """A stock LLaVA-NeXT whose heads are as wide as vLLM's attention on a CPU wants them."""
+    wide = LlamaConfig(**{**tiny.llava_config().text_config.to_dict(), **WIDE})
+    return stock_model("llama", text_config=wide)
+
+
+WIDE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 96}
+NEXT = dataclasses.replace(LLAVA_NEXT, stock=stock)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint that keeps its newlines, as they usually are."""
+    folder = tmp_path_factory.mktemp("next")
+    NEXT.build(budget=SHARE, **FIELDS).save_pretrained(folder / "built")
+    processor = NEXT.processor()
+    processor.image_processor.image_grid_pinpoints = PINPOINTS
+    processor.save_pretrained(folder / "built")
+    return copy_checkpoint(folder / "built", folder / "checkpoint", "4x")
+
+
+@pytest.fixture(scope="module")
+def transformers(folder):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    options = {"enable_mm_embeds": True, "limit_mm_per_prompt": {"image": 3}, "max_model_len": 2048}
+    with engine(folder, hf_overrides={"token_recovery": NONE}, **options) as llm:
+        yield llm
+
+
+def inputs_of(transformers, names, question):
+    images = [picture(name) for name in names] or None
+    return transformers[1](images=images, text=prompt_of(question, len(names)), return_tensors="pt")
+
+
+def expected(transformers, rows=ROWS, **fields):
+    return [reference(transformers[0], inputs_of(transformers, *row), **{**NONE, **fields}) for row in rows]
+
+
+def requests(rows=ROWS, **arguments):
+    return [
+        prompt(prompt_of(question, len(names)), [picture(name) for name in names], **(arguments if names else {}))
+        for names, question in rows
+    ]
+
+
+def test_newlines_that_depend_on_the_picture_are_refused(folder):
+    message = r'newlines is "kept".*--hf-overrides .*"newlines": "none"'
+    with pytest.raises(ValueError, match=message), engine(folder):
+        pass
+
+
+def test_answers_are_those_of_transformers(llm, transformers):
+    wanted = expected(transformers)
+    assert len({tuple(ids) for ids in wanted}) > len(ROWS) // 2
+    forget(llm)
+    assert ask(llm, requests()) == ask(llm, requests()[::-1])[::-1] == wanted
+    forget(llm)
+    assert [ask(llm, [request])[0] for request in requests()] == wanted
+
+
+def test_logits_are_those_of_transformers(llm, transformers):
+    model = transformers[0]
+    for row, output in zip(ROWS, run(llm, requests(), max_tokens=1, logprobs=20), strict=True):
+        with torch.no_grad():
+            logits = model(**inputs_of(transformers, *row), token_recovery=NONE).logits[0, -1]
+        (entries,) = output.outputs[0].logprobs
+        ids, found = [*entries], [entry.logprob for entry in entries.values()]
+        torch.testing.assert_close(torch.tensor(found), logits.log_softmax(-1)[ids], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("budget", [24, 0.05, SHARE])
+def test_a_request_may_have_a_smaller_budget(llm, transformers, budget):
+    rows = [row for row in ROWS if set(row[0]) <= {"wide", "tall", "large", "broad"}]
+    outputs = run(llm, [*requests(rows, token_recovery={"budget": budget}), *requests(rows)])
+    wanted = [*expected(transformers, rows, budget=budget), *expected(transformers, rows)]
+    assert [list(output.outputs[0].token_ids) for output in outputs] == wanted
+    image_token = transformers[0].config.image_token_id
+    for (names, _), output in zip(rows, outputs, strict=False):
+        patches = [picture_tokens(transformers[0].config, SIZES[name])[1] for name in names]
+        tokens = [budget if budget > 1 else int(budget * count + 0.5) for count in patches]
+        assert output.prompt_token_ids.count(image_token) == sum(tokens)
+
+
+def test_a_budget_is_compared_for_each_picture(llm, transformers):
+    """Of a large picture 45 tokens are less than its share, of a small one more."""
+    rows = [(("large",), QUESTIONS[0]), (("tiny",), QUESTIONS[0])]
+    assert ask(llm, requests(rows[:1], token_recovery={"budget": 45})) == expected(transformers, rows[:1], budget=45)
+    with pytest.raises(ValueError, match=r"budget of 45 is 45 tokens of an image, more than the \d+ with which"):
+        ask(llm, requests(rows, token_recovery={"budget": 45}))
+
+
+def test_embeddings_of_any_length(llm, transformers):
+    """Newlines are no matter here: what is sent is what is read."""
+    model, rows, batch, wanted = transformers[0], ROWS[:9:2] + ROWS[-3:-1], [], []
+    for names, question in rows:
+        inputs, fields = inputs_of(transformers, names, question), {"budget": None}
+        with torch.no_grad():
+            short, _ = model.compress_inputs(**inputs, token_recovery=fields)
+            counts = model(**inputs, token_recovery=fields)
+        tokens = short["inputs_embeds"][short["input_ids"] == model.config.image_token_id]
+        lengths = (counts.visual_token_counts + counts.newline_counts).tolist()
+        batch.append(prompt(prompt_of(question, len(names)), list(tokens.split(lengths))))
+        wanted.append(reference(model, inputs, **fields))
+    assert ask(llm, [*batch, *requests(ROWS[:3])]) == wanted + expected(transformers, ROWS[:3])
+
+
+def test_switched_off_it_is_the_stock_model(folder, transformers):
+    with engine(folder, hf_overrides={"token_recovery": {"enabled": False}}, max_model_len=2048) as llm:
+        assert ask(llm, requests(ROWS[:12])) == expected(transformers, ROWS[:12], enabled=False)
+
+
+def test_profiling_takes_the_picture_of_most_tiles(llm):
+    size = llm.renderer.mm_processor.info.get_image_size_with_most_features()
+    assert (size.width, size.height) == (2 * tiny.IMAGE_SIZE, 2 * tiny.IMAGE_SIZE)

@@ -1,0 +1,67 @@
+"""Saved checkpoints: loading, comparing with stock, and the fixtures that each transformers line wrote."""
+
+import numpy as np
+import tiny
+import torch
+import transformers
+from architectures import ARCHITECTURES, generate, prompt_of
+from paths import DATA
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+LINE = f"{transformers.__version__.partition('.')[0]}x"
+PARTS = ("vision_tower", "multi_modal_projector", "language_model", "lm_head")
+FIXTURE_SETTINGS = {"dynamic": {}, "budget": {"budget": 20, "text_relevance": "value"}}
+
+
+def load(auto_class, folder):
+    model, info = auto_class.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model
+
+
+def part_of(name):
+    """The part of the model that a weight belongs to."""
+    return next((part for part in PARTS if part in name), name)
+
+
+def assert_bit_equal(ours, stock, parts=PARTS):
+    weights, wanted = ours.state_dict(), stock.state_dict()
+    names = [name for name in wanted if part_of(name) in parts]
+    assert {part_of(name) for name in names} == set(parts)
+    for name in names:
+        assert torch.equal(weights[name], wanted[name]), name
+
+
+def fixture_inputs(processor):
+    """A prompt about a picture of the size that the vision tower reads."""
+    size = tiny.IMAGE_SIZE
+    picture = Image.fromarray(np.random.default_rng(5).integers(0, 256, (size, size, 3), dtype=np.uint8))
+    return processor(images=picture, text=prompt_of(tiny.SENTENCES[1], 1), return_tensors="pt")
+
+
+def fixture_values(folder):
+    """What a saved checkpoint answers on the running line."""
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    batch = fixture_inputs(AutoProcessor.from_pretrained(folder))
+    with torch.no_grad():
+        outputs = {name: model(**batch, token_recovery=setting) for name, setting in FIXTURE_SETTINGS.items()}
+    logits = {name: output.logits[:, -8:].clone() for name, output in outputs.items()}
+    names = ("input_ids", "recovery_input_ids", "recovery_attention_mask")
+    return {**{name: batch[name] for name in names}, **logits, "ids": generate(model, batch)}
+
+
+def write_fixture():
+    """Write `data/checkpoint_<line>/<architecture>`, to be run under each transformers line.
+
+    PYTHONPATH=.:tests/support python -c "import saved; saved.write_fixture()"
+    """
+    for architecture in ARCHITECTURES:
+        folder = DATA / f"checkpoint_{LINE}" / architecture.name
+        model = architecture.build().half()
+        model.save_pretrained(folder)
+        architecture.processor().save_pretrained(folder)
+        save_file(fixture_values(folder), folder / "expected.safetensors")
