@@ -305,7 +305,7 @@ def test_pictures_may_come_later(architecture, mode):
     titles = [axis.get_title(loc) for axis in conversation.plot(1).axes for loc in ("left", "center")]
     assert QUESTIONS[2] in " ".join(titles).replace("\n", " ")
     assert QUESTIONS[1] not in " ".join(titles)
-    with pytest.raises(ValueError, match="picture must be below the 3 pictures so far, got 3"):
+    with pytest.raises(ValueError, match="picture must be below the 3 images so far, got 3"):
         conversation.plot(3)
 
 
@@ -376,9 +376,9 @@ def test_what_was_not_chosen_for_the_longest_time_leaves_first(architecture):
     setting = {"budget": 24, "merged_tokens": 4, "text_share": 1.0}
     conversation = start(architecture, "append", setting, max_visual_tokens=100)
     ask(conversation, QUESTIONS[0], PICTURES[0], new_tokens=1)
-    held = conversation._held
+    held = conversation._cache
     first = [dataclasses.replace(token) for token in held.visual]
-    keys = held.cache.layers[0].keys.clone()
+    keys = held.key_values.layers[0].keys.clone()
     free = start(architecture, "append", setting)
     ask(free, QUESTIONS[0], PICTURES[0], new_tokens=1)
     ask(free, QUESTIONS[1], new_tokens=1)
@@ -398,7 +398,7 @@ def test_what_was_not_chosen_for_the_longest_time_leaves_first(architecture):
     # What stays in the cache is untouched.
     for token in stayed:
         entry = now[token.image, token.place].entry
-        assert torch.equal(held.cache.layers[0].keys[..., entry, :], keys[..., token.entry, :])
+        assert torch.equal(held.key_values.layers[0].keys[..., entry, :], keys[..., token.entry, :])
 
 
 def test_newlines_leave_with_their_rows():
@@ -408,8 +408,8 @@ def test_newlines_leave_with_their_rows():
         if number:
             conversation.max_visual_tokens = conversation.turns[0].visual_tokens + 8
         ask(conversation, question, PICTURES[0] if not number else None, new_tokens=1)
-        rows = {(token.image, token.row) for token in conversation._held.visual if token.kind == "patch"}
-        newlines = {(token.image, token.row) for token in conversation._held.visual if token.kind == "newline"}
+        rows = {(token.image, token.row) for token in conversation._cache.visual if token.kind == "patch"}
+        newlines = {(token.image, token.row) for token in conversation._cache.visual if token.kind == "newline"}
         assert newlines
         assert newlines <= rows
         # Every row but the base tile's, which has none, ends in one.
@@ -457,9 +457,9 @@ def test_a_template_that_rewrites_earlier_turns(architecture):
         conversation = start(architecture, mode, template=REWRITES)
         ask(conversation, QUESTIONS[0], PICTURES[0])
         length = conversation.turns[0].cache_length
-        with pytest.raises(ValueError, match=r"writes an earlier turn otherwise, from its token 1 on.*mode='rebuild'"):
+        with pytest.raises(ValueError, match=r"writes an earlier turn differently, from token 1 of.*mode='rebuild'"):
             ask(conversation, QUESTIONS[1])
-        assert len(conversation._held) == length
+        assert len(conversation._cache) == length
     conversation = start(architecture, "rebuild", template=REWRITES)
     ask(conversation, QUESTIONS[0], PICTURES[0])
     ask(conversation, QUESTIONS[1])
@@ -474,7 +474,7 @@ def test_what_a_conversation_refuses():
         new("keep", max_visual_tokens=9)
     with pytest.raises(ValueError, match=r"must be at least 1.*got 0"):
         new("append", max_visual_tokens=0)
-    with pytest.raises(ValueError, match="method 'authors' does not have: use mode='rebuild' or 'keep'"):
+    with pytest.raises(ValueError, match="tokens of method 'authors' have none: use mode='rebuild' or 'keep'"):
         new("append", {"method": "authors", "budget": None})
     with pytest.raises(ValueError, match="Unknown token_recovery field 'budgit'"):
         new("keep", {"budgit": 3})
@@ -482,16 +482,16 @@ def test_what_a_conversation_refuses():
         Conversation(model, LLAVA.processor(chat_template=None))
     conversation = new("keep")
     refused = {
-        "ask makes attention_mask itself": {"attention_mask": 1},
-        "past_key_values does not go": {"past_key_values": 3},
-        "cache does not go": {"cache": 3},
-        "ask makes input_ids itself": {"input_ids": 1},
-        "ask makes token_recovery itself": {"token_recovery": {}},
-        "max_length would count what a turn reads: write max_new_tokens": {"max_length": 9},
+        "ask sets attention_mask itself": {"attention_mask": 1},
+        "past_key_values does not work": {"past_key_values": 3},
+        "cache does not work": {"cache": 3},
+        "ask sets input_ids itself": {"input_ids": 1},
+        "ask sets token_recovery itself": {"token_recovery": {}},
+        "max_length would include the tokens that a turn reads: use max_new_tokens": {"max_length": 9},
         "A question has one answer": {"num_return_sequences": 2},
-        "num_beams does not go with the cache that mode='keep' keeps": {"num_beams": 2},
-        "use_cache does not go": {"use_cache": False},
-        "prompt_lookup_num_tokens does not go": {"prompt_lookup_num_tokens": 2},
+        "num_beams does not work with the cache that mode='keep' keeps": {"num_beams": 2},
+        "use_cache does not work": {"use_cache": False},
+        "prompt_lookup_num_tokens does not work": {"prompt_lookup_num_tokens": 2},
         r"num_beams .*keeps: leave it out, or use mode='rebuild'": {
             "generation_config": GenerationConfig(num_beams=2)
         },
@@ -499,7 +499,7 @@ def test_what_a_conversation_refuses():
     for match, options in refused.items():
         with pytest.raises(ValueError, match=match):
             conversation.ask(QUESTIONS[0], PICTURES[0], **options)
-    with pytest.raises(ValueError, match="has 1 pictures, but as the chat template writes it 2 times '<image>'"):
+    with pytest.raises(ValueError, match="has 1 images, but the chat template writes '<image>' 2 times"):
         conversation.ask("What is <image>?", PICTURES[0])
     with pytest.raises(ValueError, match="has an image but no question"):
         conversation.ask("", PICTURES[0])
