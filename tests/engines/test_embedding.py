@@ -120,9 +120,9 @@ def test_the_part_of_a_message_for_vllm():
 @each_architecture
 def test_what_cannot_be_embedded(architecture):
     model, processor, pictures = architecture.compressed(), architecture.processor(), tiny.pictures(2)
-    with pytest.raises(ValueError, match="a question for each picture, got 2 and 1"):
+    with pytest.raises(ValueError, match="one question per image, got 2 images and 1 questions"):
         reccomp_hf.embed_images(model, processor, pictures, ["?"])
-    with pytest.raises(ValueError, match="got 0 and 0"):
+    with pytest.raises(ValueError, match="got 0 images and 0 questions"):
         reccomp_hf.embed_images(model, processor, [], [])
     with pytest.raises(ValueError, match="no question for the text encoder"):
         reccomp_hf.embed_images(model, processor, pictures, ["What?", " "])
