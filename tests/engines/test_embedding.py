@@ -1,4 +1,4 @@
-"""`embed_images` and `reccomp-hf embed`: what an engine is given is what our model reads."""
+"""`embed_images` and `reccomp-hf embed`: an engine receives what our model reads."""
 
 import base64
 import io

@@ -45,12 +45,12 @@ def stock(tmp_path_factory):
 
 @functools.cache
 def reported(setting):
-    """What `reccomp-hf eval` computes for the same questions."""
+    """The result of `reccomp-hf eval` for the same questions."""
     return evaluate(*demo_model(), lmms_tasks.samples(), [setting], max_new_tokens=16, progress=False).results[setting]
 
 
 def run(model, arguments, folder, task="scenes", **options):
-    """What lmms-eval makes of a task in this process: everything, and the samples in order."""
+    """The results of a task that lmms-eval runs in this process, and its samples in order."""
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
@@ -345,7 +345,7 @@ def test_arguments_that_do_not_fit_are_refused(arguments, message):
         wrapper(**arguments)
 
 
-def test_loading_is_as_asked_for():
+def test_loading_follows_the_arguments():
     model = wrapper(dtype="bfloat16", attn_implementation="eager", device_map="cpu", budget=10)
     assert model._model.dtype == torch.bfloat16 and model.device == torch.device("cpu")
     assert model._model.config._attn_implementation == "eager"

@@ -1,4 +1,4 @@
-"""What `predict` reads: every format gives the same answers, and a row that cannot be asked stops nothing."""
+"""The data of `predict`: every format gives the same answers, and a row that cannot be asked does not end the run."""
 
 import json
 
@@ -176,8 +176,8 @@ BAD = {
     "a number for a picture": ({**GOOD, "image": [3]}, 1, "image must be the path of a picture, got 3"),
     "a missing picture": ({**GOOD, "image": "7.png"}, 1, r"the picture 7\.png cannot be read: no such file"),
     "a truncated picture": ({**GOOD, "image": "half.png"}, 1, r"the picture half\.png cannot be read: "),
-    "a second picture that is none": ({**GOOD, "image": ["good.png", "data.jsonl"]}, 1, "cannot identify image file"),
-    "a path that is none": ({**GOOD, "image": "\0"}, 1, "cannot be read: embedded null byte"),
+    "a second image that is not one": ({**GOOD, "image": ["good.png", "data.jsonl"]}, 1, "cannot identify image file"),
+    "a path that is not valid": ({**GOOD, "image": "\0"}, 1, "cannot be read: embedded null byte"),
     "a folder": ({**GOOD, "image": "."}, 1, "cannot be read: "),
     "a true id": ({**GOOD, "id": True}, None, "id must be a string or an integer, got True"),
     "a null id": ({**GOOD, "id": None}, None, "id must be a string or an integer, got None"),
@@ -216,7 +216,7 @@ def test_a_bad_row_says_what_is_wrong(folder, row, row_id, message):
         raise ValueError(found[1]["error"])
 
 
-def test_bytes_that_are_no_text(folder):
+def test_bytes_that_are_not_text(folder):
     path = folder / "data.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\n" + b'{"question": "\xff"}\n')
     first, second = answers(path, folder / "out.jsonl")
@@ -275,7 +275,7 @@ def test_data_that_cannot_be_read_is_refused(folder):
     assert not list(folder.glob("out.jsonl*"))
 
 
-def test_what_is_read_is_not_written_to(folder):
+def test_the_data_is_not_overwritten(folder):
     data = write_lines(folder / "data.jsonl", [GOOD])
     with pytest.raises(ValueError, match="is the data itself, which would be overwritten"):
         ask(data, data)

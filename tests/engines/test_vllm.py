@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def transformers(folder):
-    """The model and the processor that say what is right."""
+    """The model and the processor that give the expected answers."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
@@ -153,7 +153,7 @@ def test_the_question_may_be_given_apart_from_the_prompt(llm, expected):
 
 
 def test_questions_longer_than_the_text_encoder_reads(llm, expected):
-    """In several windows, beside short ones in the same step."""
+    """They are read in several windows, together with short questions in the same step."""
     long = " ".join([*QUESTIONS, *QUESTIONS[::-1]] * 2)
     pairs = [(SCENES[0], long), (SCENES[0], QUESTIONS[0]), (SCENES[1], long)]
     assert ask(llm, requests(pairs)) == [expected(user(question), (number,)) for number, question in pairs]
@@ -239,7 +239,7 @@ METHODS = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_gives_the_tokens_of_transformers(llm, transformers, name):
-    """The engine's model itself, beside `compress_inputs`: the same patches, and features that agree."""
+    """Compares the engine's model itself with `compress_inputs`: the same patches, and features that agree."""
     (reference_model, processor), fields = transformers, METHODS[name]
     texts, pictures = [user(question) for question in QUESTIONS], [scene(number) for number in SCENES]
     inputs = processor(images=pictures, text=texts, return_tensors="pt", padding=True)

@@ -1,4 +1,4 @@
-"""What an engine may be asked for, as far as it needs no engine."""
+"""Checks of checkpoints and requests for vLLM that need no engine."""
 
 import sys
 import types
@@ -155,7 +155,7 @@ def test_more_than_the_servers_budget_is_refused(own, overrides, message):
         ({"budget": None}, r"budget must be an int >= 1"),
     ],
 )
-def test_a_request_without_sense_is_refused(overrides, message):
+def test_an_invalid_request_is_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         request_budget(config_of(budget=24).token_recovery, overrides)
 
@@ -185,7 +185,7 @@ class _Fused(torch.nn.Module):
 
 
 @torch.no_grad()
-def test_a_fused_attention_is_taken_apart():
+def test_a_fused_attention_is_split():
     tower = compat.clip_vision_model(LLAVA.compressed().model.vision_tower)
     own, layers = tower.encoder.layers[-1].self_attn, []
     for layer in tower.encoder.layers:

@@ -126,7 +126,7 @@ def test_a_budget_is_compared_for_each_picture(llm, transformers):
 
 
 def test_embeddings_of_any_length(llm, transformers):
-    """Newlines are no matter here: what is sent is what is read."""
+    """Newlines do not matter here: the model reads the embeddings as they are sent."""
     model, rows, batch, wanted = transformers[0], ROWS[:9:2] + ROWS[-3:-1], [], []
     for names, question in rows:
         inputs, fields = inputs_of(transformers, names, question), {"budget": None}

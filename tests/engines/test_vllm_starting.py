@@ -1,4 +1,4 @@
-"""What vLLM starts with, and what it refuses to: each refusal says how to go on, and that way is tried."""
+"""Checkpoints that vLLM starts with or refuses; the advice of each refusal is tried."""
 
 import contextlib
 import json
@@ -264,7 +264,7 @@ def test_a_request_over_http_may_say_its_budget(address, demo):
 
 
 def test_embeddings_over_http(address, demo):
-    """Of the paper's dynamic counts, beside pictures of the server's own budget; two of unequal length in a prompt."""
+    """With the paper's dynamic counts, along with images of the server's own budget; one prompt has two lengths."""
     cases = [(SCENES[:1], QUESTIONS[0]), (SCENES[1:2], QUESTIONS[0]), (SCENES[1:3], QUESTIONS[1])]
     made = [embeddings(demo, user(question, len(numbers)), numbers, **PAPER, **COMPACT) for numbers, question in cases]
     assert len({len(tokens) for embeds, _ in made for tokens in embeds}) > 2
