@@ -14,7 +14,7 @@ from ..core.checks import cache_length
 from ..core.compat import CACHE
 from ..core.features import TokenRecoveryOutput
 from ..core.generation import PromptStreamer
-from ..core.vision import EncodedImages, together
+from ..core.vision import EncodedImages, concatenate
 from ..measure.plot import plot_recovery
 from .cache import ConversationCache, visual_tokens
 from .inputs import Prefill, TurnInputs, call_fields, chat_message, check_options
@@ -149,7 +149,7 @@ class Conversation:
         self._images += images
         self._lengths = lengths
         if encoded is not None and self.mode != "keep":
-            self._encoded = together([self._encoded, encoded])
+            self._encoded = concatenate([self._encoded, encoded])
         return turn.answer
 
     def plot(self, picture: int = 0) -> Figure:
@@ -202,7 +202,7 @@ class Conversation:
     def _rebuild(self, inputs: TurnInputs) -> Turn:
         """Mode `"rebuild"`: a single call on the whole conversation."""
         call: dict[str, Any] = {"input_ids": inputs.ids, "attention_mask": torch.ones_like(inputs.ids)}
-        encoded = together([self._encoded, inputs.images])
+        encoded = concatenate([self._encoded, inputs.images])
         if encoded is not None:
             call["pixel_values"] = encoded
         output = self.model.generate(**call, **inputs.question, token_recovery=self._fields, **inputs.options)
@@ -288,7 +288,7 @@ class Conversation:
             **inputs.question,
             token_recovery=self._fields,
         )
-        layout = inputs.images.layout.keeping(self._section.newlines)
+        layout = inputs.images.layout.with_newlines(self._section.newlines)
         return Prefill(
             short["input_ids"],
             short["position_ids"],
@@ -302,7 +302,7 @@ class Conversation:
         if self._encoded is None:
             return prefill
         image_token = self.model.config.image_token_id
-        layout = self._encoded.layout.keeping(self._section.newlines)
+        layout = self._encoded.layout.with_newlines(self._section.newlines)
         short, record = self.model.compress_inputs(
             input_ids=prefill.ids.new_full((1, sum(layout.lengths)), image_token),
             pixel_values=self._encoded,

@@ -163,7 +163,7 @@ def test_half_a_picture_in_a_row(architecture):
     slots = (ids[0] == image).nonzero().flatten()
     ids[0, slots[:7]] = 9
     ids[1, -7:] = image
-    refused(architecture, {**batch, "input_ids": ids}, r"Row 0 holds \d+ image placeholder tokens, which is no whole")
+    refused(architecture, {**batch, "input_ids": ids}, r"Row 0 holds \d+ image placeholder tokens, which is not a")
 
 
 @each_architecture
@@ -225,7 +225,7 @@ def test_original_positions_under_flash_attention(architecture):
     model, batch = architecture.build(position_ids="original"), architecture.encode()
     model.config.get_text_config()._attn_implementation = "flash_attention_2"
     for call in (model, model.generate, model.compress_inputs):
-        with pytest.raises(ValueError, match="'original' leaves gaps, which flash_attention_2 takes for packed"):
+        with pytest.raises(ValueError, match="'original' leaves gaps, which flash_attention_2 treats as packed"):
             call(**batch)
     model.compress_inputs(**batch, token_recovery={"position_ids": "compact"})
 
@@ -239,9 +239,9 @@ def test_inputs_that_cannot_be_cut(architecture):
     for call in (model, model.compress_inputs):
         with pytest.raises(ValueError, match=rf"attention_mask must have the shape of input_ids \({rows}, {length}\)"):
             call(**{**batch, "attention_mask": square})
-        with pytest.raises(ValueError, match="Pictures need input_ids with their placeholders, and no inputs_embeds"):
+        with pytest.raises(ValueError, match="Images need input_ids with their placeholders, and no inputs_embeds"):
             call(**batch, inputs_embeds=embeds)
-        with pytest.raises(ValueError, match="Pictures need input_ids with their placeholders"):
+        with pytest.raises(ValueError, match="Images need input_ids with their placeholders"):
             call(**{**batch, "input_ids": None})
 
 

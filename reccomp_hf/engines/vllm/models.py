@@ -17,11 +17,10 @@ from vllm.model_executor.models.llava_next import LlavaNextForConditionalGenerat
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from ...core.choosing import assemble_tokens, select_tokens
 from ...core.counting import picture_tokens
 from ...core.layout import ImageLayout
 from ...core.modeling_llava_next import tiled_layout
-from ...core.picture_tokens import Question, projected_tokens, visual_features, window_mask
+from ...core.picture_tokens import Question, choose_tokens, window_mask
 from ...core.text_encoder import TokenRecoveryModules
 from ...core.vision import EncodedImages, needed_states, vision_states
 from .budgets import Budget, budget_from_tensor, count_tokens, request_section
@@ -127,7 +126,7 @@ class RecoveryModelMixin:
         images = self._images(**kwargs)
         outputs: list[Tensor] = [torch.empty(0)] * len(images)
         for batch in _batches(images):
-            for index, tokens in zip(batch, self._recovered([images[at] for at in batch]), strict=True):
+            for index, tokens in zip(batch, self._compress([images[at] for at in batch]), strict=True):
                 outputs[index] = tokens
         return outputs
 
@@ -163,43 +162,34 @@ class RecoveryModelMixin:
         vision = self.config.vision_config
         return vision.image_size // vision.patch_size
 
-    def _recovered(self, pictures: list[_RequestImage]) -> Iterable[Tensor]:
-        """The tokens (K, D) of pictures with one budget, by the computation that the transformers models do."""
-        config, budget = self.config, pictures[0].budget
+    def _compress(self, images: list[_RequestImage]) -> Iterable[Tensor]:
+        """The tokens (K, D) of images with one budget, computed as in the transformers models."""
+        config, budget = self.config, images[0].budget
         section, layer = request_section(config.token_recovery, budget), config.vision_feature_layer
-        tower, tiles = clip_tower(self.vision_tower.vision_model), torch.cat([picture.tiles for picture in pictures])
-        asked = pictures[0].question is not None
-        states = vision_states(tower, tiles, needed_states(section, layer, len(tower.encoder.layers), asked))
-        layout = self._layout(tiles, pictures).to(tiles.device).keeping(section.newlines)
-        features = visual_features(
+        tower, tiles = clip_tower(self.vision_tower.vision_model), torch.cat([image.tiles for image in images])
+        reads_question = images[0].question is not None
+        states = vision_states(tower, tiles, needed_states(section, layer, len(tower.encoder.layers), reads_question))
+        layout = self._layout(tiles, images)
+        choice = choose_tokens(
             tower,
             self.token_recovery,
             EncodedImages(states, layout, (self._side, self._side)),
-            _question(pictures, layout.image_of_tile(tiles.device)) if asked else None,
+            _question(images, layout.image_of_tile(tiles.device)) if reads_question else None,
             section,
             layer,
             num_heads=config.vision_config.num_attention_heads,
             projector=self.multi_modal_projector,
         )
-        selection = select_tokens(features, section)
-        sizes = selection.known_sizes or selection.sizes.tolist()
-        record = assemble_tokens(features, selection, section, sizes)
-        tokens, newlines = layout.counts(selection)
-        lengths, expected = tokens + newlines, [count_tokens(config, budget, picture.size) for picture in pictures]
-        if selection.known_sizes != [expected[0], sizes[1], sum(expected)] and lengths.tolist() != expected:
-            raise RuntimeError(f"Method {section.method!r} gave {lengths.tolist()} tokens, the budget {expected}.")
+        choice.sync()
+        expected = [count_tokens(config, budget, image.size) for image in images]
+        known = choice.selection.known_sizes
+        is_certain = known is not None and (known.longest, known.total) == (expected[0], sum(expected))
+        if not is_certain and choice.lengths.tolist() != expected:
+            raise RuntimeError(
+                f"Method {section.method!r} gave {choice.lengths.tolist()} tokens, the budget {expected}."
+            )
         newline = getattr(self, "image_newline", None)
-        flat, _ = projected_tokens(
-            self.multi_modal_projector,
-            newline,
-            layout,
-            selection,
-            record,
-            lengths,
-            sizes=sizes,
-            longest=max(expected),
-            total=sum(expected),
-        )
+        flat, _ = choice.projected_tokens(choice.record(), self.multi_modal_projector, newline)
         return flat.split(expected)
 
 

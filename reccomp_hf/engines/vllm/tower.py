@@ -41,7 +41,7 @@ class _Block:
 
 
 def clip_tower(vision_model: Any) -> Any:
-    """Wrap vLLM's `CLIPVisionTransformer` for `vision_states` and `visual_features`.
+    """Wrap vLLM's `CLIPVisionTransformer` for `vision_states` and `choose_tokens`.
 
     Args:
         vision_model: The transformer with all its blocks, the last one included.
