@@ -73,7 +73,7 @@ class Conversation:
 
     Args:
         model: A compressed LLaVA, in eval mode.
-        processor: Its processor, with a chat template.
+        processor: The processor of the model, with a chat template.
         mode: `"rebuild"`, `"append"` or `"keep"`.
         token_recovery: Fields of the config section to override; `{"enabled": False}` for the uncompressed model.
         max_visual_tokens: Most visual tokens of an `"append"` conversation.
@@ -156,7 +156,7 @@ class Conversation:
         """Draw a panel per question with the tokens of an image that were chosen for it, see [`plot_recovery`].
 
         Raises:
-            ValueError: There is no such image.
+            ValueError: The image does not exist.
         """
         turns = [turn for turn in self.turns if picture < len(turn.records)]
         if not turns or picture < 0:

@@ -44,7 +44,7 @@ def embed_images(
 
     Args:
         model: A compressed LLaVA, whole or from `load_image_encoder`.
-        processor: Its processor.
+        processor: The processor of the model.
         images: One image per question.
         questions: One question per image, without answer instructions; a visual-only model does not read them.
         token_recovery: Fields of the config section to override for this call.

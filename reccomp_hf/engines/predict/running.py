@@ -175,7 +175,7 @@ def predict(
 
     Args:
         model: A compressed LLaVA, in eval mode, on this process's device.
-        processor: Its processor.
+        processor: The processor of the model.
         data: See [`open_rows`].
         output: The file to write.
         columns: Columns of the data.
