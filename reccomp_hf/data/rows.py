@@ -1,4 +1,4 @@
-"""Rows of a data file or folder (JSON lines, Parquet, or what the `datasets` library reads), and their pictures."""
+"""Rows of a data file or folder (JSON lines, Parquet, or a data set of the `datasets` library), and their images."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from PIL import Image
 
 from .pictures import open_picture
 
-_PARQUET = b"PAR1"  # how such a file starts
+_PARQUET = b"PAR1"  # magic bytes
 _LONGEST_SHOWN = 80  # characters of a value in a message
 
 
 class Rows(abc.ABC):
-    """Rows by number from 0, each read when it is asked for.
+    """Rows by number from 0, each read on access.
 
     Attributes:
-        base: The folder that relative paths of pictures start from.
-        columns: Names; of JSON lines those that any line has.
+        name: Name of the file or folder, for messages.
+        base: The folder that relative image paths start from.
+        columns: Names of the columns; for JSON lines, the keys that occur in any line.
     """
 
     name: str
@@ -34,31 +35,32 @@ class Rows(abc.ABC):
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """How many."""
+        """The number of rows."""
 
     @abc.abstractmethod
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """A row; ValueError, without a place, for a line that is none."""
+        """Read a row; a line that is not valid raises a ValueError that does not name the place."""
 
     @abc.abstractmethod
     def where(self, number: int) -> str:
-        """What a row is called in a message."""
+        """The name of a row for messages."""
 
     def require(self, *names: str, hint: str = "") -> None:
-        """Refuse data without some column.
+        """Refuse data that lacks a column.
 
         Args:
-            *names: The columns.
-            hint: What to do about it.
+            *names: Names of the columns.
+            hint: Advice to append to the message.
 
         Raises:
-            ValueError: A column is missing, or no line is a row at all.
+            ValueError: A column is missing, or no line is a valid row.
         """
         if not self.columns:
             try:
                 self[0]
             except ValueError as error:
-                raise ValueError(f"{self.where(0)}: {error} No line of it is a row: one JSON object each.") from error
+                advice = "No line is a valid row: write one JSON object per line."
+                raise ValueError(f"{self.where(0)}: {error} {advice}") from error
         missing = [name for name in names if name not in self.columns]
         if missing:
             known = ", ".join(self.columns) or "none"
@@ -66,7 +68,7 @@ class Rows(abc.ABC):
 
 
 class _Lines(Rows):
-    """A file of JSON lines; blank ones are passed over."""
+    """A file of JSON lines; blank lines are skipped."""
 
     def __init__(self, path: Path, limit: int | None) -> None:
         self.name, self.base = path.name, path.parent
@@ -100,7 +102,7 @@ class _Lines(Rows):
 
 
 class _Table(Rows):
-    """A dataset, as Arrow stores it: pictures are decoded by us, so that a broken one is told with its row."""
+    """A data set as Arrow stores it: images are decoded here, so that the error for a broken one names its row."""
 
     def __init__(self, data: Any, path: Path, limit: int | None) -> None:
         self.name, self.base = path.name, path if path.is_dir() else path.parent
@@ -119,17 +121,17 @@ class _Table(Rows):
 
 
 def open_rows(source: str | Path, limit: int | None = None) -> Rows:
-    """Open data without reading pictures.
+    """Open data without reading images.
 
     Args:
         source: A file of JSON lines; a Parquet file; or a folder that `datasets` wrote (`save_to_disk`) or reads as
-            an `imagefolder`. Of the last two `datasets` keeps an Arrow copy in its cache.
-        limit: The first so many rows.
+            an `imagefolder`. For Parquet files and image folders `datasets` keeps an Arrow copy in its cache.
+        limit: Number of rows to read from the start; `None` for all.
 
     Raises:
-        ValueError: No rows, several splits, or a Parquet file that is none.
-        OSError: A file that cannot be read.
-        ImportError: A folder or a Parquet file, and `datasets` is not installed.
+        ValueError: There are no rows or several splits, or a Parquet file is not valid.
+        OSError: A file cannot be read.
+        ImportError: `source` is a folder or a Parquet file, and `datasets` is not installed.
     """
     path = Path(source)
     if path.is_dir():
@@ -179,16 +181,16 @@ def _folder(path: Path) -> Any:
     return data
 
 
-# ---- pictures ------------------------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture of a row, not opened yet.
+    """An image of a row, not opened yet.
 
     Attributes:
-        source: Its file, or the bytes of one.
-        path: As the data names it, `None` where it gives bytes alone.
+        source: The image file, or its bytes.
+        path: The path in the data, `None` where the data holds bytes alone.
     """
 
     source: Path | bytes = dataclasses.field(repr=False)
@@ -196,32 +198,32 @@ class Picture:
 
     @property
     def name(self) -> str:
-        """Equal for equal pictures."""
+        """A name that is equal for equal images."""
         if isinstance(self.source, Path):
             return str(self.path)
         return f"{self.path or 'of'} {hashlib.sha256(self.source).hexdigest()[:16]}"
 
     def open(self) -> Image.Image:
-        """The picture in RGB, upright, no side shorter than 8 pixels.
+        """Read the image in RGB, upright, with sides of at least 8 pixels.
 
         Raises:
-            ValueError: It is missing or broken.
+            ValueError: The image is missing or broken.
         """
         try:
             return open_picture(self._file())
         except MemoryError:
             raise
-        except Exception as error:  # a decoder meets anything in a broken file, and says so in many ways
+        except Exception as error:  # decoders raise all kinds of errors on a broken file
             reason = " ".join(str(error).split()) or type(error).__name__
             reason = "no such file" if isinstance(error, FileNotFoundError) else reason
             raise ValueError(f"the picture {self.name} cannot be read: {reason}.") from error
 
     def size(self) -> tuple[int, int] | None:
-        """Width and height in pixels as the file's header says, `None` where it cannot be read."""
+        """Width and height in pixels from the file's header, `None` where it cannot be read."""
         try:
             with Image.open(self._file()) as image:
                 return image.size
-        except Exception:  # `open` will say what is wrong
+        except Exception:  # `open` reports the reason
             return None
 
     def _file(self) -> Any:
@@ -229,19 +231,19 @@ class Picture:
 
 
 def picture_of(value: Any, base: Path) -> Picture:
-    """The picture that a row's value stands for.
+    """The image that a row's value refers to.
 
     Args:
-        value: A path, bytes, or `{"bytes": ..., "path": ...}` as `datasets` stores pictures, one of the two not null.
+        value: A path, bytes, or `{"bytes": ..., "path": ...}` as `datasets` stores images, one of the two not null.
         base: The folder that a relative path starts from.
 
     Raises:
-        ValueError: It is nothing of these.
+        ValueError: The value has another type or is empty.
     """
     data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, value)
     path = path if isinstance(path, str) and path else None
     if path is not None and isinstance(value, dict) and Path(path).is_relative_to(base.absolute()):
-        path = str(Path(path).relative_to(base.absolute()))  # `datasets` names the files of a folder in full
+        path = str(Path(path).relative_to(base.absolute()))  # `datasets` stores absolute paths
     if isinstance(data, bytes) and data:
         return Picture(data, path)
     if path is None:

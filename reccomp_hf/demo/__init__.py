@@ -1,4 +1,4 @@
-"""Small checkpoints that were really trained, and the pictures and questions to try them on, all without a network."""
+"""Two small trained checkpoints, with images and questions to try them on, all without a network."""
 
 from pathlib import Path
 
@@ -18,21 +18,21 @@ from .scenes import (
 )
 
 CHECKPOINTS = ("demo", "demo-global")
-"""Names that `checkpoint_folder` knows; `checkpoints/README.md` says what each one is."""
+"""Names that `checkpoint_folder` accepts; `checkpoints/README.md` describes the checkpoints."""
 
 
 def checkpoint_folder(name: str) -> Path:
     """Return the folder of a shipped checkpoint, ready for `from_pretrained`.
 
     Args:
-        name: "demo" (its CLIP was told where the objects are, so that patches and texts go well together) or
-            "demo-global" (its CLIP was trained on whole pictures and texts only, as published CLIPs are).
+        name: "demo" (its CLIP was trained with box supervision, so patches match texts well) or "demo-global" (its
+            CLIP was trained on whole images and texts only, as published CLIPs are).
 
     Returns:
         An existing folder.
 
     Raises:
-        ValueError: If there is no checkpoint of that name.
+        ValueError: If the name is unknown.
         FileNotFoundError: If the installed package lacks the checkpoint's files.
     """
     if name not in CHECKPOINTS:

@@ -24,7 +24,7 @@ class Question:
         text: The question as the demo LLaVA was trained on it.
         answer: A color, a shape, "yes" or "no", or a number word, in lower case; for "read" a capital letter.
         kind: An entry of `QUESTION_KINDS`.
-        object_index: Index in `Scene.objects` of the object that the answer depends on; None for a count and a "no".
+        object_index: Index in `Scene.objects` of the object that the answer depends on; None for a count and for "no".
     """
 
     text: str
@@ -34,12 +34,12 @@ class Question:
 
 
 def questions(scene: Scene, seed: int) -> list[Question]:
-    """Ask about a color, a shape, an existence ("yes"), an existence ("no"), the count and, of a sign, its letter.
+    """Ask for a color, a shape, an existing object, a missing one, the number of objects and a sign's letter.
 
     Args:
         scene: The scene to ask about.
         seed: Non-negative integer that chooses the objects asked about, each uniformly. At least seven in ten of
-            the objects asked about in vain share their color or their shape with an object of the scene.
+            the missing objects share their color or their shape with an object of the scene.
 
     Returns:
         The questions in the order named above: six, or five for a scene without a sign.
@@ -65,7 +65,7 @@ def questions(scene: Scene, seed: int) -> list[Question]:
 
 
 def every_question(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> list[Question]:
-    """Ask everything that a scene answers, once each; as many existence questions in vain as others.
+    """Ask every question that a scene answers, once each, with as many missing objects as existing ones.
 
     The count and the letters come first, then the rest in random order.
     """
@@ -80,13 +80,13 @@ def every_question(objects: tuple[SceneObject, ...], rng: np.random.Generator) -
 
 
 def alone_in_shape(objects: tuple[SceneObject, ...]) -> list[int]:
-    """Indices of the objects that their shape alone identifies: all but two signs in one scene."""
+    """Indices of the objects that are identified by their shape: all but two signs in one scene."""
     number = Counter(item.shape for item in objects)
     return [index for index, item in enumerate(objects) if number[item.shape] == 1]
 
 
 def color_question(objects: tuple[SceneObject, ...], index: int) -> Question:
-    """Ask for the color of an object that is alone in its shape."""
+    """Ask for the color of an object whose shape is unique in the scene."""
     return Question(f"What color is the {objects[index].shape}?", objects[index].color, "color", index)
 
 
@@ -96,12 +96,12 @@ def shape_question(objects: tuple[SceneObject, ...], index: int) -> Question:
 
 
 def present_question(objects: tuple[SceneObject, ...], index: int) -> Question:
-    """Ask whether an object is there that is there."""
+    """Ask whether an existing object is there."""
     return Question(_existence_text(objects[index].color, objects[index].shape), "yes", "exist", index)
 
 
 def absent_question(objects: tuple[SceneObject, ...], decoy: int, rng: np.random.Generator) -> Question:
-    """Ask for an object that is not there: 35 % keep the decoy's color, 35 % its shape."""
+    """Ask whether a missing object is there: 35 % keep the decoy's color, 35 % its shape."""
     present = {(item.color, item.shape) for item in objects}
     while True:
         keep = rng.random()
@@ -120,7 +120,7 @@ def read_question(objects: tuple[SceneObject, ...], index: int) -> Question:
     """Ask for the letter on a sign.
 
     Raises:
-        ValueError: If the object is no sign.
+        ValueError: If the object is not a sign.
     """
     letter = objects[index].letter
     if letter is None:

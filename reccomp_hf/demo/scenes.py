@@ -46,7 +46,7 @@ VALIDATION_SEEDS = range(2_000_000, 3_000_000)
 
 _PLAIN_SHAPES = tuple(shape for shape in SHAPES if shape != SIGN)
 _OBJECT_COUNTS = (2, 5)  # lowest and highest number of objects
-_SIGN_COUNTS = (0, 1, 1, 2)  # equally likely, but at least one object of a scene is no sign
+_SIGN_COUNTS = (0, 1, 1, 2)  # equally likely, but at least one object of a scene is not a sign
 _OBJECT_SIZES = (22, 24, 26, 28, 30)  # side of an object's box, pixels
 _SIGN_SIZES = (26, 28, 30)  # a letter is three quarters as high: 20 to 23 pixels
 _ROTATIONS = (-12, -6, 0, 6, 12)  # degrees, counter-clockwise; a sign hangs straight
@@ -78,12 +78,12 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what is in it.
+    """An image with the objects in it.
 
     Attributes:
-        image: RGB picture of `IMAGE_SIZE` x `IMAGE_SIZE` pixels.
-        objects: Two to five objects with distinct colors and boxes that do not overlap. At least one is no sign, at
-            most two are, and come first; the others have distinct shapes.
+        image: RGB image of `IMAGE_SIZE` x `IMAGE_SIZE` pixels.
+        objects: Two to five objects with distinct colors and boxes that do not overlap. At most two, and not all, are
+            signs, which come first; the others have distinct shapes.
     """
 
     image: Image.Image
@@ -94,7 +94,7 @@ def draw_scene(seed: int) -> Scene:
     """Draw the scene of a seed.
 
     Args:
-        seed: Non-negative integer, usually out of `TRAIN_SEEDS` or `EVALUATION_SEEDS`.
+        seed: Non-negative integer, usually from `TRAIN_SEEDS` or `EVALUATION_SEEDS`.
 
     Returns:
         The scene; the same seed always gives the same objects in the same places.
@@ -103,17 +103,17 @@ def draw_scene(seed: int) -> Scene:
         ValueError: If `seed` is negative.
     """
     rng = generator(_SCENE_STREAM, seed)
-    return _drawn(rng, _background(rng), _arrange_objects(rng))
+    return _render_scene(rng, _background(rng), _arrange_objects(rng))
 
 
 def draw_close_up(seed: int) -> Scene:
-    """Draw a picture of one object, every other time a sign: what a CLIP is trained on besides.
+    """Draw an image of one object, every other time a sign, for the training of a CLIP.
 
     Args:
-        seed: Non-negative integer out of `TRAIN_SEEDS`.
+        seed: Non-negative integer from `TRAIN_SEEDS`.
 
     Returns:
-        A picture of `CLOSE_UP_SIZE` x `CLOSE_UP_SIZE` pixels in the style of the scenes, and its object.
+        An image of `CLOSE_UP_SIZE` x `CLOSE_UP_SIZE` pixels in the style of the scenes, and its object.
 
     Raises:
         ValueError: If `seed` is negative.
@@ -122,12 +122,12 @@ def draw_close_up(seed: int) -> Scene:
     canvas = _background(rng)[:CLOSE_UP_SIZE, :CLOSE_UP_SIZE].copy()
     shape = SIGN if rng.integers(2) else _PLAIN_SHAPES[rng.integers(len(_PLAIN_SHAPES))]
     color = list(COLORS)[rng.integers(len(COLORS))]
-    item = _placed_object(color, shape, [], CLOSE_UP_SIZE, rng)
-    return _drawn(rng, canvas, () if item is None else (item,))
+    item = _place_object(color, shape, [], CLOSE_UP_SIZE, rng)
+    return _render_scene(rng, canvas, () if item is None else (item,))
 
 
-def _drawn(rng: np.random.Generator, canvas: np.ndarray, objects: tuple[SceneObject, ...]) -> Scene:
-    """Objects on a background (height, width, 3) of float grey levels."""
+def _render_scene(rng: np.random.Generator, canvas: np.ndarray, objects: tuple[SceneObject, ...]) -> Scene:
+    """Draw objects on a background (height, width, 3) of float grey levels."""
     for item in objects:
         _paint(canvas, item, rng)
     canvas += rng.normal(0.0, _PIXEL_NOISE, canvas.shape)
@@ -135,7 +135,7 @@ def _drawn(rng: np.random.Generator, canvas: np.ndarray, objects: tuple[SceneObj
 
 
 def generator(stream: int, seed: int) -> np.random.Generator:
-    """Random numbers that depend on a seed and on what they are drawn for.
+    """A random generator for a seed and a purpose, its stream.
 
     Raises:
         ValueError: If `seed` is negative.
@@ -145,7 +145,7 @@ def generator(stream: int, seed: int) -> np.random.Generator:
     return np.random.default_rng([stream, seed])
 
 
-# ---- where the objects stand ---------------------------------------------------------------------------------------
+# ---- placement --------------------------------------------------------------------------------------------------
 
 
 def _arrange_objects(rng: np.random.Generator) -> tuple[SceneObject, ...]:
@@ -157,17 +157,17 @@ def _arrange_objects(rng: np.random.Generator) -> tuple[SceneObject, ...]:
     shapes = [SIGN] * signs + list(rng.permutation(_PLAIN_SHAPES)[: count - signs])
     objects: list[SceneObject] = []
     for color, shape in zip(colors, shapes, strict=True):
-        item = _placed_object(str(color), str(shape), objects, IMAGE_SIZE, rng)
+        item = _place_object(str(color), str(shape), objects, IMAGE_SIZE, rng)
         if item is None:
             break
         objects.append(item)
     return tuple(objects)
 
 
-def _placed_object(
+def _place_object(
     color: str, shape: str, others: list[SceneObject], side: int, rng: np.random.Generator
 ) -> SceneObject | None:
-    """Find a place among other objects in a picture of `side` x `side` pixels; a sign gets its letter."""
+    """Find a place among other objects in an image of `side` x `side` pixels; a sign gets its letter."""
     sizes = _SIGN_SIZES if shape == SIGN else _OBJECT_SIZES
     for _ in range(_PLACEMENT_ATTEMPTS):
         size = sizes[rng.integers(len(sizes))]
@@ -183,7 +183,7 @@ def _overlap(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
     return x < other_x + other_size and other_x < x + size and y < other_y + other_size and other_y < y + size
 
 
-# ---- how they look -------------------------------------------------------------------------------------------------
+# ---- rendering -------------------------------------------------------------------------------------------------
 
 
 def _paint(canvas: np.ndarray, item: SceneObject, rng: np.random.Generator) -> None:
@@ -198,7 +198,7 @@ def _paint(canvas: np.ndarray, item: SceneObject, rng: np.random.Generator) -> N
 
 
 def _ink(board: str) -> int:
-    """Grey level of a letter that stands out from a board."""
+    """Grey level of a letter that contrasts with a board."""
     red, green, blue = COLORS[board]
     return _DARK_INK if 0.299 * red + 0.587 * green + 0.114 * blue >= _DARKEST_BOARD else _LIGHT_INK
 

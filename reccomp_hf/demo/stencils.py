@@ -1,4 +1,4 @@
-"""What the demo's objects look like: the outline of every shape and the letters of the signs, as opacity masks."""
+"""Opacity masks of the demo's objects: the outline of every shape, and the letters of the signs."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ _GLYPHS = {
     "Z": ("#####", "....#", "...#.", "..#..", ".#...", "#....", "#####"),
 }
 LETTERS = tuple(_GLYPHS)
-"""What a sign may say."""
+"""Letters that a sign may carry."""
 
 
 __all__ = ["LETTERS", "SHAPES", "SIGN", "letter_opacity", "shape_opacity"]

@@ -1,1 +1,1 @@
-"""How published numbers were made. Not part of the installed package."""
+"""Experiments behind the published numbers. Not part of the installed package: run them from a checkout."""

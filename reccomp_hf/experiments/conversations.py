@@ -1,4 +1,4 @@
-"""Conversations about one picture: how good each answer is, and what it cost, by the mode of the conversation.
+"""Conversations about one image: quality and cost of every answer by the mode of the conversation.
 
 `python -m reccomp_hf.experiments.conversations demo --settings balanced:16` prints the tables.
 """
@@ -37,7 +37,7 @@ from ..measure.tables import markdown_table
 
 DEFAULT_SETTINGS = "balanced:16,text:16+position_ids=original"
 FIGURES = ("visual_tokens", "recovered", "prefilled", "cache_length", "milliseconds")
-"""What is told of every turn besides its answer, see [`Turn`]; milliseconds of the whole `ask`."""
+"""Figures reported for every turn, see [`Turn`]; milliseconds are those of the whole `ask`."""
 
 _STREAM = 13  # first word of the seed, see `generator`
 _LONGEST = 4  # questions
@@ -45,12 +45,12 @@ _LONGEST = 4  # questions
 
 @dataclasses.dataclass(frozen=True)
 class Dialogue:
-    """Questions about different objects of a picture.
+    """Questions about different objects of an image.
 
     Attributes:
-        image: The picture.
-        picture: Names it.
-        questions: Two to four, as many as the scene has objects if it has fewer; each with its answer.
+        image: The image.
+        picture: Name of the image.
+        questions: Two to four questions with their answers, at most one per object of the scene.
     """
 
     image: Image.Image = dataclasses.field(repr=False)
@@ -59,17 +59,17 @@ class Dialogue:
 
 
 def demo_dialogues(limit: int = 500, skip: int = 0) -> list[Dialogue]:
-    """Conversations about the demo's evaluation scenes, one a scene, which no demo model was trained on.
+    """Make a conversation about each of the demo's evaluation scenes, which no demo model was trained on.
 
     Each question is about another object of the scene: its color, its shape, whether it is there (every other time
-    about one that is not, but resembles it), or the letter on it.
+    replaced by a missing object that resembles it), or the letter on it.
 
     Args:
-        limit: How many.
-        skip: Scenes to pass over.
+        limit: Number of conversations.
+        skip: Number of scenes to skip.
 
     Raises:
-        ValueError: Not a positive limit, or more than there are scenes.
+        ValueError: The limit is not positive, or exceeds the number of scenes.
     """
     if limit < 1 or not 0 <= skip <= len(EVALUATION_SEEDS) - limit:
         raise ValueError(f"There must be a limit >= 1 and a skip >= 0 within the scenes, got {limit} and {skip}.")
@@ -84,7 +84,7 @@ def _dialogue(seed: int) -> Dialogue:
 
 
 def _question(objects: tuple[SceneObject, ...], index: int, rng: np.random.Generator) -> Question:
-    """A question about one object, of the kinds that it allows."""
+    """Draw a question about one object from the kinds that fit it."""
     kinds = ["shape", "exist"]
     kinds += ["color"] if index in alone_in_shape(objects) else []
     kinds += ["read"] if objects[index].letter is not None else []
@@ -100,8 +100,8 @@ class ConversationReport:
 
     Attributes:
         answers: Accuracy by turn (its kinds are "turn 1", "turn 2", ...), agreement and intervals over scenes.
-        kinds: Of each question.
-        figures: By run and by name of `FIGURES`, one value per question.
+        kinds: The category of each question.
+        figures: One value per question, by run and by name of `FIGURES`.
     """
 
     answers: EvaluationReport
@@ -131,7 +131,7 @@ class ConversationReport:
         return facts
 
     def markdown(self, compare: Sequence[tuple[str, str]] = ()) -> str:
-        """A table of accuracies, one of differences, and one of what each turn took."""
+        """A table of accuracies, one of differences, and one of the figures of every turn."""
         runs = list(self.figures)
         rows = [["run", *self.turns, "mean [95 %]", "agreement"]]
         for run in runs:
@@ -155,7 +155,7 @@ class ConversationReport:
 
 @dataclasses.dataclass
 class _Run:
-    """A mode and a setting while they are evaluated."""
+    """A mode and a setting under evaluation."""
 
     name: str
     mode: str
@@ -169,14 +169,16 @@ class _Run:
         conversation = Conversation(model, processor, self.mode, self.setting.fields, self.most)
         for number, question in enumerate(dialogue.questions):
             began = time.perf_counter()
-            conversation.ask(question.text, None if number else dialogue.image, **options)  # the text ends the work
+            conversation.ask(
+                question.text, None if number else dialogue.image, **options
+            )  # returns text, so the device is done
             milliseconds = 1000 * (time.perf_counter() - began)
             turn = conversation.turns[-1]
             self.answers.append(turn.answer)
             self.figures.append((*(getattr(turn, figure) for figure in FIGURES[:-1]), milliseconds))
 
     def result(self, questions: Sequence[Question]) -> SettingResult:
-        """Its answers."""
+        """The answers of the run."""
         right = [
             normalize_answer(answer) == normalize_answer(question.answer)
             for answer, question in zip(self.answers, questions, strict=True)
@@ -211,21 +213,21 @@ def evaluate_dialogues(
 
     Args:
         model: A compressed LLaVA, in eval mode.
-        processor: Its processor.
-        dialogues: What is asked, see `demo_dialogues`.
-        settings: See `parse_setting`.
-        modes: Of [`Conversation`].
-        max_new_tokens: Longest answer.
+        processor: The model's processor.
+        dialogues: The conversations, see `demo_dialogues`.
+        settings: Settings to compare, see `parse_setting`.
+        modes: Modes of [`Conversation`].
+        max_new_tokens: Longest answer in tokens.
         max_visual_tokens: Cap of `"append"`, see [`Conversation`].
-        progress: Show a progress bar; `None` where stderr is a terminal.
+        progress: Whether to show a progress bar; `None` shows it where stderr is a terminal.
 
     Raises:
-        ValueError: No conversations, or an impossible setting or mode.
+        ValueError: There are no conversations, or a setting or mode is not valid.
     """
     runs = list(_runs(settings, modes, max_visual_tokens))
     if not dialogues:
-        raise ValueError("There must be conversations, got none.")
-    for run in runs:  # before any work, and what the first call of all costs is not a run's
+        raise ValueError("There must be at least one conversation, got none.")
+    for run in runs:  # check before any work, and warm up
         Conversation(model, processor, run.mode, run.setting.fields, run.most)
         dataclasses.replace(run, answers=[], figures=[]).talk(model, processor, dialogues[0], {"max_new_tokens": 2})
     with progress_bar(len(dialogues) * len(runs), "conversations", progress) as bar:
@@ -256,7 +258,7 @@ def _runs(settings: str | Iterable[str | Setting], modes: Sequence[str], most: i
                 yield _Run(f"{mode} {setting.name}", mode, setting, most if mode == "append" else None)
 
 
-def _compared(report: ConversationReport) -> list[tuple[str, str]]:
+def _pairs_to_compare(report: ConversationReport) -> list[tuple[str, str]]:
     """Every other mode against `keep` of the same setting."""
     runs = [run.split(" ", 1) for run in report.figures if run != OFF]
     return [(f"{mode} {name}", f"keep {name}") for mode, name in runs if mode != "keep" and ["keep", name] in runs]
@@ -295,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_new_tokens=arguments.max_new_tokens,
             max_visual_tokens=arguments.max_visual_tokens,
         )
-    pairs = _compared(report)
+    pairs = _pairs_to_compare(report)
     say(f"{arguments.model}: {len(dialogues)} conversations, {len(report.kinds)} questions; 95 % intervals", "")
     say(report.markdown(pairs))
     if arguments.json:

@@ -38,13 +38,13 @@ WAYS = (COMPRESSED, UNCOMPRESSED)
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How LoRA is trained: AdamW, the rate falling to 0 on a cosine after a tenth of the steps.
+    """Recipe of LoRA training: AdamW, a warm-up of a tenth of the steps, then a cosine to 0.
 
     Attributes:
-        steps: Of the optimizer.
-        batch_size: Questions in each.
-        learning_rate: Its highest.
-        rank: Of the LoRA matrices; `alpha` is twice that.
+        steps: Optimizer steps.
+        batch_size: Questions per step.
+        learning_rate: Highest learning rate.
+        rank: Rank of the LoRA matrices; `alpha` is twice that.
         bf16: Train under bfloat16 autocast.
     """
 
@@ -59,12 +59,12 @@ def train_lora(model: Any, processor: Any, rows: torch.utils.data.Dataset[Any], 
     """Train adapters for the projector and the language model; the answers alone are learned.
 
     Args:
-        model: A compressed LLaVA, which compresses as its config says (or not, with `enabled` false). It is wrapped in
-            place.
-        processor: Its processor.
-        rows: What to train on, see [`SceneQuestions`].
+        model: A compressed LLaVA, which compresses according to its config (or not, with `enabled` false). It is
+            wrapped in place.
+        processor: The model's processor.
+        rows: Training data, see [`SceneQuestions`].
         recipe: Lengths and rates.
-        seed: Of the adapters' first weights and of the order of the rows.
+        seed: Seed of the adapters' initial weights and of the order of the rows.
 
     Returns:
         The adapted model (`peft.PeftModel`) in eval mode.
@@ -77,13 +77,13 @@ def train_lora(model: Any, processor: Any, rows: torch.utils.data.Dataset[Any], 
     try:
         from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
     except ImportError as error:
-        raise ImportError("The batches are TRL's to prepare: pip install 'reccomp_hf[train]'.") from error
+        raise ImportError("TRL prepares the batches: pip install 'reccomp_hf[train]'.") from error
     torch.manual_seed(seed)
     lora = LoraConfig(
         r=recipe.rank,
         lora_alpha=2 * recipe.rank,
         target_modules="all-linear",
-        exclude_modules=r".*vision_tower.*",  # the choice of tokens would drift with it
+        exclude_modules=r".*vision_tower.*",  # training it would change the choice of tokens
     )
     adapted = get_peft_model(model, lora)
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +97,7 @@ def train_lora(model: Any, processor: Any, rows: torch.utils.data.Dataset[Any], 
             bf16=recipe.bf16,
             seed=seed,
             label_names=["labels"],
-            remove_unused_columns=False,  # the collator reads pictures and messages
+            remove_unused_columns=False,  # the collator reads images and messages
             dataloader_pin_memory=model.device.type == "cuda",
             use_cpu=model.device.type == "cpu",
             report_to="none",
@@ -115,11 +115,11 @@ class FinetuningReport:
     """Answers to the same held-out questions before and after training.
 
     Attributes:
-        answers: Of all runs; a run is "untrained", or one of the two ways to train and a seed. Each is asked at the
-            budget, and with every token (named "..., off").
-        seeds: Of the trainings.
-        ways: To train, of `WAYS`.
-        seconds: Of each training.
+        answers: Answers of all runs; a run is "untrained", or one of the two ways to train and a seed. Each is asked
+            at the budget, and with every token (named "..., off").
+        seeds: Seeds of the trainings.
+        ways: Ways of training, from `WAYS`.
+        seconds: Seconds of each training.
     """
 
     answers: EvaluationReport
@@ -168,26 +168,26 @@ def finetune(
 
     Args:
         model: A compressed LLaVA, in eval mode; it is copied, not changed.
-        processor: Its processor.
-        setting: How to compress, see `parse_setting`.
-        samples: What is asked, see `demo_samples`.
-        recipe: See [`Recipe`].
-        seeds: One training of each way for each, on scenes of its own.
-        ways: To train, of `WAYS`: the second is what the first is compared with.
-        progress: Show a progress bar; `None` where stderr is a terminal.
+        processor: The model's processor.
+        setting: The setting of compression, see `parse_setting`.
+        samples: Questions and answers, see `demo_samples`.
+        recipe: Lengths and rates of the training.
+        seeds: Seeds; each trains every way once, on scenes of its own.
+        ways: Ways of training, from `WAYS`; the first is compared with the second.
+        progress: Whether to show a progress bar; `None` shows it where stderr is a terminal.
 
     Raises:
         ImportError: `trl` is not installed.
-        ValueError: More steps than there are training scenes for, or an impossible setting.
+        ValueError: There are too few training scenes for the steps, or the setting is not valid.
     """
     seeds, number = list(seeds), recipe.steps * recipe.batch_size
     if recipe.steps < 1 or (max(seeds) + 1) * number > len(TRAIN_SEEDS):
         raise ValueError(
             f"There must be steps >= 1 and at most {len(TRAIN_SEEDS)} training scenes; {recipe.steps} steps of "
-            f"{recipe.batch_size} for the seeds {seeds} want {(max(seeds) + 1) * number}."
+            f"{recipe.batch_size} for the seeds {seeds} need {(max(seeds) + 1) * number}."
         )
     seconds: dict[str, float] = {}
-    report = _asked(model, processor, setting, samples, UNTRAINED)
+    report = _ask(model, processor, setting, samples, UNTRAINED)
     trainings = [(way, seed) for seed in seeds for way in ways]
     with progress_bar(len(trainings), "trainings", progress) as bar:
         for way, seed in trainings:
@@ -200,12 +200,12 @@ def finetune(
             began = time.perf_counter()
             adapted = train_lora(learner, processor, SceneQuestions(range(last - number, last)), recipe, seed)
             seconds[name] = time.perf_counter() - began
-            report.results |= _asked(adapted.merge_and_unload(), processor, setting, samples, name).results
+            report.results |= _ask(adapted.merge_and_unload(), processor, setting, samples, name).results
             bar.update()
     return FinetuningReport(report, seeds, list(ways), seconds)
 
 
-def _asked(model: Any, processor: Any, setting: Setting, samples: Sequence[Sample], name: str) -> EvaluationReport:
+def _ask(model: Any, processor: Any, setting: Setting, samples: Sequence[Sample], name: str) -> EvaluationReport:
     """Answers at the setting and with every token, under a run's name."""
     report = evaluate(model, processor, samples, [setting], max_new_tokens=4, progress=False)
     named: dict[str, SettingResult] = {

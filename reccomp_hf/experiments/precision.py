@@ -1,6 +1,6 @@
-"""Quantised weights: what is chosen, what is answered, and what the weights weigh, against full precision.
+"""Quantised weights against full precision: choice of tokens, answers and size of the weights.
 
-`python -m reccomp_hf.experiments.precision demo` prints the table. TorchAO and bitsandbytes are asked for by name.
+`python -m reccomp_hf.experiments.precision demo` prints the table. TorchAO and bitsandbytes have to be installed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .finetuning import DEFAULT_SETTING
 
 FULL = "float32"
 PRECISIONS = (FULL, "bfloat16", "int8", "int4", "bnb-int8", "bnb-nf4")
-"""Names that `load_in` knows; beside quantised weights everything else is bfloat16."""
+"""Names that `load_in` accepts; with quantised weights everything else is bfloat16."""
 
 GROUP_SIZE = 32
 """Weights that share a scale in `int4`; it must divide the width of every projection."""
@@ -35,10 +35,10 @@ DEFAULT_SETTINGS = f"{DEFAULT_SETTING},paper:0.1"
 
 
 def quantization_config(precision: str) -> Any:
-    """What `from_pretrained` takes for a precision; `None` for one that quantises nothing.
+    """The `quantization_config` of a precision for `from_pretrained`; `None` if nothing is quantised.
 
     Raises:
-        ValueError: An unknown name.
+        ValueError: The name is unknown.
         ImportError: The library is not installed.
     """
     from transformers import BitsAndBytesConfig, TorchAoConfig
@@ -79,8 +79,8 @@ def weight_bytes(model: nn.Module) -> int:
 def _weights(model: nn.Module) -> Iterator[Any]:
     for weight in [*model.parameters(), *model.buffers()]:
         yield weight
-        yield getattr(weight, "SCB", None)  # scales of bitsandbytes' 8 bits
-        state = getattr(weight, "quant_state", None)  # of its 4 bits
+        yield getattr(weight, "SCB", None)  # scales of bitsandbytes' 8-bit weights
+        state = getattr(weight, "quant_state", None)  # of its 4-bit weights
         while state is not None:
             yield from (state.absmax, state.code)
             state = state.state2
@@ -99,7 +99,7 @@ def _parts(tensor: Any) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def kept_patches(model: Any, processor: Any, samples: Sequence[Sample], setting: Setting) -> Tensor:
-    """Which patches a model keeps for every question: (questions, patches) bool."""
+    """Mask of the patches that a model keeps for every question: (questions, patches) bool."""
     rows: list[Tensor] = []
     for start in range(0, len(samples), DEFAULT_BATCH_SIZE):
         batch = samples[start : start + DEFAULT_BATCH_SIZE]
@@ -109,7 +109,7 @@ def kept_patches(model: Any, processor: Any, samples: Sequence[Sample], setting:
 
 
 def overlap(ours: Tensor, theirs: Tensor) -> npt.NDArray[np.float64]:
-    """For every row the share of `theirs` that is among `ours`; (R, N) bool each."""
+    """Share of `theirs` that is also in `ours`, for every row; both are (R, N) bool."""
     return ((ours & theirs).sum(-1) / theirs.sum(-1)).double().numpy()
 
 
@@ -118,9 +118,9 @@ class PrecisionReport:
     """Every precision under every setting on the same questions.
 
     Attributes:
-        answers: Of all runs, named "PRECISION, SETTING"; their reference is full precision without compression.
-        overlaps: By run, for every question the share of full precision's patches that is kept too.
-        megabytes: Of the weights by precision.
+        answers: Answers of all runs, named "PRECISION, SETTING"; the reference is full precision without compression.
+        overlaps: By run, the share of full precision's patches that is kept too, for every question.
+        megabytes: Size of the weights by precision.
     """
 
     answers: EvaluationReport
@@ -128,7 +128,7 @@ class PrecisionReport:
     megabytes: dict[str, float]
 
     def setting_agreement(self, name: str) -> float:
-        """Share of a run's answers that full precision gives under the same setting."""
+        """Share of a run's answers that equal full precision's under the same setting."""
         reference = f"{FULL}, {name.split(', ', 1)[1]}"
         return dataclasses.replace(self.answers, reference=reference).agreement(name).value
 
@@ -161,14 +161,14 @@ def compare(
     """Load a checkpoint in every precision and ask it all questions.
 
     Args:
-        folder: Of a compressed checkpoint.
-        processor: Its processor.
-        samples: What is asked, see `demo_samples`.
-        settings: How to compress; the uncompressed model always runs too.
+        folder: Folder of a compressed checkpoint.
+        processor: The checkpoint's processor.
+        samples: Questions and answers, see `demo_samples`.
+        settings: Settings of compression; the uncompressed model always runs too.
         precisions: Names of `PRECISIONS`; full precision always runs first.
 
     Raises:
-        ValueError: An unknown precision.
+        ValueError: A precision is unknown.
         ImportError: A library is not installed.
     """
     for precision in precisions:  # before any work

@@ -1,4 +1,4 @@
-"""Pictures of what token recovery did: which patches were kept, and why, and where the others went."""
+"""Overlay plots of token recovery: which patches were kept, and why, and where the others went."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COLORS = {
     "coverage": (60, 215, 110),
     "centre": (255, 80, 200),
 }
-"""Frame of a kept patch by the reason it was kept, and the dot of a merged token's centre: red, green, blue."""
+"""Colours (red, green, blue) of a kept patch's frame by the reason it was kept, and of a merged token's centre."""
 
 _WORDS = {
     "visual": ("stands out in the picture", "stand out in the picture"),
@@ -48,7 +48,7 @@ _Pixels = npt.NDArray[np.uint8]
 
 @dataclasses.dataclass
 class _Region:
-    """A part of the picture as the model sees it, and the patch that each cell of its grid is."""
+    """A part of the image as the model sees it, and the index of the patch in each cell of its grid."""
 
     picture: Image.Image
     patches: npt.NDArray[np.int64]  # (rows, columns), counted over all tiles of the image
@@ -64,36 +64,36 @@ def plot_recovery(
     answers: str | Sequence[str] | None = None,
     method: str = "recoverable",
 ) -> Figure:
-    """Show which patches of a picture the language model reads, and where the others went.
+    """Show which patches of an image the language model reads, and where the others went.
 
-    Bright patches in a frame are read as they are, the frame's colour says why (see `COLORS`); areas of one tint were
-    averaged into one token, which stands at the dot; what is dark was left out.
+    Bright patches in a frame are read as they are, and the frame's colour gives the reason (see `COLORS`). Areas of
+    one tint were averaged into one token, whose place is the dot. Dark patches were dropped.
 
     Args:
-        image: The picture as it was given to the processor.
-        record: What `model.recover` returned for it, or several of them, for as many questions on the same picture.
-        processor: The model's processor, by whose settings the picture is scaled and cut. Without it a picture is
-            scaled and cut to its middle square, as CLIP does; LLaVA-NeXT's tiles need it.
-        questions: One for each record, written above its panel.
-        answers: One for each record, written below its question.
-        method: `token_recovery.method`, where it is not the paper's: it changes the legend's words.
+        image: The image as passed to the processor.
+        record: The output of `model.recover` for the image, or a list of them for several questions about it.
+        processor: The model's processor, whose settings define how the image is scaled and cropped. Without it the
+            image is cropped to its middle square, as CLIP does; LLaVA-NeXT's tiles need a processor.
+        questions: One question for each record, written above its panel.
+        answers: One answer for each record, written below its question.
+        method: `token_recovery.method`, if it is not the paper's; it changes the wording of the legend.
 
     Returns:
-        A matplotlib figure; `figure.savefig("name.png")` writes it. pyplot is not touched.
+        A matplotlib figure; `figure.savefig("name.png")` writes it. pyplot is not used.
 
     Raises:
-        ValueError: Questions or answers that are not one per record; tiles without a processor.
-        ImportError: matplotlib is missing.
+        ValueError: The number of questions or answers differs from that of the records, or tiles without a processor.
+        ImportError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure
 
     records = [record] if isinstance(record, TokenRecoveryOutput) else list(record)
-    titles = _one_each("questions", questions, len(records))
-    replies = _one_each("answers", answers, len(records))
+    titles = _one_per_record("questions", questions, len(records))
+    replies = _one_per_record("answers", answers, len(records))
     regions = _regions(image.convert("RGB"), records, processor)
     plain = _canvas(regions, None)
     panels = 1 + len(records)
-    # Side by side where it fits, in rows of about equal length; a picture of tiles is wide and gets a line of its own.
+    # Side by side where they fit, in rows of about equal length; a tiled image is wide and gets a row of its own.
     down = -(-panels // (_PANELS_ACROSS if plain.width < 1.6 * plain.height else 1))
     across = -(-panels // down)
     width = _PANEL * (1 if across > 1 else 2.2)
@@ -105,8 +105,8 @@ def plot_recovery(
     axes[0].text(0, -0.02, _EXPLANATION, fontsize=8, color="dimgrey", va="top", transform=axes[0].transAxes)
     for axis, one, title, reply in zip(axes[1:], records, titles, replies, strict=False):
         tokens = int(one.counts.sum())
-        said = [f"answer: {textwrap.shorten(reply, 60)}"] if reply else []
-        _show(axis, _canvas(regions, one), [title, *said, f"reads {tokens} of {total} tokens ({tokens / total:.0%})"])
+        lines = [f"answer: {textwrap.shorten(reply, 60)}"] if reply else []
+        _show(axis, _canvas(regions, one), [title, *lines, f"reads {tokens} of {total} tokens ({tokens / total:.0%})"])
         _legend(axis, _counts(one, total), method)
     for axis in axes[panels:]:
         axis.set_axis_off()
@@ -122,10 +122,10 @@ _EXPLANATION = (
 )
 
 
-def _one_each(name: str, texts: str | Sequence[str] | None, count: int) -> list[str]:
+def _one_per_record(name: str, texts: str | Sequence[str] | None, count: int) -> list[str]:
     texts = [""] * count if texts is None else [texts] if isinstance(texts, str) else list(texts)
     if len(texts) != count:
-        raise ValueError(f"{name} must be one for each of the {count} records, got {len(texts)}.")
+        raise ValueError(f"There must be one of {name} for each of the {count} records, got {len(texts)}.")
     return texts
 
 
@@ -133,22 +133,22 @@ def _one_each(name: str, texts: str | Sequence[str] | None, count: int) -> list[
 
 
 def _regions(image: Image.Image, records: Sequence[TokenRecoveryOutput], processor: Any) -> list[_Region]:
-    """One region for LLaVA-1.5; for LLaVA-NeXT the base tile, and the other tiles put together and unpadded."""
+    """One region for LLaVA-1.5; for LLaVA-NeXT the base tile, and the other tiles joined and unpadded."""
     tiles, patches = records[0].cluster.shape
     side = int(patches**0.5)
     for record in records:
         if record.cluster.shape != records[0].cluster.shape or side * side != patches:
             raise ValueError(
-                f"Records must be of one picture with a square grid of patches, got cluster of shapes "
+                f"Records must belong to one image with a square grid of patches, got cluster of shapes "
                 f"{[tuple(one.cluster.shape) for one in records]}."
             )
     if processor is None:
         if tiles > 1:
-            raise ValueError(f"The record has {tiles} tiles: pass processor= so that they can be put in their places.")
+            raise ValueError(f"The record has {tiles} tiles: pass processor=, which is needed to place them.")
         return [_Region(_middle_square(image), _raster(side), "")]
-    pictures = _seen(image, processor)
+    pictures = _processed_tiles(image, processor)
     if len(pictures) < tiles:
-        raise ValueError(f"The record has {tiles} tiles, but the processor makes {len(pictures)} of this picture.")
+        raise ValueError(f"The record has {tiles} tiles, but the processor cuts this image into {len(pictures)}.")
     pinpoints = getattr(processor.image_processor, "image_grid_pinpoints", None)
     if not pinpoints:
         return [_Region(pictures[0], _raster(side), "")]
@@ -166,8 +166,8 @@ def _middle_square(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
-def _seen(image: Image.Image, processor: Any) -> list[Image.Image]:
-    """The tiles that the processor's own scaling and cutting makes, before colours are normalised."""
+def _processed_tiles(image: Image.Image, processor: Any) -> list[Image.Image]:
+    """The tiles as the processor scales and crops them, before colours are normalised."""
     settings = {"do_normalize": False, "do_rescale": False, "return_tensors": "pt"}
     values = processor.image_processor(images=image, **settings)["pixel_values"]
     values = torch.as_tensor(np.asarray(values)).flatten(0, -4)  # (tiles, 3, height, width)
@@ -176,7 +176,7 @@ def _seen(image: Image.Image, processor: Any) -> list[Image.Image]:
 
 
 def _detail(image: Image.Image, pictures: list[Image.Image], side: int, pinpoints: Any) -> list[_Region]:
-    """The tiles behind the base tile in their places, without the padding; nothing where none of it is read."""
+    """The tiles after the base tile in their places, without the padding; empty where none of it is read."""
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
     size, tile = (image.height, image.width), pictures[0].width
@@ -203,9 +203,9 @@ def _detail(image: Image.Image, pictures: list[Image.Image], side: int, pinpoint
 
 
 def _canvas(regions: Sequence[_Region], record: TokenRecoveryOutput | None) -> Image.Image:
-    """All regions side by side, marked if there is a record."""
+    """All regions side by side, marked if a record is given."""
     cell = _cell_size(regions)
-    parts = [_marked(region, record, cell) for region in regions]
+    parts = [_mark_region(region, record, cell) for region in regions]
     width = sum(part.width for part in parts) + cell * (len(parts) - 1)
     canvas = Image.new("RGB", (width, max(part.height for part in parts)), "white")
     left = 0
@@ -220,15 +220,15 @@ def _cell_size(regions: Sequence[_Region]) -> int:
     return max(12, min(_CELL, _WIDEST_CANVAS // columns))
 
 
-def _marked(region: _Region, record: TokenRecoveryOutput | None, cell: int) -> Image.Image:
-    """A region, enlarged to `cell` pixels a patch, with the marks of a record."""
+def _mark_region(region: _Region, record: TokenRecoveryOutput | None, cell: int) -> Image.Image:
+    """A region, enlarged to `cell` pixels per patch, with the marks of a record."""
     rows, columns = region.patches.shape
     picture = region.picture.resize((columns * cell, rows * cell), Image.Resampling.BICUBIC)
     if record is None:
-        return _with_grid(picture, rows, columns, cell)
-    of_kinds, of_clusters, of_centres = _of_patches(record)
+        return _draw_grid(picture, rows, columns, cell)
+    of_kinds, of_clusters, of_centres = _patch_kinds(record)
     kinds, clusters, centres = of_kinds[region.patches], of_clusters[region.patches], of_centres[region.patches]
-    shaded = _shaded(np.asarray(picture), kinds, clusters, cell)
+    shaded = _shade(np.asarray(picture), kinds, clusters, cell)
     picture = Image.fromarray(shaded)
     draw = ImageDraw.Draw(picture)
     _draw_borders(draw, np.where(kinds == "merged", clusters, -1), cell)
@@ -244,8 +244,10 @@ def _marked(region: _Region, record: TokenRecoveryOutput | None, cell: int) -> I
     return picture
 
 
-def _of_patches(record: TokenRecoveryOutput) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Of every patch, counted over all tiles: what became of it, its merged token (-1 for none), and the centres."""
+def _patch_kinds(
+    record: TokenRecoveryOutput,
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """The kind of every patch, its merged token (-1 for none), and the centres, all counted over all tiles."""
     clusters = record.cluster.cpu().numpy()
     kinds = np.where(clusters >= 0, "merged", "dropped").astype("U8")
     for name in ("visual", "text", "coverage"):
@@ -255,8 +257,8 @@ def _of_patches(record: TokenRecoveryOutput) -> tuple[npt.NDArray[Any], npt.NDAr
     return kinds.flatten(), clusters.flatten(), record.centre_mask.cpu().numpy().flatten()
 
 
-def _shaded(pixels: _Pixels, kinds: npt.NDArray[Any], clusters: npt.NDArray[np.int64], cell: int) -> _Pixels:
-    """Kept patches as they are, merged ones faint and tinted by their cluster, dropped ones dark."""
+def _shade(pixels: _Pixels, kinds: npt.NDArray[Any], clusters: npt.NDArray[np.int64], cell: int) -> _Pixels:
+    """Kept patches unchanged, merged ones faint and tinted by their cluster, dropped ones dark."""
     grey = np.broadcast_to(pixels.mean(-1, keepdims=True), pixels.shape)
     tints = np.zeros((*clusters.shape, 3))
     for cluster in np.unique(clusters[clusters >= 0]):
@@ -272,7 +274,7 @@ def _shaded(pixels: _Pixels, kinds: npt.NDArray[Any], clusters: npt.NDArray[np.i
 
 
 def _tint(cluster: int) -> tuple[float, ...]:
-    """A colour for a cluster, far from those of the clusters with numbers next to it."""
+    """A colour for a cluster, far from those of clusters with neighbouring numbers."""
     return tuple(255 * part for part in colorsys.hsv_to_rgb(cluster * 0.618034 % 1, 0.55, 0.9))
 
 
@@ -286,7 +288,7 @@ def _draw_borders(draw: ImageDraw.ImageDraw, clusters: npt.NDArray[np.int64], ce
         draw.line((column * cell, (row + 1) * cell, (column + 1) * cell, (row + 1) * cell), fill=(225, 225, 225))
 
 
-def _with_grid(picture: Image.Image, rows: int, columns: int, cell: int) -> Image.Image:
+def _draw_grid(picture: Image.Image, rows: int, columns: int, cell: int) -> Image.Image:
     lines = Image.new("L", picture.size, 0)
     draw = ImageDraw.Draw(lines)
     for row in range(1, rows):
@@ -296,11 +298,11 @@ def _with_grid(picture: Image.Image, rows: int, columns: int, cell: int) -> Imag
     return Image.composite(Image.new("RGB", picture.size, "white"), picture, lines)
 
 
-# ---- words ---------------------------------------------------------------------------------------------------------
+# ---- texts ---------------------------------------------------------------------------------------------------------
 
 
 def _counts(record: TokenRecoveryOutput, total: int) -> dict[str, int]:
-    """Kept tokens by reason, merged tokens, and patches that are in neither."""
+    """Kept tokens by reason, merged tokens, and patches that belong to neither."""
     return {**record.stage_counts(), "dropped": total - int((record.cluster >= 0).sum())}
 
 
@@ -318,7 +320,7 @@ def _show(axis: Any, canvas: Image.Image, title: Sequence[str]) -> None:
 
 
 def _legend(axis: Any, counts: dict[str, int], method: str) -> None:
-    """The marks in plain words with their counts; what does not occur is left out."""
+    """Explain the marks in plain words with their counts; marks that do not occur are left out."""
     from matplotlib.lines import Line2D
 
     handles = []
@@ -353,7 +355,7 @@ def _unit(color: tuple[int, int, int]) -> tuple[float, ...]:
 
 
 def _name_regions(axis: Any, regions: Sequence[_Region]) -> None:
-    """The names of several regions in their upper left corners."""
+    """Write the names of several regions into their upper left corners."""
     cell, left = _cell_size(regions), 0
     for region in regions if len(regions) > 1 else ():
         box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.5}

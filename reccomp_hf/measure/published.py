@@ -1,8 +1,8 @@
-"""The published LLaVAs that this package is for: their shapes, where they live, and under which licence.
+"""Published LLaVAs at full size: configs, Hub ids and licences.
 
-No weights are here and none are downloaded: the configs serve the cost model, benchmarks with random weights, checks
-of key layouts on the meta device, and model cards. The values are those of the config.json and of the model cards of
-the repositories named.
+No weights are included or downloaded: the configs serve the cost model, benchmarks with random weights, checks of key
+layouts on the meta device, and model cards. The values are those of the config.json and of the model card of each
+repository.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VISION = {
     "projection_dim": 768,
     "vocab_size": 32000,
 }
-"""CLIP ViT-L/14-336's vision tower: 576 patches of width 1,024."""
+"""Vision tower of CLIP ViT-L/14-336: 576 patches of width 1,024."""
 TEXT_ENCODER = {
     "model_type": "clip_text_model",
     "hidden_size": 768,
@@ -39,7 +39,7 @@ TEXT_ENCODER = {
     "eos_token_id": 2,  # as published; transformers then pools at the largest id, which is the end-of-text token
     "pad_token_id": 1,
 }
-"""CLIP ViT-L/14-336's text encoder, as OpenAI's repository configures it."""
+"""Text encoder of CLIP ViT-L/14-336, as OpenAI's repository configures it."""
 
 _VICUNA = {
     "model_type": "llama",
@@ -94,13 +94,13 @@ class FullSize:
     """A published LLaVA.
 
     Args:
-        name: Its name here, as `reccomp-hf cost --config` takes it.
-        base_model: The stock checkpoint's Hub id.
-        license: Its licence, as its model card's metadata names it.
+        name: The name that `reccomp-hf cost --config` accepts.
+        base_model: Hub id of the stock checkpoint.
+        license: Licence in the metadata of the stock checkpoint's model card.
         text: The language model's config.
-        tiled: Whether it is a LLaVA-NeXT, which cuts pictures into tiles.
-        image_token: Id of the image placeholder: the first one behind the language model's own vocabulary.
-        clip: Hub id of the CLIP that its vision tower came from.
+        tiled: Whether it is a LLaVA-NeXT, which cuts images into tiles.
+        image_token: Id of the image placeholder: the first one after the language model's own vocabulary.
+        clip: Hub id of the CLIP that the vision tower was taken from.
     """
 
     name: str
@@ -118,11 +118,11 @@ class FullSize:
 
         Args:
             preset: Name of a preset, see [`TokenRecoveryConfig.from_preset`].
-            visual_only: Leave the text encoder out.
+            visual_only: Leave out the text encoder.
             **fields: Fields of the `token_recovery` section.
 
         Raises:
-            ValueError: An unknown preset or field, a value that is impossible.
+            ValueError: A preset or field is unknown, or a value is not valid.
         """
         fields.setdefault("text_encoder_config", None if visual_only else dict(TEXT_ENCODER))
         config_class = LlavaNextRecCompConfig if self.tiled else LlavaRecCompConfig
@@ -156,7 +156,7 @@ def full_size(name: str) -> FullSize:
     """The published checkpoint of that name.
 
     Raises:
-        ValueError: No such name.
+        ValueError: The name is unknown.
     """
     if name not in FULL_SIZE:
         raise ValueError(f"Unknown configuration {name!r}; known ones are {', '.join(FULL_SIZE)}.")

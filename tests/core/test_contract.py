@@ -8,6 +8,7 @@ from architectures import (
     METHODS,
     ROWS,
     SETTINGS,
+    assert_clear_choices,
     assert_same_records,
     each_architecture,
     each_setting,
@@ -38,6 +39,12 @@ def stock_logits(architecture, short):
 
 def shifted_loss(logits, labels):
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+
+
+@each_architecture
+@each_setting
+def test_no_choice_depends_on_a_near_tie(architecture, setting):
+    assert_clear_choices(architecture.compressed(), architecture.encode(), setting)
 
 
 @torch.no_grad()

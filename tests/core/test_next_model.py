@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from architectures import LLAVA, assert_same_records, each_side, generate, labels_of
+from architectures import LLAVA, assert_clear_choices, assert_same_records, each_side, generate, labels_of
 from next_model import (
     BATCHES,
     CELLS,
@@ -75,6 +75,11 @@ def test_placeholders_are_counted_as_upstream_counts_them():
 
 
 # --- a batch --------------------------------------------------------------------------------------------------------
+
+
+@each_text_and_setting
+def test_no_choice_in_a_mixed_batch_depends_on_a_near_tie(text, name):
+    assert_clear_choices(TEXTS[text].compressed(), encode((*MIXED, ("thin",))), SETTINGS[name])
 
 
 @torch.no_grad()

@@ -244,7 +244,7 @@ def test_a_run_of_bad_rows_alone_ends(folder):
 
 def test_a_file_without_any_row_is_refused(folder):
     data = write_lines(folder / "lines.jsonl", ["nothing", "nothing"])
-    with pytest.raises(ValueError, match=r"lines\.jsonl, line 1: not JSON .* No line of it is a row: one JSON object"):
+    with pytest.raises(ValueError, match=r"lines\.jsonl, line 1: not JSON .* No line is a valid row: write one JSON"):
         ask(data, folder / "lines.out")
     assert not list(folder.glob("lines.out*"))
 

@@ -66,7 +66,7 @@ def test_runs_and_turns(report):
 
 
 def test_tables_and_json(report):
-    pairs = conversations._compared(report)
+    pairs = conversations._pairs_to_compare(report)
     assert pairs == [(f"append {SETTING}", f"keep {SETTING}"), (f"rebuild {SETTING}", f"keep {SETTING}")]
     text = report.markdown(pairs)
     assert len(text.split("\n\n")) == 3
@@ -102,7 +102,7 @@ def test_the_command(tmp_path, capsys):
     [
         ({"modes": ["add"]}, "Unknown mode 'add'; write some of rebuild, append, keep"),
         ({"settings": "txt:16"}, "Unknown setting 'txt'"),
-        ({"dialogues": []}, "There must be conversations"),
+        ({"dialogues": []}, "There must be at least one conversation"),
         ({"settings": "authors", "modes": ["append"]}, "mode='rebuild' or 'keep'"),
     ],
 )

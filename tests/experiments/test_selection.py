@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Duplicate values are leading to 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_the_loop_gives_what_the_released_code_gave(path):
     golden, _ = load(path)
-    tokens = loops.released(
+    tokens = loops.released_loop(
         golden["hidden_states"][1:],
         golden["cls_query"],
         golden["keys"],
@@ -51,7 +51,7 @@ def test_the_loops_give_our_tokens(loop):
 def test_nothing_that_stands_out_leaves_one_centre():
     states, keys = torch.arange(30.0).view(30, 1).repeat(1, 4), torch.ones(31, 4)
     similarity = torch.linspace(0, 1, 30)
-    tokens = loops.plain(states, torch.ones(4), keys, similarity, TokenRecoveryConfig())
+    tokens = loops.plain_loop(states, torch.ones(4), keys, similarity, TokenRecoveryConfig())
     torch.testing.assert_close(tokens, states.mean(0, keepdim=True))
 
 
@@ -105,7 +105,7 @@ def test_seconds_are_per_image():
 
 
 def test_a_loop_that_gives_other_tokens_is_not_timed(monkeypatch):
-    monkeypatch.setitem(choosing.LOOPS, "plain loop", (lambda *arguments: loops.plain(*arguments) + 1, "dynamic"))
+    monkeypatch.setitem(choosing.LOOPS, "plain loop", (lambda *arguments: loops.plain_loop(*arguments) + 1, "dynamic"))
     with pytest.raises(RuntimeError, match="setting 'dynamic' give different tokens"):
         choosing.compare_choosing(**SMALL)
 
@@ -167,13 +167,13 @@ def test_axes_are_measured_step_by_step():
 @pytest.mark.parametrize(("axis", "shape"), [("batch", (3, 144)), ("tiles", (3, 144)), ("patches", (1, 196))])
 def test_what_grows(axis, shape, monkeypatch):
     seen = []
-    original = scaling.check_features
+    original = scaling.VisualFeatures
     monkeypatch.setattr(
-        scaling, "check_features", lambda *a, **k: seen.append((a[0].shape[:2], k["tiles"])) or original(*a, **k)
+        scaling, "VisualFeatures", lambda *a, **k: seen.append((a[0].shape[:2], k["tiles"])) or original(*a, **k)
     )
     size = 196 if axis == "patches" else 3
     scaling._turn(axis, size, TokenRecoveryConfig(), 144, 8, 0, scaling.Stopwatch(torch.device("cpu")))()
-    assert seen == [(shape, [3] if axis == "tiles" else None)]
+    assert seen == [(shape, [3] if axis == "tiles" else [1] * shape[0])]
 
 
 # ---- texts and plots -----------------------------------------------------------------------------------------------

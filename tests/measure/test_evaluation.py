@@ -106,7 +106,7 @@ def test_impossible_settings_are_named(text, message):
 def test_a_list_of_settings_counts_each_once():
     assert [setting.name for setting in parse_settings("text:16,off,text:16")] == ["text:16", "off"]
     assert len(parse_settings(DEFAULT_SETTINGS)) == DEFAULT_SETTINGS.count(",") + 1
-    with pytest.raises(ValueError, match="No setting was named"):
+    with pytest.raises(ValueError, match="The list of settings is empty"):
         parse_settings(",")
 
 

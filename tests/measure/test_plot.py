@@ -146,7 +146,7 @@ def test_the_picture_is_scaled_and_cut_as_the_processor_does():
     image = tiny.pictures(1)[0].resize((120, 70))
     processor = LLAVA.processor()
     record = record_of(image, budget=100, merged_tokens=0)
-    seen = visualization._seen(image, processor)[0]
+    seen = visualization._processed_tiles(image, processor)[0]
     values = processor.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
     mean, std = (
         torch.tensor(part).view(3, 1, 1)
@@ -186,7 +186,7 @@ def test_tiles_are_at_their_places(name):
     cell, rows = visualization._cell_size(regions), regions[1].patches
     array = figure.axes[1].images[0].get_array().astype(int)
     left = (regions[0].patches.shape[1] + 1) * cell
-    kinds, _, _ = visualization._of_patches(record)
+    kinds, _, _ = visualization._patch_kinds(record)
     for row, column in np.ndindex(rows.shape):
         kind = kinds[rows[row, column]]
         if kind in COLORS:
@@ -197,20 +197,20 @@ def test_tiles_need_the_processor():
     (record,) = NEXT.compressed().recover(**encode([("wide",)]))
     with pytest.raises(ValueError, match="pass processor="):
         plot_recovery(picture("wide"), record)
-    with pytest.raises(ValueError, match="but the processor makes 1"):
+    with pytest.raises(ValueError, match="but the processor cuts this image into 1"):
         plot_recovery(picture("wide"), record, processor=LLAVA.processor())
 
 
 @pytest.mark.parametrize("name", ["questions", "answers"])
 def test_texts_are_one_for_each_record(name):
-    with pytest.raises(ValueError, match=f"{name} must be one for each of the 1 records, got 2"):
+    with pytest.raises(ValueError, match=f"There must be one of {name} for each of the 1 records, got 2"):
         plot_recovery(GREY, record_of(), **{name: ["a", "b"]})
 
 
 def test_records_of_two_pictures_are_refused():
     record = record_of(budget=10)
     other = dataclasses.replace(record, cluster=record.cluster[:, :64])
-    with pytest.raises(ValueError, match="Records must be of one picture"):
+    with pytest.raises(ValueError, match="Records must belong to one image"):
         plot_recovery(GREY, [record, other])
 
 

@@ -36,7 +36,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "budget": {"budget": 24},
     "spread": {"budget": 0.25, "coverage_share": 0.25, "text_relevance": "value", "position_ids": "original"},
     "visual": {"budget": 16, "text_share": 0.0},
-    "penultimate": {"text_relevance": "penultimate", "text_relevance_sign": -1, "visual_layer": -2},
+    "penultimate": {
+        "text_relevance": "penultimate",
+        "text_relevance_sign": -1,
+        "visual_layer": -2,
+        "outlier_threshold": 1.6,  # with the default a patch is equally near to two centres, see assert_clear_choices
+    },
 }
 # Every other method once: its fields, and the masks that mark something in a record of it.
 METHODS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -54,6 +59,8 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 SETTINGS |= {f"method {name}": {"method": name, **fields} for name, (fields, _) in METHODS.items()}
 _PARAMETERS = inspect.signature(LlavaForConditionalGeneration.forward).parameters
+CHOICES = ("counts", "visual_mask", "text_mask", "coverage_mask", "centre_mask", "cluster", "places")
+"""Fields of a record in which two computations of the same thing agree exactly."""
 CACHE = "cache" if "cache" in _PARAMETERS else "past_key_values"
 """What this transformers calls the key-value cache, in calls and outputs."""
 OF_THE_STOCK_CONFIG = ("model_type", "architectures", "transformers_version")
@@ -143,8 +150,11 @@ def _text_weights(clip: Any) -> dict[str, Tensor]:
     }
 
 
-def stock_llava_next(seed: int = 0) -> LlavaNextForConditionalGeneration:
-    """Transformers' own LLaVA-NeXT with random float32 weights and the sizes of `tiny.stock_llava`."""
+def stock_llava_next(seed: int = 10) -> LlavaNextForConditionalGeneration:
+    """Transformers' own LLaVA-NeXT with random float32 weights and the sizes of `tiny.stock_llava`.
+
+    With the default seed no choice depends on a near tie, see `assert_clear_choices`.
+    """
     torch.manual_seed(seed)
     settings = {
         name: value for name, value in tiny.llava_config().to_dict().items() if name not in OF_THE_STOCK_CONFIG
@@ -230,6 +240,26 @@ def greedy_by_hand(
     return torch.cat(ids, dim=1)
 
 
+@torch.no_grad()
+def assert_clear_choices(model: Any, batch: dict[str, Any], setting: dict[str, Any]) -> None:
+    """No choice depends on a near tie, so that equal choices can be expected of two computations on any processor.
+
+    Noise on the pixels moves saliency and similarity by ten to thirty times as much as a different order of float32
+    additions does, and every choice has to stay the same.
+    """
+    expected, pixels = model.recover(**batch, token_recovery=setting), batch["pixel_values"]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        noise = 3e-6 * torch.randn(pixels.shape, generator=generator)
+        moved = pixels + noise * (pixels != 0)  # missing tiles stay empty
+        records = model.recover(**batch | {"pixel_values": moved}, token_recovery=setting)
+        for number, (record, wanted) in enumerate(zip(records, expected, strict=True)):
+            assert not torch.equal(record.saliency, wanted.saliency)
+            for name in CHOICES:
+                value, other = getattr(record, name), getattr(wanted, name)
+                assert torch.equal(value, other), f"near tie: {name} of picture {number}, choose other inputs"
+
+
 def assert_same_records(ours: Sequence[Any], theirs: Sequence[Any]) -> None:
     """Equal choices, and scores and tokens that agree to 1e-5."""
     assert len(ours) == len(theirs)
@@ -238,7 +268,7 @@ def assert_same_records(ours: Sequence[Any], theirs: Sequence[Any]) -> None:
             (field.name, getattr(one, field.name), getattr(other, field.name)) for field in dataclasses.fields(one)
         ]
         exact = [name for name, value, _ in fields if isinstance(value, Tensor) and not value.is_floating_point()]
-        assert {"counts", "visual_mask", "text_mask", "coverage_mask", "centre_mask", "cluster", "places"} <= {*exact}
+        assert {*CHOICES} <= {*exact}
         for name, value, wanted in sorted(fields, key=lambda field: field[0] not in exact):
             if name in exact:
                 assert torch.equal(value, wanted), name

@@ -1,1 +1,1 @@
-"""How the demo checkpoints are trained; `python -m reccomp_hf.experiments.demo_models.train` runs it."""
+"""Training of the demo checkpoints; `python -m reccomp_hf.experiments.demo_models.train` runs it."""

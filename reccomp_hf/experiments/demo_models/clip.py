@@ -1,4 +1,4 @@
-"""The CLIP of a demo model: a sigmoid contrastive loss, and for one model a loss that says where the objects are."""
+"""The CLIP of a demo model: a sigmoid contrastive loss, and for one model a region loss with the objects' boxes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _EVALUATION_BATCH = 64
 def new_clip(config: TrainingConfig, tokenizer: Any) -> CLIPModel:
     """A CLIP with random weights, its patch positions starting as sines of row and column.
 
-    Shape is a matter of neighbouring patches, and from a table near zero that takes long to be learned.
+    Shape depends on neighbouring patches, which takes long to learn from a table near zero.
     """
     torch.manual_seed(config.clip.seed)
     width = config.vision_width
@@ -77,13 +77,13 @@ def _sines(side: int, width: int) -> Tensor:
 
 
 class ClipLoss(nn.Module):
-    """A CLIP with what its training needs besides: biases, and the scale of the region loss.
+    """A CLIP with the additional parameters of its training: biases, and the scale of the region loss.
 
     Args:
         clip: The model, trained in place.
         table: All texts.
         config: Sizes.
-        boxes: Whether patches are told which texts are true of the object they lie on.
+        boxes: Whether to add the region loss, which trains patches on the texts that are true of their object.
     """
 
     def __init__(self, clip: CLIPModel, table: TextTable, config: TrainingConfig, boxes: bool) -> None:
@@ -95,7 +95,7 @@ class ClipLoss(nn.Module):
             self.region_bias = nn.Parameter(torch.tensor(_INITIAL_BIAS))
 
     def embed_pictures(self, pictures: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Unit embeddings of pictures (B, 96, 96, 3) and of their patches: (B, D) and (B, patches, D), float32."""
+        """Unit embeddings of images (B, 96, 96, 3) and of their patches: (B, D) and (B, patches, D), float32."""
         tower = self.clip.vision_model
         output = tower(pixel_values=pixel_values(pictures, self.config.image_size, self.bias.device))
         whole = self.clip.visual_projection(output.pooler_output)
@@ -105,7 +105,7 @@ class ClipLoss(nn.Module):
         return functional.normalize(whole.float(), dim=-1), functional.normalize(patches.float(), dim=-1)
 
     def embed_close_ups(self, pictures: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """Unit embeddings (B, D), float32, of pictures (B, 48, 48, 3), each at a random place of the positions."""
+        """Unit embeddings (B, D), float32, of images (B, 48, 48, 3), each at a random place of the position table."""
         tower, side, within = self.clip.vision_model, self.config.side, self.config.close_up_side
         pixels = pixel_values(pictures, within * self.config.patch_size, self.bias.device)
         embeddings = tower.embeddings
@@ -138,7 +138,7 @@ class ClipLoss(nn.Module):
         rows: np.ndarray,
         rng: np.random.Generator,
     ) -> tuple[Tensor, Figures]:
-        """Loss of pictures (B, 96, 96, 3) and close-ups (S, 48, 48, 3) with objects (B + S, 5, 6) and texts (T,)."""
+        """Loss of images (B, 96, 96, 3) and close-ups (S, 48, 48, 3) with objects (B + S, 5, 6) and texts (T,)."""
         about, device = self.table.kinds[rows], self.bias.device
         whole, patches = self.embed_pictures(pictures)
         whole = torch.cat([whole, self.embed_close_ups(close_ups, rng)])
@@ -174,7 +174,7 @@ def _cosines(one: Tensor, other: Tensor) -> Tensor:
 
 
 def patches_inside(objects: np.ndarray, config: TrainingConfig) -> np.ndarray:
-    """Which patches have their centre in an object's box: (B, 5, 6) -> (B, 5, patches), bool."""
+    """Mask of the patches whose centre lies in an object's box: (B, 5, 6) -> (B, 5, patches), bool."""
     centres = (np.arange(config.side) + 0.5) * config.patch_size * IMAGE_SIZE / config.image_size
     down, right = (axis.ravel() for axis in np.meshgrid(centres, centres, indexing="ij"))
     x, y, size = (objects[:, :, None, column] for column in (3, 4, 5))
@@ -195,17 +195,17 @@ def train_clip(
     """Train a CLIP in place; see [`run_stage`] for resuming.
 
     Args:
-        clip: On the device to train on.
-        tokenizer: CLIP's.
-        scenes: To train on.
-        close_ups: Pictures of one object, to train on besides.
-        validation: To evaluate on now and then.
+        clip: The model, on the device to train on.
+        tokenizer: CLIP's tokenizer.
+        scenes: Training scenes.
+        close_ups: Training images of one object each.
+        validation: Validation scenes, evaluated every `evaluate_every` steps.
         config: Sizes and lengths.
-        boxes: Whether the region loss is added.
-        state_file: Where the state is kept.
+        boxes: Whether to add the region loss.
+        state_file: File of the training state.
 
     Returns:
-        What was reported.
+        The reported figures.
     """
     table = TextTable(tokenizer)
     module = ClipLoss(clip, table, config, boxes).to(clip.device)
@@ -228,7 +228,7 @@ def train_clip(
 
 @torch.no_grad()
 def retrieval(module: ClipLoss, scenes: Scenes) -> Figures:
-    """Average precision with which pictures and texts about colors, shapes, pairs of them and letters find another."""
+    """Average precision of retrieval between images and texts about colors, shapes, letters and pairs of them."""
     embedded = []
     with torch.autocast(module.bias.device.type, dtype=torch.bfloat16):
         for start in range(0, len(scenes.pictures), _EVALUATION_BATCH):

@@ -9,19 +9,19 @@ from ...demo.scenes import CLOSE_UP_SIZE, IMAGE_SIZE
 
 @dataclass(frozen=True)
 class Stage:
-    """How long and how fast one of the two models is trained.
+    """Length and learning rate of the training of one of the two models.
 
     Attributes:
         steps: Number of optimizer steps.
         images: Scenes per step.
-        learning_rate: Its highest value, reached after the warm-up.
+        learning_rate: Highest learning rate, reached after the warm-up.
         warmup_steps: Steps of linear warm-up.
         horizon: Step at which the half cosine that follows the warm-up is at zero.
-        cooldown_steps: Last steps, in which the rate falls to zero linearly besides; with them a run may end before
-            its horizon.
-        weight_decay: For matrices; vectors and scalars have none.
+        cooldown_steps: Last steps, in which the rate is also scaled linearly to zero, so that a run may end before its
+            horizon.
+        weight_decay: Weight decay of matrices; vectors and scalars have none.
         evaluate_every: Steps between two evaluations on validation scenes.
-        seed: Of the weights and of the order of everything drawn.
+        seed: Seed of the weights and of all random order.
     """
 
     steps: int
@@ -40,7 +40,7 @@ class TrainingConfig:
     """Everything that determines a training run but the loss of the CLIP.
 
     Attributes:
-        image_size: Side of the pictures that the vision tower reads, pixels; scenes are enlarged to it.
+        image_size: Side of the vision tower's input image in pixels; scenes are enlarged to it.
         patch_size: Side of a patch, pixels.
         vision_width: Hidden size of the vision tower; its MLP is three times as wide.
         vision_layers: Number of its layers.
@@ -50,22 +50,22 @@ class TrainingConfig:
         decoder_layers: Number of layers of the Llama decoder.
         decoder_positions: Longest sequence of the Llama decoder.
         heads: Attention heads of CLIP's text tower and of the decoder.
-        texts: Texts per step that the pictures of a step are compared with.
+        texts: Texts per step that the images of the step are compared with.
         letters_from: CLIP step from which on more texts name a letter, which is learned last and rarely named before.
-        letter_texts: Share of the texts that name one from then on, if their scene has one, besides the others' share.
-        region_texts: How many of them the patches are compared with (`demo` only).
-        questions: Highest number of questions per picture and step.
-        conversations_from: LLaVA step from which on some of them follow others in one conversation; before, where an
-            earlier answer tells a later one, the picture is learned slowly.
+        letter_texts: Share of the texts that name a letter from then on, if their scene has one, on top of the usual.
+        region_texts: Number of these texts that the patches are compared with (`demo` only).
+        questions: Highest number of questions per image and step.
+        conversations_from: LLaVA step from which on questions are also asked in conversations. Earlier than that the
+            image would be learned slowly, because an answer gives hints on later ones.
         clip: Training of the CLIP.
         llava: Training of the projector and the decoder.
         scenes: Number of training scenes, from the start of `TRAIN_SEEDS` on.
-        close_ups: Number of pictures of one object behind them, for the CLIP: most captioned photographs show one
-            thing, and from scenes alone a CLIP without boxes hardly learns shapes.
-        close_ups_per_step: How many of them a step of the CLIP takes besides its scenes.
+        close_ups: Number of close-ups of one object, from the seeds after those, for the CLIP: most captioned
+            photographs show one thing, and from scenes alone a CLIP without boxes hardly learns shapes.
+        close_ups_per_step: Number of close-ups per step of the CLIP, in addition to its scenes.
         monitored_scenes: Number of validation scenes during a run.
-        validation_scenes: Number of validation scenes after it.
-        cache_features: Whether the features of all scenes are kept in a file rather than computed at every step.
+        validation_scenes: Number of validation scenes after the run.
+        cache_features: Whether the features of all scenes are stored in a file instead of computed at every step.
     """
 
     image_size: int
@@ -94,10 +94,10 @@ class TrainingConfig:
     cache_features: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be trained.
+        """Check the sizes.
 
         Raises:
-            ValueError: The picture is no whole number of patches, or there are fewer scenes than a step takes.
+            ValueError: The image is not a whole number of patches wide, or there are fewer scenes than a step takes.
         """
         if self.image_size % self.patch_size:
             raise ValueError(
@@ -109,7 +109,7 @@ class TrainingConfig:
 
     @property
     def side(self) -> int:
-        """Patches along one side of the picture."""
+        """Patches along one side of the image."""
         return self.image_size // self.patch_size
 
     @property
@@ -199,10 +199,10 @@ SCALES = {
         cache_features=False,
     ),
 }
-"""What `--scale` offers: "small" for two cores, and for a GPU the picture geometry of LLaVA-1.5 (24 x 24 patches)."""
+"""Choices of `--scale`: "small" for two cores, and for a GPU the image geometry of LLaVA-1.5 (24 x 24 patches)."""
 
 MODELS = {"demo": True, "demo-global": False}
-"""Name of a model -> whether its CLIP is told where the objects are (the region-text loss)."""
+"""Name of a model -> whether its CLIP is trained with box supervision (the region-text loss)."""
 
 
 __all__ = ["MODELS", "SCALES", "Stage", "TrainingConfig"]

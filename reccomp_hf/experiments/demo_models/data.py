@@ -33,7 +33,7 @@ from ...demo.scenes import (
 logger = logging.getLogger(__name__)
 
 MOST_OBJECTS = 5
-NOTHING = -1  # in the columns of `Scenes.objects`: no object in this row, no letter on this object
+NOTHING = -1  # in the columns of `Scenes.objects`: no object in this row, or no letter on this object
 
 _CHUNK = 500  # scenes that one process draws at a time
 _COLOR_NAMES = tuple(COLORS)
@@ -46,7 +46,7 @@ class Scenes:
     Attributes:
         pictures: (N, 96, 96, 3), uint8; close-ups are (N, 48, 48, 3).
         objects: (N, 5, 6), int16: index of the color, of the shape and of the letter, then x, y and size of the box
-            in pixels; rows without an object and letters that are not there are `NOTHING`.
+            in pixels; `NOTHING` stands for a missing object or letter.
     """
 
     pictures: np.ndarray
@@ -83,7 +83,7 @@ def cached_scenes(folder: Path, seeds: range, processes: int = 1, close_ups: boo
             pictures = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
             objects = np.empty((len(seeds), MOST_OBJECTS, 6), np.int16)
             first = 0
-            for chunk in _drawn_chunks(seeds, processes, close_ups):
+            for chunk in _draw_chunks(seeds, processes, close_ups):
                 rows = slice(first, first + len(chunk.objects))
                 pictures[rows], objects[rows] = chunk.pictures, chunk.objects
                 first = rows.stop
@@ -94,11 +94,11 @@ def cached_scenes(folder: Path, seeds: range, processes: int = 1, close_ups: boo
 
 
 def validation_scenes(number: int) -> Scenes:
-    """The first scenes that are neither trained on nor used for a reported number."""
+    """The first validation scenes, which are neither trained on nor used for a reported number."""
     return draw_scenes(VALIDATION_SEEDS[:number])
 
 
-def _drawn_chunks(seeds: range, processes: int, close_ups: bool) -> Iterator[Scenes]:
+def _draw_chunks(seeds: range, processes: int, close_ups: bool) -> Iterator[Scenes]:
     chunks = [seeds[start : start + _CHUNK] for start in range(0, len(seeds), _CHUNK)]
     draw = partial(draw_scenes, close_ups=close_ups)
     if processes == 1:
@@ -110,7 +110,7 @@ def _drawn_chunks(seeds: range, processes: int, close_ups: bool) -> Iterator[Sce
 
 @contextmanager
 def file_in_place(path: Path) -> Iterator[Path]:
-    """Give a temporary file, which takes the place of `path` when nothing went wrong."""
+    """Give a temporary file, which replaces `path` if no error is raised."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -123,7 +123,7 @@ def file_in_place(path: Path) -> Iterator[Path]:
 
 
 def batch_rows(step: int, size: int, number: int, seed: int) -> np.ndarray:
-    """Rows (size,) of the scenes of a step, in ascending order: every epoch takes all scenes in a new order."""
+    """Rows (size,) of the scenes of a step, in ascending order; every epoch takes all scenes in a new order."""
     epoch, place = divmod(step, number // size)
     return np.sort(_epoch_order(seed, epoch, number)[place * size : (place + 1) * size])
 
@@ -134,7 +134,7 @@ def _epoch_order(seed: int, epoch: int, number: int) -> np.ndarray:
 
 
 def pixel_values(pictures: np.ndarray, image_size: int, device: torch.device) -> Tensor:
-    """Pictures (B, S, S, 3), uint8, as the vision tower reads them: (B, 3, image_size, image_size), normalized."""
+    """Images (B, S, S, 3), uint8, as the vision tower reads them: (B, 3, image_size, image_size), normalized."""
     pixels = torch.from_numpy(np.array(pictures)).to(device).permute(0, 3, 1, 2).float() / 255
     if pixels.shape[-1] != image_size:  # with antialias the kernel is the one of Pillow's bicubic
         pixels = functional.interpolate(pixels, (image_size, image_size), mode="bicubic", antialias=True).clamp(0, 1)

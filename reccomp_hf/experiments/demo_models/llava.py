@@ -38,10 +38,10 @@ _FEATURE_LAYER = -2
 _QUESTION_STREAM = 22  # second word of the seed of the questions of a step
 _ATTENTION = "reccomp_demo_training"
 _TURNS = (1, 1, 1, 2, 3, 4)  # of a conversation, equally likely
-_BATCH = 64  # pictures, wherever nothing is trained
+_BATCH = 64  # images, wherever nothing is trained
 
 Features = Callable[[np.ndarray], Tensor]
-"""Gives the tower's features (B, patches, D) of training scenes by their rows."""
+"""Function from rows of training scenes to the tower's features (B, patches, D)."""
 
 
 def _rounded_attention(
@@ -55,7 +55,7 @@ def _rounded_attention(
 ) -> tuple[Tensor, None]:
     """Attention (B, heads, T, head_dim) whose softmax stays in the dtype of the scores, bfloat16 under autocast.
 
-    Half the time of transformers' eager attention on a CPU, where the scores' way through memory costs most.
+    It takes half the time of transformers' eager attention on a CPU, where moving the scores through memory dominates.
     """
     scores = (query * scaling) @ key.transpose(2, 3) + attention_mask.to(query.dtype)
     return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
@@ -101,7 +101,7 @@ def new_llava(config: TrainingConfig, clip: CLIPModel, vocabulary: int) -> Llava
 
 @torch.no_grad()
 def tower_features(model: LlavaForConditionalGeneration, pictures: np.ndarray, image_size: int) -> Tensor:
-    """What the projector reads of pictures (B, 96, 96, 3): (B, patches, D), without the class token."""
+    """Features of images (B, 96, 96, 3) that the projector reads: (B, patches, D), without the class token."""
     with torch.autocast(model.device.type, dtype=torch.bfloat16):
         pixels = pixel_values(pictures, image_size, model.device)
         output = model.model.vision_tower(pixel_values=pixels, output_hidden_states=True)
@@ -111,7 +111,7 @@ def tower_features(model: LlavaForConditionalGeneration, pictures: np.ndarray, i
 def training_features(
     model: LlavaForConditionalGeneration, scenes: Scenes, config: TrainingConfig, file: Path
 ) -> Features:
-    """Features of training scenes, out of a float16 file that is filled first, or computed when asked for."""
+    """Features of training scenes, from a float16 file that is filled first, or computed on demand."""
     if not config.cache_features:
         return lambda rows: tower_features(model, scenes.pictures[rows], config.image_size)
     if not file.exists():
@@ -128,7 +128,7 @@ def training_features(
 
 
 class LlavaLoss(nn.Module):
-    """A LLaVA that answers in several conversations behind one copy of the picture."""
+    """A LLaVA that answers in several conversations after one copy of the image."""
 
     def __init__(self, llava: LlavaForConditionalGeneration) -> None:
         super().__init__()
@@ -163,15 +163,15 @@ def train_llava(
     """Train projector and decoder in place; see [`run_stage`] for resuming.
 
     Args:
-        llava: On the device to train on, with a trained vision tower.
-        tokenizer: Of the decoder.
-        scenes: To train on.
-        validation: To evaluate on now and then.
+        llava: The model, on the device to train on, with a trained vision tower.
+        tokenizer: The decoder's tokenizer.
+        scenes: Training scenes.
+        validation: Validation scenes, evaluated every `evaluate_every` steps.
         config: Sizes and lengths.
-        folder: Where the state and the cached features are kept.
+        folder: Folder of the training state and the cached features.
 
     Returns:
-        What was reported.
+        The reported figures.
     """
     packer = Packer(tokenizer, config.side**2, llava.device)
     features = training_features(llava, scenes, config, folder / "features.npy")
@@ -181,7 +181,7 @@ def train_llava(
         rows = batch_rows(step, config.llava.images, len(scenes.objects), config.llava.seed)
         rng = np.random.default_rng([config.llava.seed, _QUESTION_STREAM, step])
         asked = [every_question(scene_objects(scenes.objects[row]), rng)[: config.questions] for row in rows]
-        packed = packer.pack([_held(items, rng, step >= config.conversations_from) for items in asked])
+        packed = packer.pack([_group_turns(items, rng, step >= config.conversations_from) for items in asked])
         with torch.autocast(llava.device.type, dtype=torch.bfloat16):
             logits, labels = module(features(rows), packed)
         weights = packed.weights[packed.weights > 0]
@@ -197,7 +197,7 @@ def train_llava(
 
 
 def conversations(asked: list[Question], rng: np.random.Generator) -> list[list[Question]]:
-    """Share questions out to conversations of one to four turns, of which about half have one; the order is drawn."""
+    """Divide questions, in random order, into conversations of one to four turns, about half of them of one."""
     drawn = [asked[index] for index in rng.permutation(len(asked))]
     held: list[list[Question]] = []
     while drawn:
@@ -207,7 +207,7 @@ def conversations(asked: list[Question], rng: np.random.Generator) -> list[list[
     return held
 
 
-def _held(asked: list[Question], rng: np.random.Generator, several: bool) -> list[list[Question]]:
+def _group_turns(asked: list[Question], rng: np.random.Generator, several: bool) -> list[list[Question]]:
     return conversations(asked, rng) if several else [[question] for question in asked]
 
 

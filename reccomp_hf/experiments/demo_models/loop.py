@@ -1,4 +1,4 @@
-"""A training loop that can be killed at any time and goes on where it last saved its state."""
+"""A training loop that can be killed at any time and resumes from its last saved state."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run_stage(
         Everything that was reported, in order: "step" and figures.
 
     Raises:
-        FloatingPointError: The loss is no finite number.
+        FloatingPointError: The loss is not finite.
     """
     optimizer = _optimizer(model, stage)
     first, history = _load(state_file, model, optimizer)
@@ -132,7 +132,7 @@ def _load(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tup
     state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    logger.info("going on at step %d of %s", state["step"], file)
+    logger.info("resuming at step %d of %s", state["step"], file)
     return state["step"], state["history"]
 
 

@@ -1,4 +1,4 @@
-"""A trained CLIP and LLaVA as the folders that transformers and `convert` read."""
+"""Writes a trained CLIP and LLaVA as folders that transformers and `convert` read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BICUBIC = 3  # Pillow's number
 def save_stock(
     clip: CLIPModel, llava: LlavaForConditionalGeneration, config: TrainingConfig, folder: Path
 ) -> tuple[Path, Path]:
-    """Write both models in float16 with what turns pictures and texts into tensors.
+    """Write both models in float16 with their image processors and tokenizers.
 
     Returns:
         The folders `llava` and `clip` inside `folder`.
@@ -52,7 +52,7 @@ def save_stock(
 
 
 def _save_image_processor(config: TrainingConfig, folder: Path) -> None:
-    """Write what `CLIPImageProcessor` of every release reads."""
+    """Write a configuration that `CLIPImageProcessor` of every release reads."""
     fields: dict[str, Any] = {
         "crop_size": {"height": config.image_size, "width": config.image_size},
         "do_center_crop": True,
@@ -71,13 +71,13 @@ def _save_image_processor(config: TrainingConfig, folder: Path) -> None:
 
 
 def ship(llava: Path, clip: Path, final: Path, facts: dict[str, Any]) -> None:
-    """Convert both folders into what is shipped: with its facts and card, without copies of this package's code.
+    """Convert both folders into the shipped checkpoint: with facts and card, without copies of this package's code.
 
     Args:
         llava: The stock LLaVA.
-        clip: Its CLIP.
-        final: Folder to write; what an earlier call left there is replaced.
-        facts: What `training.json` says.
+        clip: The CLIP of its vision tower.
+        final: Folder to write; the result of an earlier call is replaced.
+        facts: Content of `training.json`.
     """
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=".shipping-") as work:
         staging = convert(llava, clip, Path(work, "checkpoint"), PRESET, budget=BUDGET)

@@ -1,4 +1,4 @@
-"""Several conversations about one picture in one sequence, none of which sees another."""
+"""Several conversations about one image in one sequence, with attention masked between them."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ...demo.scene_questions import Question
 from .tokenizers import EOS_ID, IMAGE_ID, PAD_ID
 
 _BEFORE_PICTURE, _AFTER_PICTURE, _LATER, _ANSWER = "USER: ", "\n{} ASSISTANT:", "USER: {} ASSISTANT:", " {}"
-_HIDDEN = -1e9  # added to the attention score of a token that must not be seen
-_EOS_WEIGHT = 0.5  # of the token after an answer, which is always the same, in the loss
-_READ_WEIGHT = 2.0  # of a letter: there are the fewest questions of that kind
+_HIDDEN = -1e9  # added to the attention score of a hidden token
+_EOS_WEIGHT = 0.5  # loss weight of the token after an answer, which is always the same
+_READ_WEIGHT = 2.0  # loss weight of a letter: questions of that kind are the fewest
 
 
 Conversation: TypeAlias = Sequence[Question]
-"""Questions of which each sees those before and their right answers."""
+"""Questions, each of which sees the earlier ones and their right answers."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Sequences of a prefix, a picture of P tokens and the conversations about B pictures, of L tokens in all.
+    """Sequences of a prefix, an image of P tokens and the conversations about B images, of L tokens in all.
 
     Attributes:
-        prefix: (prefix,), token ids before the picture.
+        prefix: (prefix,), token ids before the image.
         input_ids: (B, L), questions and answers.
-        position_ids: (B, prefix + P + L): every conversation goes on right behind the picture.
+        position_ids: (B, prefix + P + L): every conversation starts right after the image.
         attention_mask: (B, 1, prefix + P + L, prefix + P + L), zero or very negative.
         labels: (B, L), the next token where the loss has a weight.
         weights: (B, L), float, 0 where nothing is predicted.
@@ -49,9 +49,9 @@ class Packer:
     """Packs conversations for a decoder.
 
     Args:
-        tokenizer: Of the decoder.
-        picture: Number of tokens of a picture.
-        device: Where the tensors go.
+        tokenizer: The decoder's tokenizer.
+        picture: Number of tokens of an image.
+        device: The device of the tensors.
     """
 
     def __init__(self, tokenizer: Any, picture: int, device: torch.device) -> None:
@@ -62,13 +62,13 @@ class Packer:
         self._tokens = cache(self._encode)
 
     def pack(self, held: Sequence[Sequence[Conversation]]) -> Packed:
-        """Pack the conversations about B pictures, padding at the end."""
+        """Pack the conversations about B images, padding at the end."""
         rows = [[self._turns(conversation) for conversation in conversations] for conversations in held]
         length = max(sum(len(tokens) for turns in row for tokens, _ in turns) for row in rows)
         ids = np.full((len(rows), length), PAD_ID)
         labels = np.zeros_like(ids)
         positions = np.zeros_like(ids)
-        owners = np.full_like(ids, -1)  # which conversation a token belongs to
+        owners = np.full_like(ids, -1)  # the conversation that a token belongs to
         weights = np.zeros(ids.shape, np.float32)
         for number, row in enumerate(rows):
             stop = 0
@@ -81,8 +81,8 @@ class Packer:
                     weights[number, stop - 2 : stop] = weight, _EOS_WEIGHT
                 owners[number, first:stop] = owner
                 positions[number, first:stop] = np.arange(stop - first)
-        behind = torch.arange(self._before).expand(len(rows), -1)
-        position_ids = torch.cat([behind, torch.from_numpy(positions) + self._before], dim=1)
+        start_ids = torch.arange(self._before).expand(len(rows), -1)
+        position_ids = torch.cat([start_ids, torch.from_numpy(positions) + self._before], dim=1)
         return Packed(
             prefix=torch.tensor(self._prefix, device=self._device),
             input_ids=torch.from_numpy(ids).to(self._device),
@@ -100,7 +100,7 @@ class Packer:
         ]
 
     def _encode(self, text: str, answer: str, later: bool) -> tuple[int, ...]:
-        """Tokens of a question and of its answer, which must be one token; a later turn begins with the last's end."""
+        """Tokens of a question and of its one-token answer; a later turn starts with the end of the last."""
         encode, ended = self._tokenizer, [EOS_ID] if later else []
         asked = (
             ended + encode((_LATER if later else _AFTER_PICTURE).format(text), add_special_tokens=False)["input_ids"]
@@ -111,7 +111,7 @@ class Packer:
         return (*asked, *answered)
 
     def _mask(self, owners: Tensor) -> Tensor:
-        """Everything is causal; a conversation (B, L) sees the prefix, the picture and itself."""
+        """Causal attention, in which a conversation (B, L) sees the prefix, the image and itself."""
         total = self._before + owners.shape[1]
         causal = torch.ones(total, total, dtype=torch.bool, device=owners.device).tril()
         seen = causal.expand(len(owners), -1, -1).clone()

@@ -1,7 +1,7 @@
-"""Captions and questions that CLIP is trained on, and of which scenes they are true.
+"""Captions and questions that CLIP is trained on, and the scenes that they are true of.
 
-A text speaks of one kind of object: a triple of a color, a shape and a letter, each an index or `ANY`. It is true of a
-scene with such an object.
+A text describes one kind of object: a triple of a color, a shape and a letter, each an index or `ANY`. It is true of a
+scene that contains such an object.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _HARD_NEGATIVES = 0.25  # share of the texts in which one word of an object was 
 
 
 def kinds() -> list[Kind]:
-    """Every kind of object that there is a text about."""
+    """All kinds of objects that have a text."""
     colors, shapes = range(ANY, len(COLORS)), range(ANY, len(SHAPES))
     plain = [(color, shape, ANY) for color in colors for shape in shapes if (color, shape) != (ANY, ANY)]
     return plain + [(color, _SIGN_INDEX, letter) for color in colors for letter in range(len(LETTERS))]
 
 
 def texts_about(kind: Kind) -> list[str]:
-    """All texts about a kind of object; one that is written twice is drawn twice as often."""
+    """All texts about a kind of object; a text that is listed twice is drawn twice as often."""
     color, shape, letter = kind
     noun = "object" if shape == ANY else SHAPES[shape]
     if color != ANY:
@@ -54,12 +54,12 @@ class TextTable:
     """All texts, tokenized.
 
     Args:
-        tokenizer: CLIP's.
+        tokenizer: CLIP's tokenizer.
 
     Attributes:
         input_ids: (number of texts, longest), padded on the right.
-        attention_mask: Of the same shape.
-        kinds: (number of texts, 3), what each text is about.
+        attention_mask: (number of texts, longest), 0 for padding.
+        kinds: (number of texts, 3), the kind of object that each text describes.
     """
 
     def __init__(self, tokenizer: object) -> None:
@@ -85,8 +85,8 @@ class TextTable:
 
         Args:
             objects: (B, 5, 6), the scenes' objects.
-            number: How many texts.
-            rng: Where the choices come from.
+            number: Number of texts.
+            rng: Source of the random choices.
             letters: Share of the texts that are about a letter if their scene has one. Of the others, those about a
                 sign still name its letter more often than not.
 
@@ -109,7 +109,7 @@ class TextTable:
 
 
 def _draw_kind(kind: Kind, to_read: bool, rng: np.random.Generator) -> Kind:
-    """Leave out some of what is known about an object, after exchanging a word in some texts."""
+    """Drop some properties of an object, after exchanging one of them in some texts."""
     color, shape, letter = kind
     if rng.random() < _HARD_NEGATIVES:
         exchanged = rng.integers(2 if letter == NOTHING else 3)
@@ -128,14 +128,14 @@ def _draw_kind(kind: Kind, to_read: bool, rng: np.random.Generator) -> Kind:
 
 
 def matches(objects: np.ndarray, about: np.ndarray) -> np.ndarray:
-    """Which objects a text is about: (B, 5, 6) and (T, 3) -> (B, 5, T), bool."""
+    """Mask of the objects that a text describes: (B, 5, 6) and (T, 3) -> (B, 5, T), bool."""
     found = objects[:, :, None, :3]
     wanted = about[None, None]
     return ((wanted == ANY) | (found == wanted)).all(-1) & (found[..., 0] != NOTHING)
 
 
 def truths(objects: np.ndarray, about: np.ndarray) -> Tensor:
-    """Which texts are true of which scenes: (B, 5, 6) and (T, 3) -> (B, T), float 0 or 1."""
+    """Truth of every text for every scene: (B, 5, 6) and (T, 3) -> (B, T), float 0 or 1."""
     return torch.from_numpy(matches(objects, about).any(1)).float()
 
 

@@ -1,6 +1,6 @@
-"""The two tokenizers of a demo checkpoint, built from the words that the scenes need.
+"""The two tokenizers of a demo checkpoint, built from the words of the scenes.
 
-Their files are written here rather than by transformers, whose releases save classes that older ones do not know.
+Their files are not written by transformers, because newer releases save classes that older ones do not know.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ...demo.scenes import COLORS, LETTERS, SHAPES, SIGN
 from .texts import kinds, texts_about
 
 CLIP_TEXT_LENGTH = 32
-"""Most tokens of a text that CLIP reads."""
+"""Longest text that CLIP reads, in tokens."""
 
 IMAGE_TOKEN = "<image>"
 CHAT_TEMPLATE = (
@@ -61,7 +61,7 @@ def save_clip_tokenizer(folder: Path) -> None:
 
 
 def save_llama_tokenizer(folder: Path) -> None:
-    """Write a byte-level BPE in the manner of Llama 3, with `<image>`; every answer is one token."""
+    """Write a byte-level BPE like Llama 3's, with `<image>`; every answer is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     merges = _merges(_words(tokenizer, _conversations()), suffix="")
@@ -91,28 +91,28 @@ def answer_words() -> list[str]:
 
 
 def _words(tokenizer: Tokenizer, texts: Iterable[str]) -> set[str]:
-    """The different words of texts as the tokenizer's own first steps write them."""
+    """The distinct words of texts after the tokenizer's normalisation and splitting."""
     normalizer, split = tokenizer.normalizer, tokenizer.pre_tokenizer
     normalized = (normalizer.normalize_str(text) if normalizer else text for text in texts)
     return {word for text in normalized for word, _ in split.pre_tokenize_str(text)}
 
 
 def _merges(words: Iterable[str], suffix: str) -> list[tuple[str, str]]:
-    """Merges, first applied first, by which every word becomes one piece.
+    """Merges in their order of priority, by which every word becomes one piece.
 
-    Word after word, what the merges so far leave of it is joined from the left; merges that come later have a lower
-    priority and change nothing in the words before. Unlike counting pairs this has no ties to break.
+    Words are processed in order: the pieces that the merges so far leave of a word are joined from the left. Later
+    merges have a lower priority and do not affect earlier words. Unlike pair counts this has no ties to break.
     """
     ranks: dict[tuple[str, str], int] = {}
     for word in sorted(words):
-        pieces = _joined([*word[:-1], word[-1] + suffix], ranks)
+        pieces = _apply_merges([*word[:-1], word[-1] + suffix], ranks)
         while len(pieces) > 1:
             ranks[pieces[0], pieces[1]] = len(ranks)
-            pieces = _joined(pieces, ranks)
+            pieces = _apply_merges(pieces, ranks)
     return list(ranks)
 
 
-def _joined(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
+def _apply_merges(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     """Apply merges to the pieces of a word, always the first in rank."""
     while known := [pair for pair in pairwise(pieces) if pair in ranks]:
         pair = min(known, key=ranks.__getitem__)

@@ -1,4 +1,4 @@
-"""Train a demo checkpoint from nothing.
+"""Train a demo checkpoint from scratch.
 
 `python -m reccomp_hf.experiments.demo_models.train --model demo --output FOLDER` draws the scenes once, trains a CLIP
 on them, then a LLaVA on its frozen vision tower, and converts both. It saves its state every few minutes: the same
@@ -33,18 +33,18 @@ logger = logging.getLogger(__name__)
 def train(
     name: str, config: TrainingConfig, output: Path, cache: Path | None = None, device: str = "cpu", threads: int = 1
 ) -> Path:
-    """Train one of the demo models, or go on training it.
+    """Train one of the demo models, or resume its training.
 
     Args:
         name: A key of `MODELS`.
         config: Sizes and lengths.
         output: Folder of the run; it must be new, or hold a run of the same model and config.
         cache: Folder of drawn scenes, which several runs may share; by default inside `output`.
-        device: Where to train.
+        device: The device to train on.
         threads: Processes that draw scenes.
 
     Returns:
-        `output / "final"`: the converted checkpoint in float16, with `training.json` that says how it was made.
+        `output / "final"`: the converted checkpoint in float16, with a `training.json` that describes the training.
 
     Raises:
         ValueError: An unknown model, more scenes than there are training seeds, or a folder of another run.
@@ -67,8 +67,8 @@ def train(
     llama_tokenizer = AutoTokenizer.from_pretrained(output / "tokenizers" / "llama")
     drawn = cache or output / "cache"
     scenes = cached_scenes(drawn, TRAIN_SEEDS[: config.scenes], threads)
-    behind = TRAIN_SEEDS[config.scenes : config.scenes + config.close_ups]
-    close_ups = cached_scenes(drawn, behind, threads, close_ups=True)
+    close_up_seeds = TRAIN_SEEDS[config.scenes : config.scenes + config.close_ups]
+    close_ups = cached_scenes(drawn, close_up_seeds, threads, close_ups=True)
     monitored = validation_scenes(config.monitored_scenes)
 
     clip = new_clip(config, clip_tokenizer).to(device)
@@ -89,15 +89,15 @@ def train(
 
 
 def _claim(output: Path, settings: dict[str, Any]) -> None:
-    """Write down what the folder is for, or check it."""
+    """Record the settings of a run in its folder, or check them."""
     file = output / "run.json"
     if file.exists():
         known = json.loads(file.read_text(encoding="utf-8"))
         differing = sorted(key for key in settings if settings[key] != known.get(key))
         if differing:
             raise ValueError(
-                f"{output} holds a run with other settings of {', '.join(differing)}; see {file}. Go on with those, "
-                "or name another --output."
+                f"{output} holds a run with other settings of {', '.join(differing)}; see {file}. Use those "
+                "settings, or name another --output."
             )
         return
     output.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m reccomp_hf.experiments.demo_models.train",
         description="Train a demo checkpoint, or resume where training stopped.",
     )
-    parser.add_argument("--model", required=True, choices=MODELS, help="demo: its CLIP is told where the objects are")
+    parser.add_argument("--model", required=True, choices=MODELS, help="demo: its CLIP is trained with boxes")
     parser.add_argument("--output", required=True, type=Path, help="folder of the run; its final/ is the checkpoint")
     parser.add_argument("--cache", type=Path, help="folder of drawn scenes, to share (default: cache/ in the output)")
     parser.add_argument("--scale", default="small", choices=SCALES, help="llava-1.5: 24 x 24 patches, for a GPU")

@@ -16,12 +16,12 @@ from ...measure.benchmark.comparing import check_counts
 from ...measure.benchmark.environment import environment
 from ...measure.benchmark.timing import Measures, Stopwatch, interleave
 from .features import PATCHES, WIDTH, Features, make_features, one_thread
-from .loops import Loop, plain, released
+from .loops import Loop, plain_loop, released_loop
 from .methods import count_methods, time_methods
 
 BATCH_SIZES, ROUNDS = (1, 32), 15
 AGREE = 1e-4
-"""How far the loops' tokens may be from ours."""
+"""Largest difference allowed between the loops' tokens and ours."""
 
 CHOICES: dict[str, TokenRecoveryConfig] = {
     "dynamic": TokenRecoveryConfig(),
@@ -30,8 +30,11 @@ CHOICES: dict[str, TokenRecoveryConfig] = {
     "authors": TokenRecoveryConfig(method="authors"),
 }
 """Settings that are timed."""
-LOOPS: dict[str, tuple[Loop, str]] = {"released code": (released, "authors"), "plain loop": (plain, "dynamic")}
-"""Name of a loop -> it, and the setting whose tokens it gives."""
+LOOPS: dict[str, tuple[Loop, str]] = {
+    "released code": (released_loop, "authors"),
+    "plain loop": (plain_loop, "dynamic"),
+}
+"""Name of a loop -> the loop, and the setting whose tokens it computes."""
 
 
 @torch.no_grad()
@@ -48,21 +51,21 @@ def compare_choosing(
     """Time the choice of tokens per image on one CPU thread in float32, ours and the loops in turns; then each method.
 
     Args:
-        batch_sizes: Images that `recover_tokens` gets at once; the loops take one at a time.
-        rounds: Turns of each.
-        patches: Per image.
-        width: Of a patch.
-        seed: Of the features.
+        batch_sizes: Images per call of `recover_tokens`; the loops take one at a time.
+        rounds: Turns of each contender.
+        patches: Patches per image.
+        width: Width of a patch's features.
+        seed: Seed of the features.
         cpu_time: Count CPU seconds of this process, see [`Stopwatch`].
-        progress: Show a progress bar; `None` where stderr is a terminal.
+        progress: Whether to show a progress bar; `None` shows it where stderr is a terminal.
 
     Returns:
         JSON values: `"loops"` (seconds per image), `"rows"`, one per setting and batch size, with seconds per image
         and the ratios of each loop's over it, and `"methods"`, see [`time_methods`].
 
     Raises:
-        ImportError: scikit-learn is missing.
-        RuntimeError: A loop and ours do not agree.
+        ImportError: scikit-learn is not installed.
+        RuntimeError: A loop's tokens differ from ours.
     """
     check_counts(rounds=rounds, patches=patches, **{f"batch size {size}": size for size in batch_sizes})
     features = make_features(max(max(batch_sizes), rounds), patches, width, seed)
@@ -103,7 +106,7 @@ def compare_choosing(
 
 
 def _turns(features: Features, batch_sizes: Sequence[int], stopwatch: Stopwatch) -> dict[str, Callable[[], Measures]]:
-    """What takes a turn: the loops on the next image, ours on the next batch."""
+    """The contenders: the loops on the next image, ours on the next batch."""
     turns: dict[str, Callable[[], Measures]] = {}
     for loop, (run, same) in LOOPS.items():
         turns[loop] = _Turn(features, 1, stopwatch, functools.partial(_one, run, CHOICES[same]))
@@ -114,7 +117,7 @@ def _turns(features: Features, batch_sizes: Sequence[int], stopwatch: Stopwatch)
 
 
 class _Turn:
-    """Work on a batch of images, every time on the next one."""
+    """One turn: work on the next batch of images."""
 
     def __init__(
         self, features: Features, size: int, stopwatch: Stopwatch, work: Callable[[Features], object]
@@ -140,7 +143,7 @@ def _ours(config: TokenRecoveryConfig, features: Features) -> Any:
 
 
 def _scaled(similarity: torch.Tensor, config: TokenRecoveryConfig) -> torch.Tensor:
-    """As the model gives it to the method: `authors` divides by the root of a projection width, CLIP's 768."""
+    """The similarity that the model passes: for `authors` divided by the root of a projection width, CLIP's 768."""
     return similarity / 768**0.5 if config.method == "authors" else similarity
 
 
@@ -152,7 +155,7 @@ def _difference(features: Features, loop: Loop, same: str) -> float:
     """The largest difference of a loop's tokens from ours on the first image.
 
     Raises:
-        RuntimeError: They do not agree.
+        RuntimeError: The tokens differ.
     """
     config, first = CHOICES[same], features[slice(0, 1)]
     expected, got = _one(loop, config, first), _ours(config, first).tokens[0]

@@ -1,4 +1,4 @@
-"""Made-up tensors for `recover_tokens`: what CLIP ViT-L/14-336 gives for pictures, in size and in how uneven it is."""
+"""Synthetic tensors for `recover_tokens`, with the sizes and the unevenness of CLIP ViT-L/14-336's features."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Features:
         return Features(*(value[rows] for value in self.arguments()))
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """In the order in which `recover_tokens` takes them."""
+        """The tensors in the argument order of `recover_tokens`."""
         return self.hidden_states, self.class_query, self.keys, self.text_similarity
 
 

@@ -1,9 +1,9 @@
-"""The choice of tokens as straightforward code does it: an image at a time, scikit-learn, a loop over the centres.
+"""The choice of tokens in straightforward code: an image at a time, scikit-learn, a loop over the centres.
 
-What `recover_tokens` is timed against. `released` computes what method `authors` does, step by step as the paper's
-released code goes about it: three fits of scikit-learn's local outlier factor on the CPU, and for every centre a copy
-of all other tokens and of their keys, their similarities, the 32 best of them, and their sum. `plain` computes what
-method `recoverable` does, with the same fits and a loop over the centres, but copies nothing in the loop.
+`recover_tokens` is timed against these. `released_loop` computes the tokens of method `authors` in the steps of the
+paper's released code: three fits of scikit-learn's local outlier factor on the CPU, and for every centre a copy of all
+other tokens and of their keys, their similarities, the 32 best of them, and their sum. `plain_loop` computes those of
+method `recoverable`, with the same fits and a loop over the centres, but copies nothing in the loop.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _Floats = npt.NDArray[np.floating]
 _Bools = npt.NDArray[np.bool_]
 
 
-def plain(
+def plain_loop(
     states: Tensor, class_query: Tensor, keys: Tensor, similarity: Tensor, config: TokenRecoveryConfig
 ) -> Tensor:
     """The tokens (K, C) of one image by the dynamic mode of method `recoverable`."""
@@ -52,10 +52,10 @@ def plain(
     return torch.cat([states[torch.from_numpy(kept)], torch.stack(merged)])
 
 
-def released(
+def released_loop(
     states: Tensor, class_query: Tensor, keys: Tensor, similarity: Tensor, config: TokenRecoveryConfig
 ) -> Tensor:
-    """The tokens (K, C) of one image by method `authors`; what reads like slips in it is named there."""
+    """The tokens (K, C) of one image by method `authors`, whose file explains its oddities."""
     attention = _saliency(class_query, keys)
     saliency, question = attention.numpy(), similarity.numpy().copy()
     everything, size = np.arange(len(saliency)), len(saliency)
@@ -124,4 +124,4 @@ def _scikit_learn() -> type:
     return LocalOutlierFactor
 
 
-__all__ = ["Loop", "plain", "released"]
+__all__ = ["Loop", "plain_loop", "released_loop"]

@@ -1,4 +1,4 @@
-"""Every method's choice of tokens for one fixed budget, timed side by side on one CPU thread."""
+"""Times every method's choice of tokens for one fixed budget on one CPU thread."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .features import Features
 
 BUDGET = 64
 PRESET = "balanced"
-"""Timed beside the methods: `recoverable` with the settings that are advised."""
+"""Timed along with the methods: `recoverable` with the recommended settings."""
 WIDER, HEAD = 4, 64
-"""How much wider LLaVA-1.5-7B's language model is than CLIP's ViT-L, and the width of one of that one's heads."""
+"""Ratio of the widths of LLaVA-1.5-7B's language model and CLIP's ViT-L, and the width of a head of the latter."""
 
 
 @torch.no_grad()
@@ -29,15 +29,15 @@ def time_methods(
     """Time the registered methods that take a budget, and one preset, one image at a time and in turns.
 
     Args:
-        features: Images; a round takes the next one. Projected features are made up beside them.
+        features: Features of images, of which a round takes the next one. Projected features are drawn at random.
         rounds: Turns of each method.
         stopwatch: The clock.
         update: Called after every turn.
-        seed: Of the projected features.
+        seed: Seed of the projected features.
 
     Returns:
-        A row for each method: `"method"`, `"budget"`, `"tokens"` that came out on average, and the seconds per image
-        of `"choosing"` (the method's `select`) and of `"all"` (with gathering and merging).
+        A row for each method: `"method"`, `"budget"`, mean `"tokens"`, and the seconds per image of `"choosing"` (the
+        method's `select`) and of `"all"` (with gathering and merging).
     """
     images, patches, width = features.hidden_states.shape
     generator = torch.Generator().manual_seed(seed)
@@ -61,7 +61,7 @@ def time_methods(
 
 
 def count_methods() -> int:
-    """How many rows `time_methods` gives."""
+    """Number of rows that `time_methods` returns."""
     return len(_names()) + 1
 
 
@@ -70,7 +70,7 @@ def _names() -> list[str]:
 
 
 class _Turn:
-    """A method on one image, every time on the next one."""
+    """One turn: a method on the next image."""
 
     def __init__(
         self, config: TokenRecoveryConfig, features: Features, projected: Tensor, stopwatch: Stopwatch

@@ -14,10 +14,10 @@ _BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
 
 
 def plot_choosing(facts: Mapping[str, Any]) -> Figure:
-    """How many times as long the loops take as `recover_tokens`, with quartiles.
+    """Plot the ratios of the loops' times to `recover_tokens`'s, with quartiles.
 
     Raises:
-        ImportError: matplotlib is missing.
+        ImportError: matplotlib is not installed.
     """
     figure = new_figure(7.5, 4)
     axis = figure.subplots()
@@ -36,10 +36,10 @@ def plot_choosing(facts: Mapping[str, Any]) -> Figure:
 
 
 def plot_scaling(facts: Mapping[str, Any]) -> Figure:
-    """Seconds of `recover_tokens` and of its steps against size on logarithmic axes, with the exponents.
+    """Plot seconds of `recover_tokens` and of its steps against size on logarithmic axes, with the exponents.
 
     Raises:
-        ImportError: matplotlib is missing.
+        ImportError: matplotlib is not installed.
     """
     axes_of = facts["axes"]
     figure = new_figure(4.2 * len(axes_of), 5)

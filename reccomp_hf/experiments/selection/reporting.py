@@ -39,7 +39,7 @@ def choosing_text(facts: Mapping[str, Any]) -> str:
 
 
 def _method_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How long every method takes for one budget."""
+    """Table of every method's time for one budget."""
     rows = [
         [row["method"], f"{row['tokens']:.1f}", format_milliseconds(row["choosing"]), format_milliseconds(row["all"])]
         for row in found

@@ -1,4 +1,4 @@
-"""How the cost of `recover_tokens` grows with the batch, with tiles and with patches."""
+"""Measures how the cost of `recover_tokens` grows with the batch, with tiles and with patches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AXES: dict[str, tuple[int, ...]] = {
     "tiles": (1, 2, 3, 4, 5),
     "patches": (144, 324, 576, 1296, 2304, 4096),
 }
-"""What grows -> its sizes. Images of a batch have 576 patches, as a tile has; patches grow at batch 1."""
+"""Axis -> sizes. Images of a batch and tiles have 576 patches; patches grow at batch 1."""
 SCALED: dict[str, TokenRecoveryConfig] = {
     "dynamic": TokenRecoveryConfig(),
     "budget 64": TokenRecoveryConfig(budget=64),
@@ -37,14 +37,14 @@ STEPS = {
     "outliers": "one local outlier factor, timed apart; the dynamic mode's choosing holds three",
     "merging": "clustering the rest around the centres, and gathering the tokens",
 }
-"""Name of a step -> what it is."""
+"""Name of a step -> its description."""
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """The slope of the straight line of least squares through the logarithms: seconds grow like size ** slope.
+    """Least-squares slope of log seconds over log sizes: seconds grow like size ** slope.
 
     Raises:
-        ValueError: Fewer than two sizes, or values that have no logarithm.
+        ValueError: Fewer than two sizes, or values that are not positive.
     """
     if len(sizes) < 2 or min(*sizes, *seconds) <= 0:
         raise ValueError(f"An exponent needs two sizes or more and positive times, got {sizes} and {seconds}.")
@@ -53,7 +53,7 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
 
 
 def n_log_n(sizes: Sequence[float]) -> float:
-    """The exponent that a cost of N log N shows over these sizes."""
+    """The exponent that a cost of N log N has over these sizes."""
     return exponent(sizes, [size * math.log(size) for size in sizes])
 
 
@@ -71,18 +71,17 @@ def measure_scaling(
     """Time `recover_tokens` over growing inputs on one CPU thread in float32, all sizes and settings in turns.
 
     Args:
-        axes: What grows -> its sizes; keys of `AXES`.
+        axes: Sizes by axis, a key of `AXES`.
         rounds: Turns of each size.
-        width: Of a patch.
-        patches: Per tile where they do not grow themselves.
-        seed: Of the features.
+        width: Width of a patch's features.
+        patches: Patches per tile on the other axes.
+        seed: Seed of the features.
         cpu_time: Count CPU seconds of this process, see [`Stopwatch`].
-        progress: Show a progress bar; `None` where stderr is a terminal.
+        progress: Whether to show a progress bar; `None` shows it where stderr is a terminal.
 
     Returns:
-        JSON values: `"axes"`, by axis and setting the seconds at every size and the exponents fitted to the medians:
-        over all sizes, and over the upper half of them, where what every call costs no longer hides the growth; of
-        each of the `STEPS`.
+        JSON values: `"axes"`, by axis, setting and step of `STEPS` the seconds at every size and the exponents fitted
+        to the medians: over all sizes, and over the upper half, where the fixed cost of a call no longer hides growth.
     """
     check_counts(rounds=rounds, patches=patches, width=width)
     total = sum(len(sizes) for sizes in axes.values()) * len(SCALED) * rounds
@@ -104,7 +103,7 @@ def measure_scaling(
 def _turn(
     axis: str, size: int, config: TokenRecoveryConfig, patches: int, width: int, seed: int, stopwatch: Stopwatch
 ) -> Callable[[], Measures]:
-    """`recover_tokens` step by step on an input of that size."""
+    """A turn of `recover_tokens`, step by step, on an input of that size."""
     rows = size if axis in ("batch", "tiles") else 1
     arguments = make_features(rows, size if axis == "patches" else patches, width, seed).arguments()
     tiles = [size] if axis == "tiles" else [1] * rows

@@ -1,4 +1,4 @@
-"""What the models are asked: drawn scenes for a checkpoint with a processor, noise for random weights."""
+"""Inputs of the models: drawn scenes for a checkpoint with a processor, noise for random weights."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from ...core.counting import PICTURE, picture_tokens
 from ..evaluation.samples import Sample, demo_samples, encode_samples
 
 Inputs = dict[str, Any]
-"""Tensors that a model takes, `recovery_input_ids` among them."""
+"""A model's input tensors by name, `recovery_input_ids` among them."""
 TEXT_TOKENS, QUESTION_TOKENS = 60, 16
 
 
 def scene_batch(
     model: Any, processor: Any, size: int, picture: tuple[int, int] | None = None, seed: int = 0
 ) -> Inputs:
-    """Questions on drawn scenes as a checkpoint's processor encodes them, on the model's device.
+    """Encode questions on drawn scenes with a checkpoint's processor, on the model's device.
 
     Args:
         model: A compressed LLaVA.
-        processor: Its processor.
-        size: Rows, a picture and a question each.
+        processor: The model's processor.
+        size: Number of rows, an image and a question each.
         picture: Width and height in pixels that the scenes are scaled to; `None` leaves them as drawn.
-        seed: Scenes to pass over.
+        seed: Number of scenes to skip.
     """
     samples = demo_samples(size, seed)
     if picture is not None:
@@ -48,18 +48,18 @@ def noise_batch(
     text_tokens: int = TEXT_TOKENS,
     question_tokens: int = QUESTION_TOKENS,
 ) -> Inputs:
-    """Pictures of noise and random words, on the model's device.
+    """Make images of noise and random words, on the model's device.
 
     Args:
-        model: A compressed LLaVA; read are its config, device and dtype.
-        size: Rows, a picture and a question of its own each.
-        picture: Width and height in pixels, for LLaVA-NeXT; `None` is 640 x 480.
-        seed: Of the noise.
-        text_tokens: Tokens of a prompt besides the visual ones.
+        model: A compressed LLaVA, of which config, device and dtype are used.
+        size: Number of rows, each with an image and a question.
+        picture: Width and height of the image in pixels, for LLaVA-NeXT; `None` is 640 x 480.
+        seed: Seed of the noise.
+        text_tokens: Tokens of a prompt that are not visual.
         question_tokens: Tokens of the question that CLIP reads.
 
     Raises:
-        ValueError: Fewer than two text tokens, or more of the question than one window holds.
+        ValueError: Fewer than two text tokens, or a question longer than one window.
     """
     config, generator = model.config, torch.Generator().manual_seed(seed)
     picture = picture or PICTURE
@@ -88,10 +88,10 @@ def noise_batch(
 
 
 def _questions(encoder: CLIPTextConfig, size: int, tokens: int, generator: torch.Generator) -> Tensor:
-    """(size, 1, tokens) random words that end in the end-of-text token."""
+    """(size, 1, tokens) random words, the last one the end-of-text token."""
     if not 2 <= tokens <= encoder.max_position_embeddings:
         raise ValueError(f"question tokens must be 2 to {encoder.max_position_embeddings}, got {tokens}.")
-    # Old CLIP configs say 2 and mean the highest id.
+    # Old CLIP configs have 2 here, where the highest id is meant.
     end = encoder.vocab_size - 1 if encoder.eos_token_id == 2 else encoder.eos_token_id
     words = torch.randint(3, end, (size, 1, tokens), generator=generator)
     words[..., -1] = end

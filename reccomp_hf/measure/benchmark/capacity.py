@@ -1,4 +1,4 @@
-"""The largest batch that fits into a GPU's memory, and what it decodes."""
+"""The largest batch that fits into a GPU's memory, and its decoding speed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .contenders import OURS, STOCK, Contender, ours, stock
 from .timing import Spread, Stopwatch
 
 LIMIT = 1024
-"""No more rows than these are tried."""
+"""Largest number of rows that is tried."""
 ROUNDS = 3
 
 
@@ -27,15 +27,15 @@ def largest_batches(
     limit: int = LIMIT,
     progress: bool | None = None,
 ) -> dict[str, Any]:
-    """The largest batch that a GPU reads and answers, of the stock model and of ours, and the tokens it decodes.
+    """Search the largest batch that a GPU can prefill and decode, for the stock model and for ours.
 
     Args:
         model: A compressed LLaVA on a GPU, in eval mode.
-        inputs_of: Rows -> what the model is asked.
-        budgets: As in [`compare`].
-        new_tokens: Tokens decoded behind every prompt.
-        limit: No more rows than these are tried.
-        progress: Show a progress bar; `None` where stderr is a terminal.
+        inputs_of: Function from a number of rows to the model's inputs.
+        budgets: Tokens per image, shares of its patches, or `"dynamic"`.
+        new_tokens: Tokens to decode after every prompt.
+        limit: Largest number of rows to try.
+        progress: Whether to show a progress bar; `None` shows it where stderr is a terminal.
 
     Returns:
         JSON values: by `"stock"` and `"ours BUDGET"`, the `"batch_size"` and its `"tokens_per_second"` while decoding
@@ -63,10 +63,10 @@ def largest_batches(
 
 
 def check_gpu(device: torch.device) -> None:
-    """Refuse a device that cannot say that its memory is full.
+    """Refuse a device that does not report when its memory is full.
 
     Raises:
-        ValueError: It is no GPU.
+        ValueError: The device is not a GPU.
     """
     if device.type != "cuda":
         raise ValueError(f"The largest batch is searched for on a GPU; the model is on {device}.")
@@ -79,7 +79,7 @@ def _maker(model: Any, fields: dict[str, Any]) -> Callable[[Inputs], Contender]:
 def largest(fits: Callable[[int], bool], limit: int = LIMIT) -> int:
     """The largest count up to `limit` for which `fits` holds, 0 if it never does; doubles, then halves the gap.
 
-    What fits is taken to fit in smaller counts too.
+    A count that fits is taken to fit in every smaller one too.
     """
     low, high = 0, 1
     while high <= limit and fits(high):
@@ -92,7 +92,7 @@ def largest(fits: Callable[[int], bool], limit: int = LIMIT) -> int:
 
 
 def runs(work: Callable[[], Any]) -> bool:
-    """Do the work; whether the GPU's memory sufficed."""
+    """Do the work; return whether the GPU's memory sufficed."""
     try:
         work()
     except torch.cuda.OutOfMemoryError:

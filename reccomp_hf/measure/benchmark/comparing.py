@@ -1,4 +1,4 @@
-"""Stock, ours and the oracle on the same prompts, in turns."""
+"""Times the stock model, ours and the oracle on the same prompts, in turns."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RATIOS = {
     "answer, stock / ours": ("answer", STOCK, OURS),
     "answer, ours / oracle": ("answer", OURS, ORACLE),
 }
-"""Name of a ratio -> the measure, and whose over whose."""
+"""Name of a ratio -> the measure, numerator and denominator."""
 
 Times = Mapping[str, Mapping[str, Spread]]
 
@@ -52,25 +52,25 @@ def compare(
 ) -> dict[str, Any]:
     """Compare the stock model, ours and the oracle, interleaved in this process.
 
-    Every batch size has its own rounds, in which the stock model and every budget's pair take their turns; ratios
-    are of turns of one round. Counts, memory and stages are found in further, untimed ones.
+    Every batch size has its own rounds, in which the stock model and the two contenders of every budget take turns.
+    Ratios are taken within a round. Counts, memory and stages come from further, untimed turns.
 
     Args:
         model: A compressed LLaVA with a text encoder or without, in eval mode.
-        inputs_of: Rows -> what the model is asked.
-        batch_sizes: Rows read at once.
+        inputs_of: Function from a number of rows to the model's inputs.
+        batch_sizes: Rows per batch.
         budgets: Tokens per image, shares of its patches, or `"dynamic"`.
-        new_tokens: Tokens decoded behind every prompt.
-        rounds: Turns of each contender, after one that is not counted.
+        new_tokens: Tokens to decode after every prompt.
+        rounds: Timed turns of each contender, after one warm-up turn.
         cpu_time: Count CPU seconds of this process, see [`Stopwatch`].
-        progress: Show a progress bar; `None` where stderr is a terminal.
+        progress: Whether to show a progress bar; `None` shows it where stderr is a terminal.
 
     Returns:
         JSON values: `"environment"`, `"settings"`, `"notes"`, and `"rows"`, one per batch size and budget, with
         `"contenders"`, `"ratios"` and `"stages"`. Seconds and bytes.
 
     Raises:
-        ValueError: A number below 1, or a budget that the model cannot have.
+        ValueError: A number below 1, or a budget above the model's number of patches.
     """
     check_counts(rounds=rounds, new_tokens=new_tokens, **{f"batch size {size}": size for size in batch_sizes})
     sections = budget_fields(model, budgets)
@@ -96,10 +96,10 @@ def compare(
 
 
 def budget_fields(model: Any, budgets: Sequence[BudgetLabel]) -> dict[BudgetLabel, dict[str, Any]]:
-    """Budget -> the fields of the section that it overrides.
+    """The fields of the section that each budget overrides.
 
     Raises:
-        ValueError: A budget that the model cannot have.
+        ValueError: A budget above the model's number of patches.
     """
     sections = {budget: {"budget": None if budget == DYNAMIC else budget} for budget in budgets}
     patches = patches_per_side(model.config) ** 2
@@ -114,7 +114,7 @@ def check_counts(**counts: int) -> None:
     """Refuse numbers below 1.
 
     Raises:
-        ValueError: Which one, and what it was.
+        ValueError: A number is below 1; the message names it.
     """
     for name, count in counts.items():
         if count < 1:
@@ -122,11 +122,11 @@ def check_counts(**counts: int) -> None:
 
 
 def notes(device: torch.device, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What was not measured, in sentences."""
-    said = []
+    """Sentences about what was not measured."""
+    sentences = []
     if device.type != "cuda":
-        said.append(
-            "There was no GPU: times are of a CPU, whose memory with weights is not measured, and instead of "
+        sentences.append(
+            "There was no GPU: times are a CPU's, its memory with weights is not measured, and instead of "
             "synchronisations the reads are counted that would cause them."
         )
     failed = [
@@ -136,8 +136,8 @@ def notes(device: torch.device, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if facts is None
     ]
     if failed:
-        said.append(f"Out of memory: {'; '.join(failed)}.")
-    return said
+        sentences.append(f"Out of memory: {'; '.join(failed)}.")
+    return sentences
 
 
 class _BatchSize:
@@ -158,7 +158,7 @@ class _BatchSize:
             self.contenders[f"{ORACLE} {budget}"] = oracle(model, inputs, fields)
 
     def rows(self, size: int, rounds: int, new_tokens: int) -> list[dict[str, Any]]:
-        """What came out, a row per budget."""
+        """The results, a row per budget."""
         running = {name: one for name, one in self.contenders.items() if self._fits(one, new_tokens)}
         turns = {name: self._turn(one, new_tokens) for name, one in running.items()}
         times = interleave(turns, rounds, self.step) if turns else {}
@@ -183,7 +183,7 @@ class _BatchSize:
         return lambda: contender.turn(self.stopwatch, new_tokens)
 
     def _fits(self, contender: Contender, new_tokens: int) -> bool:
-        """Take the turn that warms up; whether there was memory for it."""
+        """Take the warm-up turn; return whether memory sufficed."""
         self.step()
         try:
             contender.turn(self.stopwatch, new_tokens)
@@ -201,7 +201,7 @@ class _BatchSize:
 
 
 def ratios(times: Times) -> dict[str, Any]:
-    """The ratios of `RATIOS`, taken round by round; `None` where one of the two did not run."""
+    """The ratios of `RATIOS`, taken round by round; `None` where one of the contenders did not run."""
     found: dict[str, Any] = {}
     for name, (measure, above, below) in RATIOS.items():
         both = above in times and below in times
@@ -214,7 +214,7 @@ def _facts(contender: Contender, times: Mapping[str, Spread], device: torch.devi
     return {
         "seconds": {measure: spread.to_dict() for measure, spread in times.items()},
         "prompt_tokens": float(mask.sum(-1).float().mean()),
-        "prompt_length": mask.shape[1],  # of the longest row
+        "prompt_length": mask.shape[1],  # the longest row's
         "visual_tokens": float(contender.visual_tokens.float().mean()),
         "kv_cache_bytes": cache_bytes(getattr(contender.prefill(), CACHE)),
         "memory": peak_memory(contender.prefill, device),

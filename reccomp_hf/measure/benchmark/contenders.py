@@ -1,4 +1,4 @@
-"""The three that are compared: the stock model, ours, and the oracle that is given the short prompt for nothing."""
+"""The contenders: the stock model, ours, and the oracle, which gets the short prompt's embeddings for free."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ STOCK, OURS, ORACLE = "stock", "ours", "oracle"
 
 @dataclasses.dataclass
 class Contender:
-    """One way to come from pictures and prompts to an answer.
+    """One way from images and prompts to an answer.
 
     Args:
         model: The model that all contenders share.
-        read: Reads the prompt: runs whatever is this contender's up to the first token's logits, and returns the
-            model's output with its cache.
-        attention_mask: (R, L) of the prompt as the language model sees it.
-        next_position: (R,) int64, the first new token's.
-        visual_tokens: (R,) int64, tokens of each prompt that stand for its picture, newlines included.
+        read: Runs this contender up to the first token's logits, and returns the model's output with its cache.
+        attention_mask: (R, L) of the prompt as the language model reads it.
+        next_position: (R,) int64, position of the first new token.
+        visual_tokens: (R,) int64, visual tokens of each prompt, newlines included.
     """
 
     model: Any
@@ -42,7 +41,7 @@ class Contender:
 
     @torch.no_grad()
     def decode(self, prefilled: Any, steps: int) -> Tensor:
-        """So many further tokens, greedily, whatever they are: (R, steps) ids."""
+        """Decode `steps` further tokens greedily, past an end-of-text token too: (R, steps) ids."""
         rows, length = self.attention_mask.shape
         mask = torch.cat([self.attention_mask, self.attention_mask.new_ones(rows, steps)], dim=1)
         logits, cache, chosen = prefilled.logits, getattr(prefilled, CACHE), []
@@ -62,7 +61,7 @@ class Contender:
         """Prefill and decode once.
 
         Returns:
-            `"prefill"`, `"decode"` (of one token) and `"answer"` (all of it), in seconds.
+            `"prefill"`, `"decode"` (of one token) and `"answer"` (both together), in seconds.
         """
         prefill, prefilled = stopwatch.time(self.prefill)
         decode, _ = stopwatch.time(lambda: self.decode(prefilled, steps))
@@ -70,7 +69,7 @@ class Contender:
 
 
 def stock(model: Any, inputs: Inputs) -> Contender:
-    """The model with token recovery off, which is bit for bit the stock one."""
+    """The model with token recovery off, which equals the stock one bit for bit."""
     off = {"enabled": False}
     return Contender(
         model,
@@ -82,28 +81,30 @@ def stock(model: Any, inputs: Inputs) -> Contender:
 
 
 def ours(model: Any, inputs: Inputs, fields: dict[str, Any]) -> Contender:
-    """The compressed model, with some fields of its section overridden."""
+    """The compressed model with fields of its section overridden."""
     prompt = _short_prompt(model, inputs, fields)
     return Contender(
-        model, lambda: model(**inputs, token_recovery=fields, logits_to_keep=1, use_cache=True), *_seen(model, prompt)
+        model,
+        lambda: model(**inputs, token_recovery=fields, logits_to_keep=1, use_cache=True),
+        *_prompt(model, prompt),
     )
 
 
 def oracle(model: Any, inputs: Inputs, fields: dict[str, Any]) -> Contender:
-    """The limit: the vision tower's whole pass, as in the stock model, and the short prompt's embeddings for nothing.
+    """The limit: the full vision tower, as in the stock model, and the short prompt's embeddings for free.
 
-    The language model reads exactly what it reads in `ours`; nothing is chosen, merged, projected or cut.
+    The language model reads exactly the prompt of `ours`; nothing is chosen, merged, projected or cut.
     """
     prompt = _short_prompt(model, inputs, fields)
     embedded = {name: prompt[name] for name in ("inputs_embeds", "attention_mask", "position_ids") if name in prompt}
     pixels = inputs["pixel_values"]
-    pixels = pixels.flatten(0, 1) if pixels.ndim == 5 else pixels  # tiles; all pictures of a batch have as many
+    pixels = pixels.flatten(0, 1) if pixels.ndim == 5 else pixels  # tiles; all images of a batch have equally many
 
     def read() -> Any:
         model.model.vision_tower(pixels, output_hidden_states=True)
         return model(**embedded, logits_to_keep=1, use_cache=True)
 
-    return Contender(model, read, *_seen(model, prompt))
+    return Contender(model, read, *_prompt(model, prompt))
 
 
 @torch.no_grad()
@@ -111,7 +112,7 @@ def _short_prompt(model: Any, inputs: Inputs, fields: dict[str, Any]) -> dict[st
     return model.compress_inputs(**inputs, token_recovery=fields)[0]
 
 
-def _seen(model: Any, prompt: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+def _prompt(model: Any, prompt: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Mask, next positions and visual tokens of a shortened prompt."""
     mask, positions = prompt["attention_mask"], prompt.get("position_ids")
     following = mask.sum(-1) if positions is None else positions.amax(-1) + 1

@@ -1,4 +1,4 @@
-"""What is counted and not timed: reads of the device, memory, bytes of the cache."""
+"""Counts next to the times: reads of the device, memory, bytes of the cache."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ CUDA_MEMORY = "torch.cuda.max_memory_allocated during a prefill"
 
 
 def device_reads(work: Callable[[], Any], device: torch.device) -> int:
-    """How often the host waits for the device, or on a CPU would have to (see `CPU_READS`)."""
+    """Number of times the host waits for the device, or on a CPU would have to (see `CPU_READS`)."""
     return _cuda_reads(work) if device.type == "cuda" else _cpu_reads(work)
 
 
 def peak_memory(work: Callable[[], Any], device: torch.device) -> dict[str, Any]:
-    """Memory that the work takes at its peak.
+    """Peak memory of the work.
 
     Returns:
-        `"beyond"`: bytes beyond what was held before. `"total"`: bytes with what was held before, weights included;
-        `None` on a CPU, where this is not known. `"how"`: how they were found.
+        `"beyond"`: bytes allocated on top of those held before. `"total"`: all bytes, weights included; `None` on a
+        CPU, where this is unknown. `"how"`: how they were measured.
     """
     if device.type != "cuda":
         return {"beyond": _cpu_peak(work), "total": None, "how": CPU_MEMORY}
@@ -71,7 +71,7 @@ def _cpu_reads(work: Callable[[], Any]) -> int:
 
 
 class _ReadingOperators(TorchDispatchMode):
-    """Counts operators whose result, or whose output's shape, the host must see."""
+    """Counts operators whose result, or whose output's shape, the host must read."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim")
 
@@ -90,7 +90,7 @@ class _ReadingOperators(TorchDispatchMode):
 
 
 class _ReadingMethods(TorchFunctionMode):
-    """Counts the methods that on a CPU read a tensor without an operator; one read, however many elements."""
+    """Counts the methods that read a tensor on a CPU without an operator; one read for any number of elements."""
 
     METHODS = (Tensor.tolist, Tensor.cpu, Tensor.numpy)
 

@@ -1,4 +1,4 @@
-"""Models with random weights, of published sizes or of one that a CPU runs in minutes."""
+"""Models with random weights, of published sizes or of a size that a CPU runs in minutes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ..published import FULL_SIZE, TEXT_ENCODER, VISION, full_size
 
 MID = "mid"
 CONFIGS = (MID, *FULL_SIZE)
-"""What `--config` takes."""
+"""Names that `--config` accepts."""
 DYNAMIC_SHARE = 0.1
-"""Share of the patches that a random model is made to keep in dynamic mode: the paper's tenth."""
+"""Share of the patches that a random model keeps in dynamic mode after `sharpen`: the paper's tenth."""
 SHARPNESS = (1, 4, 16, 64, 256, 1024)
 
 _MID_TEXT = {
@@ -27,7 +27,7 @@ _MID_TEXT = {
     "max_position_embeddings": 4096,
     "vocab_size": 32064,
 }
-# Vision tower and text encoder stand to the language model about as in LLaVA-1.5-7B; the grid is CLIP ViT-L/14-336's.
+# Vision tower and text encoder are in proportion to the language model as in LLaVA-1.5-7B; the grid is CLIP's.
 _MID_VISION = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6}
 _MID_ENCODER = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4}
 _MID_IMAGE_TOKEN = 32000
@@ -37,7 +37,7 @@ def named_config(name: str, preset: str) -> LlavaRecCompConfig | LlavaNextRecCom
     """The config of that name: `mid` (300 M parameters in the language model, 576 patches) or a published LLaVA's.
 
     Raises:
-        ValueError: No such name.
+        ValueError: The name is unknown.
     """
     if name not in CONFIGS:
         raise ValueError(f"Unknown configuration {name!r}; known ones are {', '.join(CONFIGS)}.")
@@ -60,7 +60,7 @@ def random_model(config: Any, device: torch.device, dtype: torch.dtype, seed: in
     from transformers import AutoModelForImageTextToText
 
     torch.manual_seed(seed)
-    with device:  # a copy, since transformers writes the dtype into what it is given
+    with device:  # a copy, because transformers writes the dtype into the config
         model = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=dtype)
     return model.to(device, dtype).eval()
 
@@ -69,15 +69,15 @@ def random_model(config: Any, device: torch.device, dtype: torch.dtype, seed: in
 def sharpen(model: Any, inputs: dict[str, Any], share: float = DYNAMIC_SHARE) -> float:
     """Scale the query that gives the saliency, so that the dynamic mode keeps about that share of the patches.
 
-    Random weights look at all patches alike, and where no patch stands out next to none is kept.
+    With random weights the attention is almost uniform: no patch stands out, and nearly none is kept.
 
     Args:
-        model: One with random weights; its vision tower is changed.
-        inputs: What it is asked, see `batches`.
-        share: In (0, 1).
+        model: A model with random weights; its vision tower is changed.
+        inputs: Inputs of the model, see `batches`.
+        share: Share of the patches to keep, in (0, 1).
 
     Returns:
-        The factor.
+        The factor that the query was scaled by.
     """
     tower = model.model.vision_tower
     layers = getattr(tower, "vision_model", tower).encoder.layers

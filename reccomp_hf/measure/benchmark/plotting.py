@@ -15,10 +15,10 @@ _COLORS = {STOCK: "0.55", OURS: "C0", ORACLE: "C2"}
 
 
 def plot_comparison(name: str, facts: Mapping[str, Any]) -> Figure:
-    """Prefill and decoding time of the three contenders, a panel per batch size, with quartiles.
+    """Plot prefill and decoding time of the three contenders, a panel per batch size, with quartiles.
 
     Raises:
-        ImportError: matplotlib is missing.
+        ImportError: matplotlib is not installed.
     """
     sizes = list(dict.fromkeys(row["batch_size"] for row in facts["rows"]))
     figure = new_figure(3.8 * len(sizes) + 1, 6.4)

@@ -1,4 +1,4 @@
-"""What the stages of a prefill take, from the ranges that the model's code marks for torch's profiler."""
+"""Seconds of the stages of a prefill, from the ranges that the model's code marks for torch's profiler."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def stage_seconds(work: Callable[[], Any], device: torch.device) -> Measures:
     """Do the work once under the profiler.
 
     Returns:
-        Seconds by stage, the prefix taken off: from its first kernel to the end of its last one on a GPU, of the host
-        elsewhere. Stages may lie in one another. `"whole"` is all of it, and `REST` what lies in no stage. The
-        profiler takes time itself, so these are not to be compared with times taken without it. Empty where the
-        profiler saw no range on the GPU.
+        Seconds by stage, without the prefix: on a GPU from a stage's first kernel to the end of its last one,
+        elsewhere the host's. Stages may be nested. `"whole"` is the sum of everything, and `REST` the time outside of
+        all stages. The profiler takes time itself, so these times cannot be compared with unprofiled ones. Empty
+        where the profiler saw no range on the GPU.
     """
 
     def marked() -> None:
@@ -47,7 +47,7 @@ def stage_seconds(work: Callable[[], Any], device: torch.device) -> Measures:
 
 
 def _lies_in_any(event: dict[str, Any], others: Sequence[dict[str, Any]]) -> bool:
-    """Whether another range of the same thread or stream encloses this one."""
+    """Check whether another range of the same thread or stream encloses this one."""
 
     def ends(one: dict[str, Any]) -> float:
         return float(one["ts"]) + float(one["dur"])

@@ -1,4 +1,4 @@
-"""Timing that can be compared: contenders take turns, and a ratio is one of times that were taken side by side."""
+"""Comparable times: contenders take turns, and a ratio is taken between turns of one round."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 Result = TypeVar("Result")
 Measures = dict[str, float]
-"""What one turn of a contender came to: name of a measure -> its value."""
+"""The results of one turn of a contender: name of a measure -> value."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Spread:
     """Values of several rounds.
 
     Args:
-        values: One per round, in their order.
+        values: One value per round, in the order of the rounds.
     """
 
     values: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The value that half of the rounds stay below."""
+        """The median."""
         return self._quantile(0.5)
 
     @property
@@ -44,14 +44,14 @@ class Spread:
         """The ratio to another contender's value, round by round.
 
         Raises:
-            ValueError: Another number of rounds.
+            ValueError: The numbers of rounds differ.
         """
         if len(self.values) != len(other.values):
             raise ValueError(f"Ratios need equally many rounds, got {len(self.values)} and {len(other.values)}.")
         return Spread(tuple(ours / theirs for ours, theirs in zip(self.values, other.values, strict=True)))
 
     def scaled(self, factor: float) -> Spread:
-        """Every value times a factor."""
+        """Every value multiplied by a factor."""
         return Spread(tuple(value * factor for value in self.values))
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,15 +63,15 @@ class Spread:
 
 
 class Stopwatch:
-    """Seconds that work takes on a device: by CUDA events on a GPU, by a clock elsewhere.
+    """Measures the seconds of work on a device: by CUDA events on a GPU, by a clock elsewhere.
 
     Args:
-        device: Where the work runs.
-        cpu_time: Count the CPU seconds of this process, those of all its threads together, and not the time that
-            passes: other processes on a busy machine then disturb less. Not for a GPU.
+        device: The device that the work runs on.
+        cpu_time: Count the CPU seconds of this process, summed over its threads, instead of wall-clock time: other
+            processes on a busy machine then disturb less. Not for a GPU.
 
     Raises:
-        ValueError: CPU seconds of a GPU.
+        ValueError: `cpu_time` on a GPU.
     """
 
     def __init__(self, device: torch.device, cpu_time: bool = False) -> None:
@@ -82,7 +82,7 @@ class Stopwatch:
         self._now = time.process_time if cpu_time else time.perf_counter
 
     def time(self, work: Callable[[], Result]) -> tuple[float, Result]:
-        """Do the work once; the seconds until the device is done with it, and what it returned."""
+        """Do the work once; return the seconds until the device has finished, and the result of the work."""
         if self.device.type != "cuda":
             began = self._now()
             result = work()
@@ -103,12 +103,12 @@ def interleave(
     """Let contenders take turns, round after round: a, b, c, then c, b, a, so that none always follows the same one.
 
     Args:
-        contenders: Name -> what takes one turn.
-        rounds: How often each takes its turn.
+        contenders: Name -> function that takes one turn.
+        rounds: Number of turns of each contender.
         step: Called after every turn, for a progress bar.
 
     Returns:
-        By contender and measure, the values of all rounds.
+        The values of all rounds by contender and measure.
 
     Raises:
         ValueError: Fewer than one round.
@@ -124,7 +124,7 @@ def interleave(
 
 
 def gather(turns: Sequence[Measures]) -> dict[str, Spread]:
-    """Several turns' measures, by measure."""
+    """Collect the values of several turns by measure."""
     return {measure: Spread(tuple(turn[measure] for turn in turns)) for measure in turns[0]}
 
 

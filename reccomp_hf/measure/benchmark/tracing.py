@@ -1,4 +1,4 @@
-"""What torch's profiler saw of some work, as events of its trace."""
+"""The trace of torch's profiler as a list of events."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def trace(work: Callable[[], Any], device: torch.device, memory: bool = False) -
     """Do the work once under the profiler, to its end on the device.
 
     Args:
-        work: What it returns is dropped.
-        device: Where it runs.
-        memory: Record what is allocated and freed.
+        work: The work; its result is dropped.
+        device: The device that the work runs on.
+        memory: Record allocations.
 
     Returns:
         Events in the format of Chrome's traces; `"ts"` and `"dur"` in microseconds.

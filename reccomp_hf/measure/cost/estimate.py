@@ -32,7 +32,7 @@ from .operators import (
 def prefill_cost(
     config: Any, tokens: int, *, hardware: str | Hardware = "A100", dtype: str = "fp16", batch: int = 1
 ) -> Cost:
-    """The language model's reading of `batch` prompts of `tokens` tokens, the head on the last one of each.
+    """Cost of the language model's prefill of `batch` prompts of `tokens` tokens, with the head on each last token.
 
     With LLaVA-1.5-7B at 636 and 116 tokens (60 of text and 576 or 56 visual ones) on an A100 it gives the paper's
     table. Vision tower and text encoder are not in it, see [`vision_cost`].
@@ -41,14 +41,14 @@ def prefill_cost(
         config: A LLaVA config, stock or ours.
         tokens: Tokens per prompt, visual ones included.
         hardware: A name in `HARDWARE` or a [`Hardware`].
-        dtype: `"fp16"`, `"int8"` or `"int4"`: the width of weights, activations and cache alike.
-        batch: Prompts.
+        dtype: `"fp16"`, `"int8"` or `"int4"`, the type of weights, activations and cache.
+        batch: Number of prompts.
 
     Returns:
         A [`Cost`]: `.flops`, `.seconds`, `.traffic_bytes`, `.activation_bytes` and the `.operators`.
 
     Raises:
-        ValueError: Unknown hardware or dtype, fewer than one token or prompt.
+        ValueError: Hardware or dtype is unknown, or `tokens` or `batch` is below 1.
     """
     return _language_cost(config, tokens, tokens, hardware, dtype, batch)
 
@@ -56,14 +56,14 @@ def prefill_cost(
 def decode_cost(
     config: Any, tokens: int, *, hardware: str | Hardware = "A100", dtype: str = "fp16", batch: int = 1
 ) -> Cost:
-    """One further token of each of `batch` rows, with `tokens` tokens in the cache, itself included.
+    """Cost of one further token for each of `batch` rows, with `tokens` tokens in the cache, the new one included.
 
     Args:
         config: A LLaVA config, stock or ours.
         tokens: Tokens that the new one attends to.
         hardware: A name in `HARDWARE` or a [`Hardware`].
         dtype: `"fp16"`, `"int8"` or `"int4"`.
-        batch: Rows.
+        batch: Number of rows.
 
     Raises:
         ValueError: As for [`prefill_cost`].
@@ -81,16 +81,16 @@ def vision_cost(
     section: TokenRecoveryConfig | None = None,
     hardware: str | Hardware = "A100",
 ) -> dict[str, Cost]:
-    """Everything in front of the language model, in 16 bit; the choice of tokens is left out, see the module.
+    """Cost of everything in front of the language model but the choice of tokens, in 16 bit.
 
     Args:
         config: A LLaVA config, stock or ours.
-        tokens: Visual tokens per prompt that the projector gets. A method that reads projected features has all
-            patches projected besides.
+        tokens: Visual tokens per prompt that the projector reads. For a method that reads projected features the cost
+            of projecting all patches is added.
         tiles: Tiles per prompt; 1 for LLaVA-1.5.
-        windows: Windows of the question, each as long as the text encoder reads.
-        batch: Prompts.
-        section: The token recovery; `None` for the stock model.
+        windows: Windows of the question, each of the text encoder's length.
+        batch: Number of prompts.
+        section: The settings of token recovery; `None` for the stock model.
         hardware: A name in `HARDWARE` or a [`Hardware`].
 
     Returns:
@@ -122,30 +122,30 @@ def compare_costs(
     batch: int = 1,
     picture: tuple[int, int] = PICTURE,
 ) -> dict[str, Any]:
-    """The stock model beside the compressed one, a row each, on one accelerator.
+    """Compare the stock model with the compressed one on one accelerator.
 
     Args:
-        config: A config of ours; its section says what is computed besides.
-        visual_tokens: Counts to compare, newlines apart; `None` takes the section's own.
+        config: A config of a compressed LLaVA.
+        visual_tokens: Numbers of visual tokens to compare, without newlines; `None` takes that of the settings.
         hardware: A name in `HARDWARE`.
         dtype: `"fp16"`, `"int8"` or `"int4"`.
         text_tokens: Tokens of a prompt that are not visual.
-        batch: Prompts, a picture each.
-        picture: Width and height in pixels; read for LLaVA-NeXT only.
+        batch: Number of prompts, an image each.
+        picture: Width and height of the image in pixels; used for LLaVA-NeXT only.
 
     Returns:
         Plain numbers for a table or JSON: `"rows"`, the stock model first, with tokens, FLOPs, seconds, bytes and
-        ratios to it; `"parameters"`; and what was assumed. LLaVA-NeXT's newlines are counted as if all rows kept one.
+        ratios to it; `"parameters"`; and the assumptions. LLaVA-NeXT's newlines are counted as if all rows kept one.
 
     Raises:
-        ValueError: Unknown hardware or dtype, counts below 1 or above what the picture has.
+        ValueError: Hardware or dtype is unknown, or a count is below 1 or above the image's number of patches.
     """
     section, device = config.token_recovery, get_hardware(hardware)
     tiles, patches, newlines = picture_tokens(config, picture)
     counts = [compressed_tokens(config, section, picture)] if visual_tokens is None else visual_tokens
     for count in counts:
         if not 1 <= count <= patches:
-            raise ValueError(f"visual tokens must be 1 to {patches}, which the picture has, got {count}.")
+            raise ValueError(f"visual tokens must be 1 to {patches}, the image's number of patches, got {count}.")
     _at_least_one(batch=batch)
     if text_tokens < 1:
         raise ValueError(f"text tokens must be at least 1, got {text_tokens}.")
@@ -169,7 +169,7 @@ def compare_costs(
 
 
 RATIOS = ("prefill_flops", "prefill_seconds", "first_token_seconds", "kv_cache_bytes", "largest_batch")
-"""Entries of a row of [`compare_costs`] that are also given as shares of the stock model's."""
+"""Entries of a row of [`compare_costs`] that are also given as ratios to the stock model's."""
 
 
 def _row(

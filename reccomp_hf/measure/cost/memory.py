@@ -12,9 +12,9 @@ from .hardware import Hardware, get_hardware, get_width
 from .operators import Stack
 
 USABLE = 0.9
-"""Share of an accelerator's memory that a model may fill; the rest is the runtime's and fragmentation."""
+"""Share of an accelerator's memory that a model may fill; the rest is left to the runtime and to fragmentation."""
 NEW_TOKENS = 64
-"""Tokens of an answer for which the largest batch keeps room."""
+"""Length of the answer, in tokens, that the largest batch has room for."""
 
 
 def kv_cache_bytes(config: Any, tokens: int, dtype: str = "fp16") -> float:
@@ -24,7 +24,7 @@ def kv_cache_bytes(config: Any, tokens: int, dtype: str = "fp16") -> float:
 
 
 def parameter_counts(config: Any) -> dict[str, int]:
-    """Parameters by part, from the config alone: those of the model that the config builds.
+    """Number of parameters by part of the model that the config describes.
 
     Returns:
         `"vision_tower"`, `"projector"` (with the newline), `"language_model"`, `"token_recovery"` and `"total"`.
@@ -63,19 +63,19 @@ def largest_batch(
 ) -> int:
     """Number of prompts that fit next to the weights, with room for an answer; 0 if the weights alone do not fit.
 
-    Counted are the weights (the language model's in `dtype`, the rest in 16 bit), each row's key-value cache and the
-    widest activations of one layer, in `USABLE` of the memory. Attention is taken not to store its scores.
+    The weights (the language model's in `dtype`, the rest in 16 bit), each row's key-value cache and the widest
+    activations of one layer have to fit into `USABLE` of the memory. Attention is assumed not to store its scores.
 
     Args:
         config: A LLaVA config, stock or ours.
         tokens: Tokens per prompt, visual ones included.
         hardware: A name in `HARDWARE` or a [`Hardware`].
         dtype: `"fp16"`, `"int8"` or `"int4"`.
-        new_tokens: Length of the answer.
-        stock: Leave CLIP's text side out.
+        new_tokens: Length of the answer in tokens.
+        stock: Leave out CLIP's text side.
 
     Raises:
-        ValueError: Unknown hardware or dtype.
+        ValueError: Hardware or dtype is unknown.
     """
     device = get_hardware(hardware)
     stack, width = Stack.of(config.text_config, gated=True), get_width(dtype)
@@ -84,7 +84,7 @@ def largest_batch(
 
 
 def weight_bytes(config: Any, dtype: str = "fp16", *, stock: bool = False) -> float:
-    """Bytes of the weights: the language model's in `dtype`, the others in 16 bit; `stock` leaves CLIP's text out."""
+    """Bytes of the weights: the language model's in `dtype`, others in 16 bit; `stock` leaves out CLIP's text side."""
     counts = parameter_counts(config)
     others = counts["vision_tower"] + counts["projector"] + (0 if stock else counts["token_recovery"])
     return counts["language_model"] * get_width(dtype) + others * get_width("fp16")

@@ -19,13 +19,13 @@ class Operator:
     """One computation that loads its inputs from memory and stores its result there.
 
     Args:
-        name: What it is.
+        name: Name of the computation.
         operations: Floating-point operations; a multiplication and an addition are two.
-        weights: Weight elements it reads.
-        reads: Activation elements it reads.
-        writes: Activation elements it stores.
-        cache: Elements of the key-value cache that it reads or stores.
-        repeats: How often it runs, once per layer say.
+        weights: Weight elements read.
+        reads: Activation elements read.
+        writes: Activation elements stored.
+        cache: Elements of the key-value cache read or stored.
+        repeats: Number of runs, for example one per layer.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Operator:
     repeats: int = 1
 
     def moved(self, width: float) -> float:
-        """Bytes from and to memory in one run, numbers being `width` bytes wide."""
+        """Bytes from and to memory in one run, for numbers of `width` bytes."""
         return (self.weights + self.reads + self.writes + self.cache) * width
 
     def seconds(self, hardware: Hardware, dtype: str) -> float:
@@ -47,12 +47,12 @@ class Operator:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """A lower bound on what operators cost on an accelerator, and what they are.
+    """A lower bound on the cost of operators on an accelerator.
 
     Args:
-        operators: What runs.
-        hardware: Where.
-        dtype: In which numbers.
+        operators: The operators.
+        hardware: The accelerator.
+        dtype: The type of the numbers, a key of `DTYPES`.
     """
 
     operators: tuple[Operator, ...]
@@ -61,22 +61,22 @@ class Cost:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations, whatever the dtype."""
+        """Floating-point operations, independent of the dtype."""
         return sum(operator.operations * operator.repeats for operator in self.operators)
 
     @property
     def seconds(self) -> float:
-        """Sum of the operators' roofline times: no launch, no waiting, perfect kernels."""
+        """Sum of the operators' roofline times: perfect kernels, no launches, no waiting."""
         return sum(operator.seconds(self.hardware, self.dtype) * operator.repeats for operator in self.operators)
 
     @property
     def traffic_bytes(self) -> float:
-        """Bytes from and to memory (what the paper's table calls total memory)."""
+        """Bytes from and to memory (the paper's table calls this total memory)."""
         return sum(operator.moved(get_width(self.dtype)) * operator.repeats for operator in self.operators)
 
     @property
     def activation_bytes(self) -> float:
-        """Bytes of activations stored, one operator after the other; keys and values are the cache's."""
+        """Bytes of activations stored, summed over the operators; keys and values belong to the cache."""
         return sum(operator.writes * operator.repeats for operator in self.operators) * get_width(self.dtype)
 
 
@@ -85,13 +85,13 @@ class Stack:
     """A stack of transformer blocks.
 
     Args:
-        layers: Blocks.
+        layers: Number of blocks.
         width: Width of the hidden state.
         inner: Width inside the feed-forward part.
         heads: Attention heads.
         key_heads: Heads of keys and values; fewer under grouped-query attention.
         head_width: Width of a head.
-        gated: Whether the feed-forward part has a gate, as Llama's; CLIP's has none.
+        gated: Whether the feed-forward part has a gate, as in Llama; CLIP has none.
         cached: Whether keys and values are kept for later tokens.
     """
 
@@ -138,10 +138,10 @@ class Stack:
         }
 
     def operators(self, new: int, context: int, batch: int) -> list[Operator]:
-        """What the blocks do for `batch` rows of `new` tokens that attend to `context` tokens, their own included.
+        """The blocks' operators for `batch` rows of `new` tokens that attend to `context` tokens, their own included.
 
-        The accounting is that of LLM-Viewer (Yuan et al., arXiv 2402.16363), which the paper's table is made with.
-        Three of its simplifications are kept so that the table comes out: attention scores go through memory (eager
+        The accounting is that of LLM-Viewer (Yuan et al., arXiv 2402.16363), which the paper's table was made with.
+        Three of its simplifications are needed to reproduce the table: attention scores go through memory (eager
         attention), a residual addition reads one of its inputs, and the feed-forward activation is counted at the
         hidden width instead of the inner one (2 to 3 % of the bytes at 636 tokens).
         """
@@ -202,7 +202,7 @@ def projector_operators(config: Any, tokens: int) -> list[Operator]:
 
 
 def text_operators(encoder: dict[str, Any], windows: int) -> list[Operator]:
-    """CLIP's text encoder on `windows` windows of a question, each padded to what it reads at a time."""
+    """CLIP's text encoder on `windows` windows of a question, each padded to the encoder's length."""
     config = CLIPTextConfig(**encoder)
     length = config.max_position_embeddings
     head = linear("text projection", windows, config.hidden_size, config.projection_dim)

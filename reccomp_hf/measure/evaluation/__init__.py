@@ -1,4 +1,4 @@
-"""How good the answers are: accuracy, agreement with the uncompressed model, true token counts, intervals."""
+"""Quality of the answers: accuracy, agreement with the uncompressed model, true token counts, intervals."""
 
 from .plotting import plot_accuracy
 from .report import EvaluationReport, Interval, SettingResult

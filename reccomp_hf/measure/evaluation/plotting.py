@@ -1,4 +1,4 @@
-"""Accuracy against tokens, drawn."""
+"""A plot of accuracy against tokens."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _MARKERS = "osD^vP*X<>hp"
 def plot_accuracy(report: EvaluationReport, title: str = "") -> Figure:
     """Accuracy of every setting against its mean number of visual tokens, with intervals.
 
-    Settings that differ in their budget alone are one line. The first panel is the mean over the kinds of question,
-    the others are the kinds.
+    Settings that differ only in their budget form one line. The first panel shows the mean over the kinds of
+    question, the others one kind each.
 
     Args:
-        report: What `evaluate` returned.
-        title: Written above.
+        report: The result of `evaluate`.
+        title: Title of the figure.
 
     Returns:
-        A matplotlib figure; `figure.savefig("name.png")` writes it. pyplot is not touched.
+        A matplotlib figure; `figure.savefig("name.png")` writes it. pyplot is not used.
 
     Raises:
-        ImportError: matplotlib is missing.
+        ImportError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure
 

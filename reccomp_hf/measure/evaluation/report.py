@@ -1,4 +1,4 @@
-"""What an evaluation found, with intervals that know that questions on one picture belong together."""
+"""The results of an evaluation, with intervals that treat the questions on one image as dependent."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class SettingResult:
     """One setting's answers to all questions, in their order.
 
     Attributes:
-        name: The setting as it was written.
-        fields: What it overrides.
-        answers: As the model gave them.
-        right: bool, equal to an expected answer once both are normalised, see `normalize_answer`.
-        tokens: int, visual tokens that the language model read (LLaVA-NeXT's newlines included).
-        seconds_per_sample: Compression and generation, without preparing picture and prompt.
-        object_recall: Share of the asked object's patches that was kept as it is; not a number where unknown.
-        object_precision: Share of the kept patches that lies on the asked object.
+        name: The setting as the user wrote it.
+        fields: Fields of `token_recovery` that the setting overrides.
+        answers: The model's answers.
+        right: Whether each answer equals an expected one, both normalised by `normalize_answer`.
+        tokens: Visual tokens that the language model read for each question, LLaVA-NeXT's newlines included.
+        seconds_per_sample: Time of compression and generation, without preparing image and prompt.
+        object_recall: Share of the asked object's patches that was kept as it is; NaN where unknown.
+        object_precision: Share of the kept patches that lies on the asked object; NaN where unknown.
     """
 
     name: str
@@ -59,17 +59,17 @@ class SettingResult:
 class EvaluationReport:
     """All settings on the same questions.
 
-    Intervals are percentiles of a bootstrap over pictures, whose questions are drawn together. All settings share the
-    draws, so that differences are paired.
+    Intervals are percentiles of a bootstrap over images: all questions on a drawn image enter the draw. All settings
+    share the draws, so differences are paired.
 
     Attributes:
-        questions: What was asked.
-        kinds: Of each question.
-        pictures: Name of each question's picture.
-        results: By the setting's name.
+        questions: The questions.
+        kinds: The category of each question.
+        pictures: The name of each question's image.
+        results: Results by the name of the setting.
         reference: Name of the uncompressed setting.
-        resamples: Draws of the bootstrap.
-        seed: Of the draws.
+        resamples: Number of bootstrap draws.
+        seed: Seed of the draws.
     """
 
     questions: list[str]
@@ -96,12 +96,12 @@ class EvaluationReport:
         return self._interval(self._shares(np.array([ours == theirs for ours, theirs in pairs]), ALL))
 
     def difference(self, name: str, other: str, kind: str = MEAN) -> Interval:
-        """Accuracy of one setting minus that of another, on the same draws of pictures."""
+        """Accuracy of one setting minus that of another, on the same draws of images."""
         ours, theirs = (self._shares(self._result(which).right, kind) for which in (name, other))
         return self._interval(ours - theirs)
 
     def object_hit(self, name: str) -> tuple[Interval, Interval] | None:
-        """Mean recall and precision of the asked object's patches; `None` where they are not known."""
+        """Mean recall and precision of the asked object's patches; `None` where they are unknown."""
         result = self._result(name)
         known = ~np.isnan(result.object_precision) & ~np.isnan(result.object_recall)
         if not known.any():
@@ -111,7 +111,7 @@ class EvaluationReport:
         return recall, precision
 
     def to_dict(self, compare: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
-        """Figures and every answer as JSON values, with the differences of the pairs to compare."""
+        """Figures and all answers as JSON values, with the differences of the pairs in `compare`."""
         return {
             "questions": len(self.questions),
             "pictures": len(set(self.pictures)),
@@ -146,7 +146,7 @@ class EvaluationReport:
         }
 
     def markdown(self, compare: Sequence[tuple[str, str]] = ()) -> str:
-        """A table of the settings, and one of the pairs to compare."""
+        """A table of the settings, and one of the pairs in `compare`."""
         hits = any(self.object_hit(name) for name in self.results)
         head = ["setting", "visual tokens (10 to 90 %)", *self._columns, "agreement", "ms per question"]
         head += ["asked object kept", "kept on it"] if hits else []
@@ -194,7 +194,7 @@ class EvaluationReport:
 
     @functools.cached_property
     def _draws(self) -> tuple[npt.NDArray[np.int64], _Floats]:
-        """Number of each question's picture, and how often each picture is drawn: (1 + resamples, pictures).
+        """The index of each question's image, and how often each image is drawn: (1 + resamples, images).
 
         The first row is the sample itself.
         """
@@ -212,7 +212,7 @@ class EvaluationReport:
         return self._ratio(right, np.array([kind in (ALL, own) for own in self.kinds]))
 
     def _ratio(self, values: npt.NDArray[Any], counted: npt.NDArray[np.bool_]) -> _Floats:
-        """(1 + resamples,) mean of the values that count; not a number for a draw without any."""
+        """(1 + resamples,) mean of the values that count; NaN for a draw without any."""
         index, draws = self._draws
         sums, counts = (
             np.bincount(index, weights=weights, minlength=draws.shape[1]) for weights in (values * counted, counted)

@@ -1,4 +1,4 @@
-"""Asking a model every question under every setting."""
+"""Asks a model every question under every setting."""
 
 from __future__ import annotations
 
@@ -37,24 +37,24 @@ def evaluate(
 ) -> EvaluationReport:
     """Ask a compressed model every question, greedily and in batches, under every setting.
 
-    A picture is prepared and a prompt encoded once for all settings. The uncompressed model (`off`) always runs too,
-    since agreement is told against it.
+    Images are prepared and prompts encoded once for all settings. The uncompressed model (`off`) always runs too,
+    because agreement is measured against it.
 
     Args:
         model: A compressed LLaVA, in eval mode.
-        processor: Its processor.
-        samples: What is asked, see `demo_samples` and `load_samples`.
-        settings: See `parse_setting`.
-        batch_size: Questions read at once; it changes the time, and rounding at most.
-        max_new_tokens: Longest answer.
-        instruction: Appended to each question in the prompt (not in what CLIP reads), on a line of its own.
-        progress: Show a progress bar; `None` where stderr is a terminal.
+        processor: The model's processor.
+        samples: Questions and answers, see `demo_samples` and `load_samples`.
+        settings: Settings to compare, see `parse_setting`.
+        batch_size: Number of questions per batch; it affects the time, and the answers by rounding at most.
+        max_new_tokens: Longest answer in tokens.
+        instruction: Text appended to each question in the prompt on a line of its own; CLIP does not read it.
+        progress: Whether to show a progress bar; `None` shows it where stderr is a terminal.
 
     Returns:
         An [`EvaluationReport`].
 
     Raises:
-        ValueError: No samples, an impossible setting or batch size.
+        ValueError: There are no samples, or a setting or the batch size is not valid.
     """
     if not samples or batch_size < 1:
         raise ValueError(f"There must be samples and a batch size >= 1, got {len(samples)} samples and {batch_size}.")
@@ -69,7 +69,7 @@ def evaluate(
             batch = samples[start : start + batch_size]
             inputs = _Inputs(encode_samples(processor, batch, instruction).to(model.device, model.dtype))
             for run in runs.values():
-                if start == 0:  # what the first call of all costs is not the setting's
+                if start == 0:  # warm up
                     run.ask(model, processor, inputs, batch, max_new_tokens=1)
                 run.take(batch, *run.ask(model, processor, inputs, batch, max_new_tokens))
                 bar.update()
@@ -83,14 +83,14 @@ def evaluate(
 
 
 class _Inputs:
-    """A batch; its pictures go through the vision tower once for all settings that read the same hidden states."""
+    """A batch; the vision tower runs once for all settings that read the same hidden states."""
 
     def __init__(self, tensors: Any) -> None:
         self.tensors = tensors
         self._encoded: dict[frozenset[int], tuple[EncodedImages, float]] = {}
 
     def of(self, model: Any, fields: dict[str, Any]) -> tuple[dict[str, Any], float]:
-        """Arguments of a call with these settings, and the seconds that their share of the vision tower took."""
+        """Arguments of a call with these fields, and the seconds that the vision tower took for them."""
         section = model.config.token_recovery.replace(fields)
         if not section.enabled:
             return dict(self.tensors), 0.0
@@ -137,14 +137,14 @@ class _Run:
     def take(
         self, batch: Sequence[Sample], answers: list[str], tokens: list[int], hits: list[tuple[float, float]], s: float
     ) -> None:
-        """Keep what `ask` found."""
+        """Keep the results of `ask`."""
         self.answers += answers
         self.tokens += tokens
         self.hits += hits
         self.seconds += s
 
     def result(self, samples: Sequence[Sample]) -> SettingResult:
-        """All of it."""
+        """The results of all batches."""
         given = zip(self.answers, samples, strict=True)
         right = [normalize_answer(answer) in map(normalize_answer, sample.answers) for answer, sample in given]
         hits = np.array(self.hits, dtype=float)
@@ -165,22 +165,22 @@ def _position_ids(model: Any, fields: dict[str, Any]) -> str:
 
 
 def _now(model: Any) -> float:
-    """Seconds, once the device has done what it was given."""
+    """The time in seconds, taken when the device has finished its work."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()
 
 
 def _hits(batch: Sequence[Sample], tokens: list[int], record: TokenRecoveryOutput | None) -> list[tuple[float, float]]:
-    """Of every row: the share of the asked object's patches that is kept, and of kept patches that lie on it.
+    """Recall and precision of every row: kept share of the asked object's patches, share of kept patches on it.
 
-    Not a number where it is not known what is asked about, where a picture has several tiles, or where nothing is kept
-    as it is. A patch is the object's if its middle lies in the object's box.
+    NaN where the object is unknown, where an image has several tiles, or where no patch is kept as it is. A patch
+    belongs to the object if its centre lies in the object's box.
     """
     unknown = (math.nan, math.nan)
     if not any(sample.box for sample in batch) or (record is not None and len(record.counts) != len(batch)):
         return [unknown] * len(batch)
-    patches = tokens[0] if record is None else record.cluster.shape[1]  # the uncompressed model keeps all
+    patches = tokens[0] if record is None else record.cluster.shape[1]  # the uncompressed model keeps all patches
     kept = torch.ones(len(batch), patches, dtype=torch.bool)
     if record is not None:
         kept = record.kept_mask.cpu()
@@ -196,7 +196,7 @@ def _hits(batch: Sequence[Sample], tokens: list[int], record: TokenRecoveryOutpu
 
 
 def _patches_in(box: tuple[float, float, float, float], side: int) -> Any:
-    """(side * side,) bool, patches whose middle lies in a box."""
+    """(side * side,) bool, patches whose centre lies in a box."""
     middles = (np.arange(side) + 0.5) / side
     left, top, right, bottom = box
     across, down = ((low <= middles) & (middles < high) for low, high in ((left, right), (top, bottom)))

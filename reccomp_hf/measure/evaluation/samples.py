@@ -1,4 +1,4 @@
-"""What is asked: held-out scenes of the demo, or rows of a file or folder with the answers."""
+"""Questions with their answers: on held-out scenes of the demo, or from the rows of a file or folder."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _COLUMNS = ("image", "question")
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A question about a picture.
+    """A question about an image.
 
     Attributes:
-        image: The picture, or what opens it.
-        picture: Names the picture; questions with one name are resampled together.
-        question: Not empty.
-        answers: Any of them is right; one or more.
-        kind: Of question; accuracy is told for every kind.
-        box: (left, top, right, bottom) of what is asked about as shares of the picture, where that is known.
+        image: The image, or a function that opens it.
+        picture: The image's name; the bootstrap resamples all questions of one name as a unit.
+        question: The question, not empty.
+        answers: One or more answers, any of which is right.
+        kind: Question category; accuracy is reported per category.
+        box: (left, top, right, bottom) of the object asked about as shares of the image, or `None` if unknown.
     """
 
     image: Image.Image | Callable[[], Image.Image] = dataclasses.field(repr=False)
@@ -41,7 +41,7 @@ class Sample:
     box: tuple[float, float, float, float] | None = None
 
     def open(self) -> Image.Image:
-        """The picture in RGB."""
+        """The image in RGB."""
         image = self.image if isinstance(self.image, Image.Image) else self.image()
         return image if image.mode == "RGB" else image.convert("RGB")
 
@@ -56,11 +56,11 @@ def demo_samples(limit: int | None = 2000, skip: int = 0) -> list[Sample]:
     """Questions on the demo's evaluation scenes, which no demo model was trained on.
 
     Args:
-        limit: How many questions; the last scene may lack some of its own.
-        skip: Scenes to pass over, for choosing settings on other scenes than those that are reported.
+        limit: Number of questions; some questions of the last scene may be left out.
+        skip: Number of scenes to skip, so that settings can be chosen on other scenes than the reported ones.
 
     Raises:
-        ValueError: Not a positive limit, or more than there are scenes.
+        ValueError: The limit is not positive, or `skip` exceeds the number of scenes.
     """
     if limit is None or limit < 1 or not 0 <= skip < len(EVALUATION_SEEDS):
         raise ValueError(f"The demo's questions need a limit >= 1 and a skip >= 0, got {limit} and {skip}.")
@@ -81,18 +81,18 @@ def _shares(box: tuple[int, int, int]) -> tuple[float, float, float, float]:
 
 
 def load_samples(source: str | Path, limit: int | None = None) -> list[Sample]:
-    """Read questions and check all of them: every picture is opened once before any work is done.
+    """Read questions and check all of them: every image is opened once before any work starts.
 
     Args:
         source: A JSON-lines file with rows `{"image": path, "question": ..., "answers": [...], "kind": ...}`, the
-            path relative to the file, `answers` perhaps a single string (or `answer`), `kind` optional; or a Parquet
+            path relative to the file, `answers` a list or one string (or `answer`), `kind` optional; or a Parquet
             file or a folder with the same columns, see [`open_rows`].
-        limit: The first so many rows.
+        limit: Number of rows to read from the start; `None` for all.
 
     Raises:
-        ValueError: A row that lacks something, with its number.
-        OSError: A file that cannot be read.
-        ImportError: A folder or a Parquet file, and `datasets` is not installed.
+        ValueError: A row is incomplete or not valid; the message gives its number.
+        OSError: A file cannot be read.
+        ImportError: `source` is a folder or a Parquet file, and `datasets` is not installed.
     """
     rows = open_rows(source, limit)
     rows.require(*_COLUMNS)

@@ -1,7 +1,7 @@
-"""The settings that an evaluation compares, and how they are written: `NAME[:BUDGET][+field=value...]`.
+"""The settings that an evaluation compares, written as `NAME[:BUDGET][+field=value...]`.
 
-A name is one of `NAMES`, or a registered method's. `visual` is the paper's own first stage, as in the README's tables;
-FasterVLM, which is the method `"visual"`, differs in layer and heads and goes by `fastervlm`.
+A name is one of `NAMES` or the name of a registered method. `visual` is the paper's own first stage, as in the
+README's tables; FasterVLM, which is the method `"visual"`, differs in layer and heads and is named `fastervlm`.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ NAMES: dict[str, dict[str, Any]] = {
     # The stock model: every token.
     "off": {"enabled": False},
     **PRESETS,
-    # One of the paper's stages alone, without merging; what differs between the first two is the choice alone.
+    # One of the paper's stages alone, without merging; the first two differ in nothing but the choice.
     "visual": {**_STAGES, "text_share": 0.0},
     "text": {**_STAGES, "text_share": 1.0},
-    # Evenly spread tokens. Like means of cells, they stand for a place of the picture, and keep its position.
+    # Evenly spread tokens. Like means of cells, they stand for a place in the image, and keep its position.
     "coverage": {**_STAGES, "coverage_share": 1.0, "position_ids": "original"},
     "pool": {"method": "pooling", "position_ids": "original"},
     "fastervlm": {"method": "visual"},
 }
-"""Fields of `token_recovery` that a name stands for; what it does not name has its default, not the checkpoint's."""
+"""Name -> fields of `token_recovery`; a field that is not listed has its default, not the checkpoint's value."""
 
 OFF = "off"
 DEFAULT_SETTINGS = "off,paper,balanced:0.1,text:0.1,visual:0.1,coverage:0.1,random:0.1,pool:0.1"
 
-_STAGES_ALONE = ("visual", "text", "coverage")
+_SINGLE_STAGES = ("visual", "text", "coverage")
 _CLOSING = {"{": "}", "[": "]"}
-_NOT_OVERRIDDEN = ("version", "text_encoder_config")  # they belong to the weights
+_NOT_OVERRIDDEN = ("version", "text_encoder_config")  # they depend on the weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Setting:
     """One way to compress.
 
     Attributes:
-        name: As it was written.
-        fields: What overrides the checkpoint's section in a call.
+        name: The setting as the user wrote it.
+        fields: Fields that override the checkpoint's section in a call.
     """
 
     name: str
@@ -56,12 +56,12 @@ class Setting:
 
     @property
     def is_off(self) -> bool:
-        """Whether it is the uncompressed model."""
+        """Whether the setting is the uncompressed model."""
         return self.fields.get("enabled") is False
 
 
 def named_settings() -> dict[str, dict[str, Any]]:
-    """What every name stands for: `NAMES`, and each other registered method with its own defaults."""
+    """Fields by name: `NAMES`, and every other registered method with its own defaults."""
     return {**NAMES, **{name: {"method": name} for name in method_names() if name not in NAMES}}
 
 
@@ -69,12 +69,12 @@ def parse_setting(text: str) -> Setting:
     """Read a setting.
 
     Args:
-        text: `NAME`, a key of `NAMES` or a method; then perhaps `:BUDGET`, an int, a share in (0, 1] or `dynamic`;
+        text: `NAME`, a key of `NAMES` or a method; optionally `:BUDGET`, an int, a share in (0, 1] or `dynamic`;
             then any number of `+field=value`, the value as JSON or a plain word. For example
             `text:16+text_relevance=value` or `prumerge:dynamic+method_options={"neighbors":16}`.
 
     Raises:
-        ValueError: An unknown name or field, or values that do not fit together.
+        ValueError: An unknown name or field, or values that contradict each other.
     """
     head, *parts = _split(text.strip(), "+")
     name, colon, budget = head.partition(":")
@@ -106,35 +106,35 @@ def parse_setting(text: str) -> Setting:
 
 
 def parse_settings(text: str | Iterable[str | Setting]) -> list[Setting]:
-    """Read several settings, separated by commas or one by one; one that is named twice counts once.
+    """Read several settings, separated by commas or one by one; duplicates are dropped.
 
     Raises:
-        ValueError: As `parse_setting`, or there is none.
+        ValueError: The list is empty, or as for `parse_setting`.
     """
     parts = _split(text, ",") if isinstance(text, str) else list(text)
     settings = [part if isinstance(part, Setting) else parse_setting(part) for part in parts if part]
     if not settings:
-        raise ValueError(f"No setting was named, got {text!r}; write for example {DEFAULT_SETTINGS}.")
+        raise ValueError(f"The list of settings is empty, got {text!r}; write for example {DEFAULT_SETTINGS}.")
     return list({setting.name: setting for setting in settings}.values())
 
 
 def _needs_a_budget(name: str, fields: dict[str, Any]) -> bool:
-    return name in _STAGES_ALONE or ("method" in fields and get_method(fields["method"]).budget == "required")
+    return name in _SINGLE_STAGES or ("method" in fields and get_method(fields["method"]).budget == "required")
 
 
 def _split(text: str, separator: str) -> list[str]:
     """Split at separators that stand outside of JSON's braces, brackets and strings."""
     parts, quoted = [""], False
-    open_ones: list[str] = []
+    closing: list[str] = []
     for place, letter in enumerate(text):
-        quoted ^= letter == '"' and bool(open_ones) and text[place - 1] != "\\"
-        if letter == separator and not open_ones:
+        quoted ^= letter == '"' and bool(closing) and text[place - 1] != "\\"
+        if letter == separator and not closing:
             parts.append("")
             continue
         if not quoted and letter in _CLOSING:
-            open_ones.append(_CLOSING[letter])
-        elif not quoted and open_ones and letter == open_ones[-1]:
-            open_ones.pop()
+            closing.append(_CLOSING[letter])
+        elif not quoted and closing and letter == closing[-1]:
+            closing.pop()
         parts[-1] += letter
     return parts
 
@@ -145,7 +145,7 @@ def _value(text: str, setting: str) -> Any:
     with contextlib.suppress(json.JSONDecodeError):
         return json.loads(text)
     try:
-        return float(text)  # .5, which is no JSON
+        return float(text)  # .5 is not JSON
     except ValueError:
         return text
 
