@@ -11,27 +11,29 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.loading import load
-from ..serving.answering import Service, server_parts
-from ..serving.pictures import PictureReader
-from ..serving.server import build_app, http_server, listen, url_of
-from .common import add_command, quiet, say
-from .models import add_model_options, fields_of
+from .options import add_checkpoint, add_command, add_model_options, section_fields
+from .output import say
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
+    from ..checkpoints.loading import load
+    from ..checkpoints.quiet import quiet
+    from ..serving.answering import Service, server_parts
+    from ..serving.pictures import PictureReader
+    from ..serving.server import build_app, http_server, listen, url_of
+
     server_parts()  # before anything is loaded
     listener = listen(arguments.host, arguments.port)
     with listener, quiet(progress_bars=sys.stderr.isatty()):
-        model, processor = load(arguments.model, fields_of(arguments), arguments.device, arguments.dtype)
+        model, processor = load(arguments.model, section_fields(arguments), arguments.device, arguments.dtype)
         name, *aliases = names_of(arguments.model)
         service = Service(name, model, processor, aliases)
         server = http_server(build_app(service, PictureReader(arguments.allow_urls)), service)
         _log()
         say(f"Serving {name} on {url_of(listener)} (Ctrl-C ends it).")
         if not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback:
-            say("Whoever reaches this address can use it: no key is asked for.")
+            say("No API key is required: anyone who can reach this address can use it.")
         with contextlib.suppress(KeyboardInterrupt):  # raised once more where a shell has not switched it off
             server.run(sockets=[listener])
         say("Stopped.")
@@ -66,11 +68,11 @@ def register(commands: Any) -> None:
         " ./llava-reccomp --budget 64",
         " demo --port 8001 --preset paper",
     )
-    command.add_argument("model", metavar="MODEL", help="a compressed checkpoint: folder, Hub id, demo or demo-global")
-    command.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
+    add_checkpoint(command)
     command.add_argument(
-        "--port", type=int, default=8000, metavar="N", help="port to listen on, 0 for a free one (8000)"
+        "--host", default="127.0.0.1", help="address to listen on; 127.0.0.1 is reachable from this machine only"
     )
+    command.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on, 0 for a free one")
     command.add_argument(
         "--allow-urls",
         action="append",
