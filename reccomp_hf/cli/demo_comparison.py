@@ -71,9 +71,7 @@ def draw(
 def _count(record: TokenRecoveryOutput) -> dict[str, Any]:
     """Numbers of tokens that stand for the image, by stage."""
     patches, total = record.cluster.numel(), int(record.counts.sum())
-    kept = {name: int(getattr(record, f"{name}_mask").sum()) for name in ("visual", "text", "coverage")}
-    merged = total - sum(kept.values())
-    return {**kept, "merged": merged, "total": total, "of": patches, "share": round(total / patches, 4)}
+    return {**record.stage_counts(), "total": total, "of": patches, "share": round(total / patches, 4)}
 
 
 __all__ = ["compare", "draw"]

@@ -36,7 +36,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Help with the description's own lines, and with the default of every option that has one worth printing."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, "", UNSET) or isinstance(action.default, (bool, list)):
+        if action.default in (None, "", [], UNSET) or isinstance(action.default, bool):
             return action.help
         return super()._get_help_string(action)
 

@@ -9,55 +9,29 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from tqdm import tqdm
 
-from ..demo import TRAIN_SEEDS, draw_scene, questions
-from ..measure.evaluation.report import MEAN, EvaluationReport, SettingResult, _table
+from ..data.progress import progress_bar
+from ..demo import TRAIN_SEEDS
+from ..demo.training_rows import SceneQuestions
+from ..measure.evaluation.report import MEAN, EvaluationReport, SettingResult
 from ..measure.evaluation.running import evaluate
 from ..measure.evaluation.samples import Sample, demo_samples
 from ..measure.evaluation.settings import OFF, Setting, parse_setting
+from ..measure.tables import markdown_table
 
 DEFAULT_SETTING = (
     "paper:0.1+text_relevance=value+visual_layer=-2+coverage_share=0.5+merged_tokens=0+position_ids=original"
 )
 UNTRAINED, COMPRESSED, UNCOMPRESSED = "untrained", "trained compressed", "trained uncompressed"
 WAYS = (COMPRESSED, UNCOMPRESSED)
-
-
-class SceneQuestions(torch.utils.data.Dataset[dict[str, Any]]):
-    """One question of each scene with its answer, as the rows that TRL's collator reads.
-
-    Args:
-        seeds: Of the scenes; which of a scene's questions is asked follows from its seed.
-    """
-
-    def __init__(self, seeds: Sequence[int]) -> None:
-        self.seeds = seeds
-
-    def __len__(self) -> int:
-        return len(self.seeds)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        seed = self.seeds[index]
-        scene = draw_scene(seed)
-        asked = questions(scene, seed)
-        question = asked[int(np.random.default_rng([seed]).integers(len(asked)))]
-        return {
-            "images": [scene.image],
-            "prompt": [{"role": "user", "content": question.text}],
-            "completion": [{"role": "assistant", "content": question.answer}],
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +146,7 @@ class FinetuningReport:
                 cells = [_spread(self.accuracies(way, kind, suffix)) for kind in kinds]
                 by_seed = ", ".join(f"{value:.3f}" for value in self.accuracies(way, MEAN, suffix))
                 rows.append([way, "all tokens" if suffix else "the budget", *cells, by_seed])
-        return "\n".join(_table(rows))
+        return "\n".join(markdown_table(rows))
 
 
 def finetune(
@@ -213,18 +187,19 @@ def finetune(
     seconds: dict[str, float] = {}
     report = _asked(model, processor, setting, samples, UNTRAINED)
     trainings = [(way, seed) for seed in seeds for way in ways]
-    disable = None if progress is None else not progress
-    for way, seed in tqdm(trainings, desc="trainings", file=sys.stderr, disable=disable):
-        name = f"{way}, seed {seed}"
-        learner = copy.deepcopy(model)
-        learner.config.token_recovery = learner.config.token_recovery.replace(
-            {"enabled": False} if way == UNCOMPRESSED else setting.fields
-        )
-        last = TRAIN_SEEDS.stop - seed * number  # the demo models were trained on the first ones
-        began = time.perf_counter()
-        adapted = train_lora(learner, processor, SceneQuestions(range(last - number, last)), recipe, seed)
-        seconds[name] = time.perf_counter() - began
-        report.results |= _asked(adapted.merge_and_unload(), processor, setting, samples, name).results
+    with progress_bar(len(trainings), "trainings", progress) as bar:
+        for way, seed in trainings:
+            name = f"{way}, seed {seed}"
+            learner = copy.deepcopy(model)
+            learner.config.token_recovery = learner.config.token_recovery.replace(
+                {"enabled": False} if way == UNCOMPRESSED else setting.fields
+            )
+            last = TRAIN_SEEDS.stop - seed * number  # the demo models were trained on the first ones
+            began = time.perf_counter()
+            adapted = train_lora(learner, processor, SceneQuestions(range(last - number, last)), recipe, seed)
+            seconds[name] = time.perf_counter() - began
+            report.results |= _asked(adapted.merge_and_unload(), processor, setting, samples, name).results
+            bar.update()
     return FinetuningReport(report, seeds, list(ways), seconds)
 
 
@@ -247,28 +222,29 @@ def _spread(values: Sequence[float]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, ask and print the table."""
     from ..checkpoints.loading import load
-    from ..cli.common import quiet, say
-    from ..cli.models import check_file
+    from ..checkpoints.quiet import quiet
+    from ..cli.options import HelpFormatter, add_checkpoint, add_device, add_json_file, count
+    from ..cli.output import say, write_results
 
     recipe = Recipe()
     parser = argparse.ArgumentParser(
         prog="python -m reccomp_hf.experiments.finetuning",
+        formatter_class=HelpFormatter,
         description="Trains LoRA on the demo's scenes with and without compression and prints accuracy on others.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a compressed checkpoint: folder, Hub id, demo or demo-global")
-    parser.add_argument("--setting", default=DEFAULT_SETTING, metavar="SETTING", help=f"({DEFAULT_SETTING})")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(0 1 2)")
-    parser.add_argument("--steps", type=int, default=recipe.steps, metavar="N", help=f"({recipe.steps})")
+    add_checkpoint(parser)
+    parser.add_argument("--setting", default=DEFAULT_SETTING, metavar="SETTING", help="the compressed setting")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="one training each")
+    parser.add_argument("--steps", type=count, default=recipe.steps, metavar="N", help="training steps")
+    parser.add_argument("--batch-size", type=count, default=recipe.batch_size, metavar="N", help="rows per step")
     parser.add_argument(
-        "--batch-size", type=int, default=recipe.batch_size, metavar="N", help=f"({recipe.batch_size})"
+        "--learning-rate", type=float, default=recipe.learning_rate, metavar="RATE", help="peak learning rate"
     )
-    rate = recipe.learning_rate
-    parser.add_argument("--learning-rate", type=float, default=rate, metavar="RATE", help=f"({rate})")
-    parser.add_argument("--compressed-only", action="store_true", help="leave the training on all tokens out")
-    parser.add_argument("--limit", type=int, default=600, metavar="N", help="held-out questions (600)")
+    parser.add_argument("--compressed-only", action="store_true", help="skip the training on all tokens")
+    parser.add_argument("--limit", type=count, default=600, metavar="N", help="held-out questions")
     parser.add_argument("--skip", type=int, default=0, metavar="N", help="pass over the first N held-out scenes")
-    parser.add_argument("--json", type=check_file, metavar="FILE", help="write everything as JSON")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
+    add_json_file(parser)
+    add_device(parser)
     arguments = parser.parse_args(argv)
     setting = parse_setting(arguments.setting)
     recipe = Recipe(arguments.steps, arguments.batch_size, arguments.learning_rate)
@@ -279,14 +255,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     pictures = len({sample.picture for sample in samples})
     say(f"{arguments.model}, {setting.name}: {len(samples)} questions on {pictures} held-out scenes; {recipe}", "")
     say(report.markdown())
-    if arguments.json:
-        facts = {"model": arguments.model, "setting": setting.name, **dataclasses.asdict(recipe), **report.to_dict()}
-        Path(arguments.json).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        say("", f"Wrote {arguments.json}.")
+    facts = {"model": arguments.model, "setting": setting.name, **dataclasses.asdict(recipe)}
+    write_results(arguments, lambda: {**facts, **report.to_dict()})
     return 0
 
 
-__all__ = ["FinetuningReport", "Recipe", "SceneQuestions", "finetune", "train_lora"]
+__all__ = ["FinetuningReport", "Recipe", "finetune", "train_lora"]
 
 if __name__ == "__main__":
     raise SystemExit(main())
