@@ -223,7 +223,7 @@ def test_errors_before_anything_is_loaded(error):
 def test_the_command_serves_until_it_is_interrupted():
     import openai
 
-    command = [sys.executable, "-m", "reccomp_hf.cli.main", "serve", "--port", "0", "--budget", "20"]
+    command = [sys.executable, "-m", "reccomp_hf", "serve", "--port", "0", "--budget", "20"]
     command += ["--allow-urls", "b.example", "--allow-urls", "a.example", "demo"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:

@@ -20,8 +20,8 @@ from reccomp_hf.checkpoints.cards import (
     write_card,
 )
 from reccomp_hf.checkpoints.cards.content import field_descriptions, field_rows, recipe
-from reccomp_hf.cli.common import setting
 from reccomp_hf.cli.main import main
+from reccomp_hf.cli.options import setting
 from reccomp_hf.core.configuration import TokenRecoveryConfig
 from reccomp_hf.core.methods.registry import get_method, method_names
 from reccomp_hf.core.settings import PRESETS

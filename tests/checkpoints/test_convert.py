@@ -236,7 +236,7 @@ def test_push_follows_when_the_folder_is_there(run, sources, tmp_path, monkeypat
         pushed.append((folder, repo, settings))
         return SimpleNamespace(url="the address", repo="me/model", branch="next")
 
-    monkeypatch.setattr("reccomp_hf.cli.convert.push", push)
+    monkeypatch.setattr("reccomp_hf.checkpoints.hub.push", push)
     arguments = [*sources, tmp_path / "out", "--push", "me/model"]
     code, out, _ = run(*arguments, "--private", "--revision", "next", "--dtype", "bfloat16")
     assert code == 0 and "Pushed to the address" in out and "from_pretrained('me/model', revision='next')" in out
