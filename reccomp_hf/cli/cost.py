@@ -12,7 +12,7 @@ from .output import line, say
 
 DEFAULT_CONFIG, DEFAULT_PRESET = "llava-1.5-7b", "balanced"
 
-# Entry of a row -> its name for a reader, the factor to its unit, and how it is printed.
+# Entry of a row -> label, factor to the label's unit, and number format.
 CELLS: dict[str, tuple[str, float, str]] = {
     "visual_tokens": ("visual tokens", 1, ",d"),
     "prompt_tokens": ("prompt tokens", 1, ",d"),

@@ -61,12 +61,12 @@ def _sentence(facts: dict[str, Any], known: bool) -> str:
         f"model's answer to {same} of {len(answers)} questions"
     )
     if known:
-        asked = [answer for answer in answers if answer["expected"]]
-        right, full = (sum(a[name] == a["expected"] for a in asked) for name in ("compressed", "uncompressed"))
-        sentence += f", and the expected one to {right} of {len(asked)} (uncompressed: {full})"
+        checkable = [answer for answer in answers if answer["expected"]]
+        right, full = (sum(a[name] == a["expected"] for a in checkable) for name in ("compressed", "uncompressed"))
+        sentence += f", and the expected one to {right} of {len(checkable)} (uncompressed: {full})"
     if facts["seed"] is None:
         return f"{sentence}. This small model knows drawn shapes only; it does not understand other images."
-    if known and facts["seed"] == DEFAULT_SEED and right == full == len(asked):
+    if known and facts["seed"] == DEFAULT_SEED and right == full == len(checkable):
         return f"{sentence}. This scene was chosen because both do well on it; for others use --seed 1000001 and up."
     return f"{sentence}."
 
