@@ -202,7 +202,7 @@ def test_a_dry_run_finds_what_headers_tell(run, sources, tmp_path):
 def test_a_dry_run_needs_no_weights(run, sources, tmp_path):
     bare = [shutil.copytree(s, tmp_path / s.name, ignore=shutil.ignore_patterns("*.safetensors")) for s in sources]
     code, out, _ = run(*bare, tmp_path / "out", "--dry-run")
-    assert code == 0 and "they are looked at when converting" in " ".join(out.split())
+    assert code == 0 and "they are read when converting" in " ".join(out.split())
 
 
 # ---- options -------------------------------------------------------------------------------------------------------
