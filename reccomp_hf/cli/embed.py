@@ -40,7 +40,7 @@ class _Row:
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
     from ..checkpoints.convert import check_output
-    from ..checkpoints.loading import load
+    from ..checkpoints.loading import load_encoder
     from ..checkpoints.quiet import quiet
     from ..data.rows import open_rows
 
@@ -48,9 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_output(output)
     rows = _read(open_rows(arguments.data, arguments.limit))
     with quiet(progress_bars=sys.stderr.isatty()):
-        model, processor = load(
-            arguments.model, section_fields(arguments), arguments.device, arguments.dtype, encoder=True
-        )
+        model, processor = load_encoder(arguments.model, section_fields(arguments), arguments.device, arguments.dtype)
         parent = output.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=parent) as work:

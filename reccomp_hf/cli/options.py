@@ -212,8 +212,7 @@ def preset_fields(preset: str, **overrides: Any) -> dict[str, Any]:
     """
     from ..core.configuration import TokenRecoveryConfig
 
-    fields = TokenRecoveryConfig.from_preset(preset, **overrides).to_dict()
-    return {name: value for name, value in fields.items() if name != "text_encoder_config"}
+    return TokenRecoveryConfig.from_preset(preset, **overrides).overridable()
 
 
 def check_not_overwritten(source: str | None, outputs: Sequence[str | None]) -> None:

@@ -176,10 +176,10 @@ def test_info_refuses_what_is_not_ours(error, sources, tmp_path):
     assert f"stock LLaVA (model_type 'llava') without token recovery: `reccomp-hf convert {stock} " in error(
         "info", stock
     )
-    assert "no compressed LLaVA: its model_type is 'clip'" in error("info", clip)
+    assert "not a compressed LLaVA: its model_type is 'clip'" in error("info", clip)
     assert "no config.json" in error("info", tmp_path)
     assert "it is a file" in error("info", stock / "config.json")
-    assert "somebody/no-such-model is no folder" in error("info", "somebody/no-such-model")
+    assert "somebody/no-such-model is not a folder" in error("info", "somebody/no-such-model")
 
 
 @pytest.mark.parametrize("place", ["before", "after"])

@@ -274,7 +274,7 @@ def test_a_contender_that_did_not_run_leaves_a_dash():
         (["--config", "llava-2"], "invalid choice: 'llava-2' (choose from"),
         (["demo", "--budgets", "145", "--device", "cpu"], "an image has only 144 patches"),
         (["demo", "--repeats", "0"], "--repeats: expected a whole number of at least 1, got '0'"),
-        (["no/such/folder"], "no/such/folder is no folder"),
+        (["no/such/folder"], "no/such/folder does not exist"),
     ],
 )
 def test_errors_are_one_line(error, arguments, message):

@@ -310,7 +310,7 @@ def test_a_checkpoints_own_settings(run, tmp_path):
     [
         (["--visual-tokens", "577"], "visual tokens must be 1 to 576"),
         (["--text-tokens", "0"], "text tokens must be at least 1"),
-        (["no/such/folder"], "no/such/folder is no folder"),
+        (["no/such/folder"], "no/such/folder does not exist"),
     ],
 )
 def test_errors_are_one_line(run, arguments, message):

@@ -90,12 +90,11 @@ class _Asker:
         return self.model.config.token_recovery.replace(self.token_recovery)
 
     def fingerprint(self) -> dict[str, Any]:
-        fields = {name: value for name, value in self.section.to_dict().items() if name != "text_encoder_config"}
         return {
             "instruction": self.instruction,
             "max_new_tokens": self.max_new_tokens,
             "prompt": build_prompt(self.processor, "?", 1),
-            **{f"token_recovery.{name}": value for name, value in fields.items()},
+            **{f"token_recovery.{name}": value for name, value in self.section.overridable().items()},
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "model": model_digest(self.model),
         }
