@@ -75,28 +75,24 @@ def _read(rows: Rows) -> list[_Row]:
     Raises:
         ValueError: A row lacks a column, or an id is repeated.
     """
-    from ..data.rows import picture_of, question_of, shown
+    from ..data.rows import check_unique_id, id_of, picture_of, question_of
 
     rows.require("image", "question")
     read: list[_Row] = []
-    places: dict[str | int, str] = {}
+    first: dict[str | int, int] = {}
     for number in range(len(rows)):
         where = rows.where(number)
         try:
             row = rows[number]
-            question, name = question_of(row.get("question")), row.get("id")
-            name = number if name is None else name
-            if not isinstance(name, str | int):
-                raise ValueError(f"id must be a string or an integer, got {shown(name)}.")
+            question = question_of(row.get("question"))
+            row_id = number if row.get("id") is None else id_of(row["id"])
             picture = picture_of(row.get("image"), rows.base)
             if picture.size() is None:
                 picture.open()  # says what is wrong
+            check_unique_id(row_id, number, first, rows)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        if name in places:
-            raise ValueError(f"{where}: the id {shown(name)} is that of {places[name]} too.")
-        places[name] = where
-        read.append(_Row(where, name, question, picture))
+        read.append(_Row(where, row_id, question, picture))
     return read
 
 

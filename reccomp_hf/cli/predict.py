@@ -28,12 +28,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
     from ..checkpoints.loading import load
     from ..checkpoints.quiet import quiet
-    from ..engines.predict import Columns, checked_rows, predict, process_state
+    from ..engines.predict import Columns, open_data, predict, process_state
 
     state = process_state(arguments.device)
     columns = Columns(arguments.image_column, arguments.question_column, arguments.id_column, arguments.question)
     options = {name: getattr(arguments, name) for name in ("limit", "overwrite", "batch_size", "max_new_tokens")}
-    checked_rows(arguments.data, arguments.output, columns, **options)
+    open_data(arguments.data, arguments.output, columns, **options)
     with quiet():
         model, processor = load(arguments.model, section_fields(arguments), _device(state, arguments), arguments.dtype)
         what = (model, processor, arguments.data, arguments.output)

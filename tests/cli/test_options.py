@@ -48,7 +48,7 @@ def test_a_default_equals_its_original():
     assert choices.EVAL_SETTINGS == evaluation.DEFAULT_SETTINGS
     assert choices.PREDICT_BATCH_SIZE == predict.DEFAULT_BATCH_SIZE
     assert choices.PREDICT_NEW_TOKENS == predict.DEFAULT_NEW_TOKENS
-    assert choices.PREDICT_ID_COLUMN == predict.questions.DEFAULT_ID_COLUMN
+    assert choices.PREDICT_ID_COLUMN == predict.DEFAULT_ID_COLUMN
 
 
 # ---- values --------------------------------------------------------------------------------------------------------
