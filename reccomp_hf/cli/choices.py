@@ -49,6 +49,3 @@ EVAL_METHODS = (
     "pooling_3x3",
     "base_tile",
 )
-
-PREDICT_BATCH_SIZE, PREDICT_NEW_TOKENS = 16, 64  # engines.predict.DEFAULT_BATCH_SIZE and DEFAULT_NEW_TOKENS
-PREDICT_ID_COLUMN = "id"  # engines.predict.DEFAULT_ID_COLUMN

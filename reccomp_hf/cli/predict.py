@@ -8,7 +8,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .choices import PREDICT_BATCH_SIZE, PREDICT_ID_COLUMN, PREDICT_NEW_TOKENS
+from ..engines.predict.defaults import DEFAULT_BATCH_SIZE, DEFAULT_ID_COLUMN, DEFAULT_NEW_TOKENS
 from .options import (
     add_answer_options,
     add_checkpoint,
@@ -116,10 +116,10 @@ def register(commands: Any) -> None:
     command.add_argument(
         "--id-column",
         metavar="NAME",
-        help=f"column that identifies rows (default: {PREDICT_ID_COLUMN} if it exists, else the row's number)",
+        help=f"column that identifies rows (default: {DEFAULT_ID_COLUMN} if it exists, else the row's number)",
     )
     command.add_argument("--limit", type=count, metavar="N", help="the first N rows (default: all)")
-    add_answer_options(command, PREDICT_BATCH_SIZE, PREDICT_NEW_TOKENS)
+    add_answer_options(command, DEFAULT_BATCH_SIZE, DEFAULT_NEW_TOKENS)
     add_model_options(command)
     command.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -10,7 +10,6 @@ from reccomp_hf.checkpoints import loading
 from reccomp_hf.checkpoints.conversion import shards
 from reccomp_hf.cli import choices, options
 from reccomp_hf.core import counting
-from reccomp_hf.engines import predict
 from reccomp_hf.measure import benchmark, cost, evaluation, published
 
 # ---- lists ---------------------------------------------------------------------------------------------------------
@@ -46,9 +45,6 @@ def test_a_default_equals_its_original():
     assert choices.DYNAMIC == benchmark.DYNAMIC
     assert choices.EVAL_BATCH_SIZE == evaluation.DEFAULT_BATCH_SIZE
     assert choices.EVAL_SETTINGS == evaluation.DEFAULT_SETTINGS
-    assert choices.PREDICT_BATCH_SIZE == predict.DEFAULT_BATCH_SIZE
-    assert choices.PREDICT_NEW_TOKENS == predict.DEFAULT_NEW_TOKENS
-    assert choices.PREDICT_ID_COLUMN == predict.DEFAULT_ID_COLUMN
 
 
 # ---- values --------------------------------------------------------------------------------------------------------
