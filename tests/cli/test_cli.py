@@ -104,7 +104,7 @@ def test_info_on_tokens(run, architecture, tmp_path):
         saved["token_recovery"] |= {"enabled": True, **fields}
         (folder / "config.json").write_text(json.dumps(saved))
         notes[name] = json.loads(run("info", folder, "--json")[1])["tokens_per_image"]
-    assert "picture and the question" in notes["dynamic"]["note"] and notes["dynamic"]["after"] is None
+    assert "image and the question" in notes["dynamic"]["note"] and notes["dynamic"]["after"] is None
     assert notes["count"]["after"] == 8
     assert "enabled is false" in notes["off"]["note"] and notes["off"]["before"] == notes["off"]["after"]
     if architecture.name == "llava":
@@ -178,7 +178,7 @@ def test_info_refuses_what_is_not_ours(error, sources, tmp_path):
     )
     assert "not a compressed LLaVA: its model_type is 'clip'" in error("info", clip)
     assert "no config.json" in error("info", tmp_path)
-    assert "it is a file" in error("info", stock / "config.json")
+    assert "is a file; name the folder" in error("info", stock / "config.json")
     assert "somebody/no-such-model is not a folder" in error("info", "somebody/no-such-model")
 
 
