@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Trains a demo checkpoint, or resumes where training stopped.",
         formatter_class=HelpFormatter,
     )
-    parser.add_argument("--model", required=True, choices=MODELS, help="demo: its CLIP learns where the objects are")
+    parser.add_argument("--model", required=True, choices=MODELS, help="demo: its CLIP is trained with boxes")
     parser.add_argument("--output", required=True, type=Path, help="folder of the run; its final/ is the checkpoint")
     parser.add_argument("--cache", type=Path, help="folder of drawn scenes, to share (default: cache/ in the output)")
     parser.add_argument("--scale", default="small", choices=SCALES, help="llava-1.5: 24 x 24 patches, for a GPU")
