@@ -55,7 +55,7 @@ def logits_of(name):
 def test_one_command_and_a_stranger(hub, sources, tmp_path):
     home, output = tmp_path / "home", tmp_path / "out"
     options = ["--set", "budget=24", "--push", "me/model", "--private", "--revision", "b24"]
-    done = run(hub, home, "-m", "reccomp_hf.cli.main", "convert", *sources, output, *options)
+    done = run(hub, home, "-m", "reccomp_hf", "convert", *sources, output, *options)
     assert f"{hub.url}/me/model/tree/b24" in done.stdout
     repo = hub.repos["me/model"]
     assert repo.private and len(repo.history("b24")) == 2 and len(repo.history("main")) == 1

@@ -381,7 +381,7 @@ def test_a_tiled_model_is_evaluated_from_a_file(tmp_path, capsys):
     assert cli.main([str(argument) for argument in arguments]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert "6 questions on 3 pictures" in out and "| stored:20 minus off |" in out and "asked object" not in out
+    assert "6 questions on 3 images" in out and "| stored:20 minus off |" in out and "asked object" not in out
     facts = json.loads((tmp_path / "out.json").read_text())
     assert facts["settings"].keys() == {"off", "stored:20", "pool:20", "random:0.1"}
     assert facts["settings"]["off"]["tokens"]["min"] > 200
