@@ -14,7 +14,7 @@ import tiny
 import torch
 import transformers
 from architectures import ARCHITECTURES, ROWS, SETTINGS, call, each_architecture
-from paths import DATA, ROOT, SUPPORT
+from paths import DATA, INSTALLED, SUPPORT
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files, get_relative_imports
 
@@ -144,7 +144,7 @@ def test_what_remote_code_saves_is_what_it_was_loaded_from(architecture, writer,
 
 def test_package_and_remote_code_in_one_process(folders, tmp_path):
     chosen = {name: folder for name, folder in folders.items() if name.endswith("saved")}
-    results = run_child("installed", chosen, tmp_path, [str(SUPPORT), str(ROOT)], lambda name: FEW)
+    results = run_child("installed", chosen, tmp_path, [str(SUPPORT), str(INSTALLED)], lambda name: FEW)
     for result in results.values():
         trusted = "package" if transformers.__version__ >= "5" else "remote"  # 5.x prefers what is registered
         package = ("package",) * 3
