@@ -6,8 +6,8 @@ import torch
 from architectures import (
     CACHE,
     METHODS,
+    MODEL_SETTINGS,
     ROWS,
-    SETTINGS,
     assert_same_records,
     each_architecture,
     each_setting,
@@ -126,7 +126,7 @@ def test_loss_and_logits_are_of_the_shortened_sequence(architecture, setting, si
 @each_architecture
 def test_settings_of_the_config_act_as_settings_of_a_call(architecture):
     batch = architecture.encode()
-    for setting in (SETTINGS["spread"], SETTINGS["method authors"]):
+    for setting in (MODEL_SETTINGS["spread"], MODEL_SETTINGS["method authors"]):
         model = architecture.build(**setting)
         with torch.no_grad():
             called = architecture.compressed()(**batch, token_recovery=setting).logits

@@ -77,7 +77,7 @@ def test_a_section_is_a_mapping(architecture, value):
 
 
 # Settings that only a model can refuse.
-MODEL_SETTINGS = {
+REFUSED_BY_A_MODEL = {
     "method": (
         {"method": "magic"},
         "Unknown token_recovery.method 'magic'; known methods are 'recoverable', 'authors'",
@@ -88,7 +88,7 @@ MODEL_SETTINGS = {
 
 
 @each_architecture
-@pytest.mark.parametrize(("fields", "message"), MODEL_SETTINGS.values(), ids=MODEL_SETTINGS)
+@pytest.mark.parametrize(("fields", "message"), REFUSED_BY_A_MODEL.values(), ids=REFUSED_BY_A_MODEL)
 def test_settings_beyond_the_model(architecture, fields, message):
     with pytest.raises(ValueError, match=message):
         architecture.build(**fields)

@@ -11,9 +11,9 @@ from next_model import (
     MIXED,
     NEXT,
     PATCHES,
-    SETTINGS,
     SIZES,
     TEXTS,
+    TILE_SETTINGS,
     each_setting,
     encode,
     layout_and_states,
@@ -33,7 +33,7 @@ each_text_and_batch = pytest.mark.parametrize(
     ("text", "rows"), [*(("llama", name) for name in BATCHES), ("mistral", "mixed"), ("mistral", "several")]
 )
 each_text_and_setting = pytest.mark.parametrize(
-    ("text", "name"), [*(("llama", name) for name in SETTINGS), ("mistral", "paper"), ("mistral", "spread")]
+    ("text", "name"), [*(("llama", name) for name in TILE_SETTINGS), ("mistral", "paper"), ("mistral", "spread")]
 )
 
 
@@ -80,7 +80,7 @@ def test_placeholders_are_counted_as_upstream_counts_them():
 @torch.no_grad()
 @each_text_and_setting
 def test_a_row_of_a_mixed_batch_is_its_single_run(text, name):
-    model, rows, setting = TEXTS[text].compressed(), (*MIXED, ("thin",)), SETTINGS[name]
+    model, rows, setting = TEXTS[text].compressed(), (*MIXED, ("thin",)), TILE_SETTINGS[name]
     batch = encode(rows)
     records, ids = model.recover(**batch, token_recovery=setting), generate(model, batch, token_recovery=setting)
     short, _ = model.compress_inputs(**batch, token_recovery=setting)

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from architectures import LLAVA, each_side, generate, greedy_by_hand
-from next_model import MIXED, NEXT, SETTINGS, encode, layout_and_states, picture
+from next_model import MIXED, NEXT, TILE_SETTINGS, encode, layout_and_states, picture
 
 import reccomp_hf
 from reccomp_hf.checkpoints.cards.content import field_rows
@@ -14,7 +14,7 @@ from reccomp_hf.core.layout import NEWLINE
 
 NONE = {"newlines": "none"}
 # Pooling's tokens are all merged ones and have no row.
-FIXED = {name: fields for name, fields in SETTINGS.items() if "budget" in fields and name != "pooling"}
+FIXED = {name: fields for name, fields in TILE_SETTINGS.items() if "budget" in fields and name != "pooling"}
 each_fixed = pytest.mark.parametrize("setting", FIXED.values(), ids=FIXED)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import (
     MASKS,
-    SETTINGS,
+    RECOVERY_FIELDS,
     Case,
     check_against_oracle,
     make_case,
@@ -65,7 +65,7 @@ def is_dynamic(fields: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("text", [True, False], ids=["text", "no_text"])
-@pytest.mark.parametrize("fields", SETTINGS, ids=str)
+@pytest.mark.parametrize("fields", RECOVERY_FIELDS, ids=str)
 def test_equals_the_oracle(fields: dict[str, Any], text: bool, dtype: torch.dtype) -> None:
     case = make_case(dtype=dtype)
     case = case if text else case.without_text()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import (
     MASKS,
-    SETTINGS,
+    RECOVERY_FIELDS,
     Case,
     check_against_oracle,
     make_case,
@@ -99,7 +99,7 @@ def test_text_recovery_limited_to_outliers_leaves_the_others_to_coverage() -> No
     assert not flat.recover(TokenRecoveryConfig(text_limit="outliers", **fields)).text_mask.any()
 
 
-@pytest.mark.parametrize("fields", SETTINGS, ids=str)
+@pytest.mark.parametrize("fields", RECOVERY_FIELDS, ids=str)
 def test_masks_are_disjoint_and_add_up_to_the_tokens(fields: dict[str, Any]) -> None:
     output = make_case().recover(TokenRecoveryConfig(**fields))
     total = sum(getattr(output, name).long() for name in MASKS)
@@ -108,7 +108,7 @@ def test_masks_are_disjoint_and_add_up_to_the_tokens(fields: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("fields", SETTINGS, ids=str)
+@pytest.mark.parametrize("fields", RECOVERY_FIELDS, ids=str)
 def test_kept_tokens_are_their_features_bit_for_bit_in_raster_order(
     fields: dict[str, Any], dtype: torch.dtype
 ) -> None:
@@ -125,7 +125,7 @@ def test_kept_tokens_are_their_features_bit_for_bit_in_raster_order(
         assert torch.equal(output.cluster[b, centres], len(places) + torch.arange(len(centres)))
 
 
-@pytest.mark.parametrize("fields", SETTINGS, ids=str)
+@pytest.mark.parametrize("fields", RECOVERY_FIELDS, ids=str)
 def test_a_row_does_not_depend_on_its_neighbours(fields: dict[str, Any]) -> None:
     case, config = make_case(batch=4), TokenRecoveryConfig(**fields)
     output = case.recover(config)
@@ -316,7 +316,7 @@ def test_coverage_alone_starts_at_the_first_valid_patch() -> None:
 def test_the_inputs_are_left_as_they_were() -> None:
     case = make_case()
     before = [x.clone() for x in vars(case).values()]
-    for fields in SETTINGS:
+    for fields in RECOVERY_FIELDS:
         case.recover(TokenRecoveryConfig(**fields))
     assert all(torch.equal(x, old) for x, old in zip(vars(case).values(), before, strict=True))
 

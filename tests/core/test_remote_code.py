@@ -13,7 +13,7 @@ import remote_child
 import tiny
 import torch
 import transformers
-from architectures import ARCHITECTURES, ROWS, SETTINGS, call, each_architecture
+from architectures import ARCHITECTURES, MODEL_SETTINGS, ROWS, call, each_architecture
 from paths import DATA, INSTALLED, SUPPORT
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files, get_relative_imports
@@ -22,8 +22,8 @@ import reccomp_hf
 from reccomp_hf.core import remote_code
 from reccomp_hf.core.remote_code import write_remote_code
 
-ALL = {**SETTINGS, **{name: {"method": name} for name in ("pooling_2x2", "base_tile")}}
-FEW = {name: SETTINGS[name] for name in ("paper", "spread")}
+ALL = {**MODEL_SETTINGS, **{name: {"method": name} for name in ("pooling_2x2", "base_tile")}}
+FEW = {name: MODEL_SETTINGS[name] for name in ("paper", "spread")}
 UNASKED = ("slow image processor", "AutoModelForVision2Seq", "Device set to use")  # what 4.57 logs in any case
 ROWS_OF_CALL = {"text": call(ROWS)["text"], "images": len(call(ROWS)["images"])}
 HEADS = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForMultimodalLM")

@@ -30,7 +30,7 @@ ROWS: tuple[Row, ...] = (
     ("Say hello.", 0),
     (LONG_QUESTION, 1),  # two windows of the text encoder
 )
-SETTINGS: dict[str, dict[str, Any]] = {
+MODEL_SETTINGS: dict[str, dict[str, Any]] = {
     "paper": {},
     "heads": {"visual_heads": "mean"},
     "budget": {"budget": 24},
@@ -52,7 +52,7 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "divprune": ({"budget": 0.2}, ("coverage",)),
     "cdpruner": ({"budget": 16, "position_ids": "original"}, ("text",)),
 }
-SETTINGS |= {f"method {name}": {"method": name, **fields} for name, (fields, _) in METHODS.items()}
+MODEL_SETTINGS |= {f"method {name}": {"method": name, **fields} for name, (fields, _) in METHODS.items()}
 _PARAMETERS = inspect.signature(LlavaForConditionalGeneration.forward).parameters
 CACHE = "cache" if "cache" in _PARAMETERS else "past_key_values"
 """What this transformers calls the key-value cache, in calls and outputs."""
@@ -182,7 +182,7 @@ LLAVA_NEXT = Architecture(
 ARCHITECTURES = (LLAVA, LLAVA_NEXT)
 
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda row: row.name)
-each_setting = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+each_setting = pytest.mark.parametrize("setting", MODEL_SETTINGS.values(), ids=MODEL_SETTINGS)
 each_side = pytest.mark.parametrize("side", ["left", "right"])
 
 

@@ -144,4 +144,4 @@ LIMITED = [
     for budget, share, m in ((1, 1.0, 0), (20, 1.0, 0), (0.37, 0.5, 4), (99, 1.0, 3), (100, 1.0, 0))
     for limit, by in (("outliers", "content"), ("outliers", "place"), ("share", "content"))
 ]
-SETTINGS = [*DYNAMIC, *BUDGETS, *SHARES, *LIMITED]
+RECOVERY_FIELDS = [*DYNAMIC, *BUDGETS, *SHARES, *LIMITED]
