@@ -17,19 +17,13 @@ from ..measure.benchmark import (
     CONFIGS,
     DYNAMIC,
     check_gpu,
-    choosing_text,
     compare,
-    compare_choosing,
     comparison_text,
     largest_batches,
-    measure_scaling,
     named_config,
     noise_batch,
-    plot_choosing,
     plot_comparison,
-    plot_scaling,
     random_model,
-    scaling_text,
     scene_batch,
     sharpen,
 )
@@ -43,14 +37,6 @@ def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
     rounds = {} if arguments.repeats is None else {"rounds": arguments.repeats}
     shared = {**rounds, "cpu_time": arguments.cpu_time}
-    if arguments.selection or arguments.scaling:
-        measure = compare_choosing if arguments.selection else measure_scaling
-        facts = measure(seed=arguments.seed, **shared)
-        text, figure = (
-            (choosing_text(facts), plot_choosing) if arguments.selection else (scaling_text(facts), plot_scaling)
-        )
-        _finish(arguments, facts, text, figure)
-        return
     with quiet():
         name, model, inputs_of = _contender(arguments)
         if arguments.largest_batch:
@@ -80,23 +66,16 @@ def register(commands: Any) -> None:
         "Times a model on prompts with pictures, in turns within one process: the stock model; ours; and the\n"
         "oracle, the limit, which is the stock vision tower and the short prompt's embeddings for nothing.\n"
         "Ratios are taken within a round and come with their quartiles. A --config has random weights, so\n"
-        "nothing is downloaded; its dynamic counts are set to about a tenth. Two other modes time the choice of\n"
-        "tokens alone, on one CPU thread: --selection against loops with scikit-learn and of every method, --scaling\n"
-        "over sizes.",
+        "nothing is downloaded; its dynamic counts are set to about a tenth.",
         " demo --batch-sizes 1,8 --budgets dynamic,16",
         " --config mid --device cpu --json bench.json --plot bench.png",
         " --config llava-1.5-7b --device cuda --dtype bfloat16 --batch-sizes 1,8,32 --largest-batch",
-        " --selection",
     )
     what = command.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "model", metavar="MODEL", nargs="?", help="a compressed checkpoint: folder, Hub id, demo or demo-global"
     )
     what.add_argument("--config", metavar="NAME", help=f"random weights; one of {', '.join(CONFIGS)}")
-    what.add_argument(
-        "--selection", action="store_true", help="recover_tokens against loops, and each method, at (576, 1024)"
-    )
-    what.add_argument("--scaling", action="store_true", help="recover_tokens over batch, tiles and patches")
     command.add_argument("--preset", choices=PRESETS, help=f"settings of a --config ({DEFAULT_PRESET})")
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
     command.add_argument(
@@ -117,9 +96,7 @@ def register(commands: Any) -> None:
         help=f"tokens per image, shares of its patches, or dynamic ({_list(BUDGETS)})",
     )
     command.add_argument("--new-tokens", type=int, default=16, metavar="N", help="tokens to decode (16)")
-    command.add_argument(
-        "--repeats", type=int, metavar="N", help="rounds of turns (7; 15 of --selection, 9 of --scaling)"
-    )
+    command.add_argument("--repeats", type=int, metavar="N", help="rounds of turns (7)")
     command.add_argument(
         "--image-size", type=picture_size, metavar="WxH", help="of the pictures; tiles depend on it (640x480)"
     )

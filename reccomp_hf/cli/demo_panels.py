@@ -162,9 +162,7 @@ def draw(
 def _count(record: TokenRecoveryOutput) -> dict[str, Any]:
     """How many tokens stand for the picture, and why."""
     patches, total = record.cluster.numel(), int(record.counts.sum())
-    kept = {name: int(getattr(record, f"{name}_mask").sum()) for name in ("visual", "text", "coverage")}
-    merged = total - sum(kept.values())
-    return {**kept, "merged": merged, "total": total, "of": patches, "share": round(total / patches, 4)}
+    return {**record.stage_counts(), "total": total, "of": patches, "share": round(total / patches, 4)}
 
 
 def report(facts: dict[str, Any]) -> str:

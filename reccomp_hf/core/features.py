@@ -50,6 +50,11 @@ class TokenRecoveryOutput:
         """(B, N) bool, patches that enter the sequence as they are."""
         return self.visual_mask | self.text_mask | self.coverage_mask
 
+    def stage_counts(self) -> dict[str, int]:
+        """Tokens of all rows by stage: `visual`, `text`, `coverage` and `merged`. Reads from the device."""
+        kept = {name: int(getattr(self, f"{name}_mask").sum()) for name in ("visual", "text", "coverage")}
+        return {**kept, "merged": int(self.counts.sum()) - sum(kept.values())}
+
     def split(self, tiles: list[int]) -> list[TokenRecoveryOutput]:
         """One output per image, of as many rows as the image has tiles. Reads the counts from the device."""
         counts, start, outputs = self.counts.tolist(), 0, []

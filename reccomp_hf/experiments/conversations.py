@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from tqdm import tqdm
 
 from ..conversation.conversation import MODES, Conversation
+from ..data.progress import progress_bar
 from ..demo import EVALUATION_SEEDS, draw_scene
 from ..demo.scene_questions import (
     Question,
@@ -31,9 +30,10 @@ from ..demo.scene_questions import (
     shape_question,
 )
 from ..demo.scenes import SceneObject, generator
-from ..measure.evaluation.report import EvaluationReport, SettingResult, _table
+from ..measure.evaluation.report import EvaluationReport, SettingResult
 from ..measure.evaluation.samples import normalize_answer
 from ..measure.evaluation.settings import OFF, Setting, parse_setting, parse_settings
+from ..measure.tables import markdown_table
 
 DEFAULT_SETTINGS = "balanced:16,text:16+position_ids=original"
 FIGURES = ("visual_tokens", "recovered", "prefilled", "cache_length", "milliseconds")
@@ -150,7 +150,7 @@ class ConversationReport:
         for run in runs:
             cells = [" / ".join(f"{self.mean(run, figure, turn):.1f}" for turn in self.turns) for figure in FIGURES]
             rows.append([run, *cells])
-        return "\n\n".join("\n".join(_table(rows)) for rows in [*tables, rows])
+        return "\n\n".join("\n".join(markdown_table(rows)) for rows in [*tables, rows])
 
 
 @dataclasses.dataclass
@@ -228,13 +228,7 @@ def evaluate_dialogues(
     for run in runs:  # before any work, and what the first call of all costs is not a run's
         Conversation(model, processor, run.mode, run.setting.fields, run.most)
         dataclasses.replace(run, answers=[], figures=[]).talk(model, processor, dialogues[0], {"max_new_tokens": 2})
-    bar = tqdm(
-        total=len(dialogues) * len(runs),
-        desc="conversations",
-        file=sys.stderr,
-        disable=None if progress is None else not progress,
-    )
-    with bar:
+    with progress_bar(len(dialogues) * len(runs), "conversations", progress) as bar:
         for dialogue in dialogues:
             for run in runs:
                 run.talk(model, processor, dialogue, {"max_new_tokens": max_new_tokens, "do_sample": False})

@@ -10,7 +10,6 @@ import argparse
 import copy
 import dataclasses
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -20,44 +19,21 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from tqdm import tqdm
 
-from ..demo import TRAIN_SEEDS, draw_scene, questions
-from ..measure.evaluation.report import MEAN, EvaluationReport, SettingResult, _table
+from ..data.progress import progress_bar
+from ..demo import TRAIN_SEEDS
+from ..demo.training_rows import SceneQuestions
+from ..measure.evaluation.report import MEAN, EvaluationReport, SettingResult
 from ..measure.evaluation.running import evaluate
 from ..measure.evaluation.samples import Sample, demo_samples
 from ..measure.evaluation.settings import OFF, Setting, parse_setting
+from ..measure.tables import markdown_table
 
 DEFAULT_SETTING = (
     "paper:0.1+text_relevance=value+visual_layer=-2+coverage_share=0.5+merged_tokens=0+position_ids=original"
 )
 UNTRAINED, COMPRESSED, UNCOMPRESSED = "untrained", "trained compressed", "trained uncompressed"
 WAYS = (COMPRESSED, UNCOMPRESSED)
-
-
-class SceneQuestions(torch.utils.data.Dataset[dict[str, Any]]):
-    """One question of each scene with its answer, as the rows that TRL's collator reads.
-
-    Args:
-        seeds: Of the scenes; which of a scene's questions is asked follows from its seed.
-    """
-
-    def __init__(self, seeds: Sequence[int]) -> None:
-        self.seeds = seeds
-
-    def __len__(self) -> int:
-        return len(self.seeds)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        seed = self.seeds[index]
-        scene = draw_scene(seed)
-        asked = questions(scene, seed)
-        question = asked[int(np.random.default_rng([seed]).integers(len(asked)))]
-        return {
-            "images": [scene.image],
-            "prompt": [{"role": "user", "content": question.text}],
-            "completion": [{"role": "assistant", "content": question.answer}],
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +148,7 @@ class FinetuningReport:
                 cells = [_spread(self.accuracies(way, kind, suffix)) for kind in kinds]
                 by_seed = ", ".join(f"{value:.3f}" for value in self.accuracies(way, MEAN, suffix))
                 rows.append([way, "all tokens" if suffix else "the budget", *cells, by_seed])
-        return "\n".join(_table(rows))
+        return "\n".join(markdown_table(rows))
 
 
 def finetune(
@@ -213,18 +189,19 @@ def finetune(
     seconds: dict[str, float] = {}
     report = _asked(model, processor, setting, samples, UNTRAINED)
     trainings = [(way, seed) for seed in seeds for way in ways]
-    disable = None if progress is None else not progress
-    for way, seed in tqdm(trainings, desc="trainings", file=sys.stderr, disable=disable):
-        name = f"{way}, seed {seed}"
-        learner = copy.deepcopy(model)
-        learner.config.token_recovery = learner.config.token_recovery.replace(
-            {"enabled": False} if way == UNCOMPRESSED else setting.fields
-        )
-        last = TRAIN_SEEDS.stop - seed * number  # the demo models were trained on the first ones
-        began = time.perf_counter()
-        adapted = train_lora(learner, processor, SceneQuestions(range(last - number, last)), recipe, seed)
-        seconds[name] = time.perf_counter() - began
-        report.results |= _asked(adapted.merge_and_unload(), processor, setting, samples, name).results
+    with progress_bar(len(trainings), "trainings", progress) as bar:
+        for way, seed in trainings:
+            name = f"{way}, seed {seed}"
+            learner = copy.deepcopy(model)
+            learner.config.token_recovery = learner.config.token_recovery.replace(
+                {"enabled": False} if way == UNCOMPRESSED else setting.fields
+            )
+            last = TRAIN_SEEDS.stop - seed * number  # the demo models were trained on the first ones
+            began = time.perf_counter()
+            adapted = train_lora(learner, processor, SceneQuestions(range(last - number, last)), recipe, seed)
+            seconds[name] = time.perf_counter() - began
+            report.results |= _asked(adapted.merge_and_unload(), processor, setting, samples, name).results
+            bar.update()
     return FinetuningReport(report, seeds, list(ways), seconds)
 
 
@@ -286,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-__all__ = ["FinetuningReport", "Recipe", "SceneQuestions", "finetune", "train_lora"]
+__all__ = ["FinetuningReport", "Recipe", "finetune", "train_lora"]
 
 if __name__ == "__main__":
     raise SystemExit(main())

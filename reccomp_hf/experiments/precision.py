@@ -17,10 +17,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ..measure.evaluation.report import EvaluationReport, _table
+from ..measure.evaluation.report import EvaluationReport
 from ..measure.evaluation.running import DEFAULT_BATCH_SIZE, evaluate
 from ..measure.evaluation.samples import Sample, demo_samples, encode_samples
 from ..measure.evaluation.settings import OFF, Setting, parse_settings
+from ..measure.tables import markdown_table
 from .finetuning import DEFAULT_SETTING
 
 FULL = "float32"
@@ -147,7 +148,7 @@ class PrecisionReport:
             agrees = [f"{self.answers.agreement(name).value:.3f}", f"{self.setting_agreement(name):.3f}"]
             accuracy = str(self.answers.accuracy(name))
             rows.append([precision, f"{self.megabytes[precision]:.2f}", setting, accuracy, *agrees, *same])
-        return "\n".join(_table(rows))
+        return "\n".join(markdown_table(rows))
 
 
 def compare(

@@ -301,10 +301,7 @@ def _with_grid(picture: Image.Image, rows: int, columns: int, cell: int) -> Imag
 
 def _counts(record: TokenRecoveryOutput, total: int) -> dict[str, int]:
     """Kept tokens by reason, merged tokens, and patches that are in neither."""
-    counts = {name: int(getattr(record, f"{name}_mask").sum()) for name in ("visual", "text", "coverage")}
-    counts["merged"] = int(record.counts.sum()) - sum(counts.values())
-    counts["dropped"] = total - int((record.cluster >= 0).sum())
-    return counts
+    return {**record.stage_counts(), "dropped": total - int((record.cluster >= 0).sum())}
 
 
 def _show(axis: Any, canvas: Image.Image, title: Sequence[str]) -> None:

@@ -2,14 +2,15 @@
 
 import dataclasses
 import itertools
+import json
 
 import pytest
 import torch
 from architectures import LLAVA, LLAVA_NEXT, each_architecture
 
-from reccomp_hf.core.configuration import TokenRecoveryConfig
+from reccomp_hf.cli.main import main
 from reccomp_hf.measure import cost
-from reccomp_hf.measure.cost.operators import Stack, selection_operators
+from reccomp_hf.measure.cost.operators import Stack
 from reccomp_hf.measure.published import FULL_SIZE
 
 SEVEN = FULL_SIZE["llava-1.5-7b"].config("paper")
@@ -167,83 +168,41 @@ def test_the_largest_batch_fits_and_one_more_does_not():
     assert cost.largest_batch(SEVEN, 636, stock=True) >= fits
 
 
-@pytest.mark.parametrize(
-    ("picture", "tokens"),  # as the README's table has them, from stock LLaVA-NeXT
-    [
-        ((336, 336), (3, 1152, 24)),
-        ((640, 480), (5, 2304, 36)),
-        ((480, 640), (5, 2304, 48)),
-        ((1000, 300), (4, 2160, 22)),
-        ((300, 1000), (4, 2160, 72)),
-        ((1920, 1080), (5, 1920, 28)),
-    ],
-)
-def test_tokens_of_a_picture(picture, tokens):
-    assert cost.picture_tokens(FULL_SIZE["llava-v1.6-mistral-7b"].config(), picture) == tokens
-    assert cost.picture_tokens(SEVEN, picture) == (1, 576, 0)
-
-
-@pytest.mark.parametrize(
-    ("fields", "count"),
-    [
-        ({"enabled": False}, 576),
-        ({"budget": 64}, 64),
-        ({"budget": 0.25}, 144),
-        ({"budget": 1e-9}, 1),
-        ({"method": "pooling_3x3"}, 64),
-        ({}, 56),
-        ({"method": "authors"}, 56),
-    ],
-)
-def test_what_a_section_comes_to(fields, count):
-    assert cost.compressed_tokens(SEVEN, TokenRecoveryConfig(**fields)) == count
-    assert cost.fixed_tokens(SEVEN, TokenRecoveryConfig(**fields)) == (count if count != 56 else None)
-
-
 def test_the_vision_side():
     section = SEVEN.token_recovery
     stock, ours = cost.vision_cost(SEVEN, 576), cost.vision_cost(SEVEN, 64, section=section)
+    assert stock.keys() == ours.keys() == {"vision_tower", "projector", "text_encoder"}
     assert ours["vision_tower"] == stock["vision_tower"]
     # 24 blocks of 12 C^2 weights over 577 tokens, and the attention between them.
     assert stock["vision_tower"].flops == pytest.approx(2 * 24 * 577 * (12 * 1024**2 + 2 * 577 * 1024), rel=0.01)
     assert ours["projector"].flops == stock["projector"].flops / 9
-    assert (stock["text_encoder"].flops, stock["selection"].flops) == (0, 0)
-    assert ours["text_encoder"].seconds > 0
-    assert 0 < ours["selection"].seconds < ours["vision_tower"].seconds / 10
-    assert cost.vision_cost(SEVEN, 64, section=section, tiles=5)["selection"].flops > ours["selection"].flops
+    assert stock["text_encoder"].flops == 0 < ours["text_encoder"].seconds
+    assert cost.vision_cost(SEVEN, 64, windows=3)["text_encoder"].flops == 0
+    windows = cost.vision_cost(SEVEN, 64, windows=3, section=section)["text_encoder"]
+    assert windows.flops == 3 * ours["text_encoder"].flops
 
 
 @pytest.mark.parametrize(
-    ("fields", "present", "absent"),
+    ("fields", "asks", "projects_all"),
     [
-        ({}, {"outliers", "clustering", "relevance"}, {"coverage"}),
-        ({"budget": 64, "merged_tokens": 0}, {"coverage", "keys"}, {"outliers", "clustering"}),
-        ({"budget": 64, "text_share": 0.0}, {"clustering"}, {"relevance", "visual projection"}),
-        ({"text_relevance": "value"}, {"value path"}, set()),
-        ({"method": "pooling_2x2"}, {"pooling"}, {"keys"}),
-        ({"method": "visual", "budget": 64}, {"keys", "top scores"}, {"relevance", "comparison", "projector in"}),
-        ({"method": "visionzip", "budget": 64}, {"keys", "comparison"}, {"relevance", "projector in"}),
-        ({"method": "divprune", "budget": 64}, {"projector in", "comparison"}, {"keys", "relevance"}),
-        ({"method": "cdpruner", "budget": 64, "text_share": 0.0}, {"projector in", "relevance"}, {"keys"}),
+        ({}, True, False),
+        ({"budget": 64, "text_share": 0.0}, False, False),
+        ({"enabled": False}, False, False),
+        ({"method": "pooling_2x2"}, False, False),
+        ({"method": "visual", "budget": 64}, False, False),
+        ({"method": "visionzip", "budget": 64}, False, False),
+        ({"method": "divprune", "budget": 64}, False, True),
+        ({"method": "cdpruner", "budget": 64}, True, True),
+        ({"method": "divprune", "budget": 64, "enabled": False}, False, False),
     ],
 )
-def test_what_a_section_computes(fields, present, absent):
+@pytest.mark.parametrize("tiles", [1, 5])
+def test_parts_of_a_section(fields, asks, projects_all, tiles):
     section = SEVEN.token_recovery.replace(fields)
-    names = {operator.name for operator in selection_operators(SEVEN, section, tiles=1, tokens=64)}
-    assert present <= names
-    assert not absent & names
-
-
-def test_all_pairs_cost_more_than_what_comes_out():
-    seconds = {}
-    for name in ("visual", "cdpruner", "divprune"):
-        section = SEVEN.token_recovery.replace({"method": name, "budget": 64})
-        operators = selection_operators(SEVEN, section, tiles=1, tokens=64)
-        seconds[name] = sum(operator.operations for operator in operators if operator.name == "comparison")
-        encoder = cost.vision_cost(SEVEN, 64, section=section)["text_encoder"].flops
-        assert (encoder > 0) == (name == "cdpruner")
-    width = SEVEN.text_config.hidden_size
-    assert seconds == {"visual": 0, "cdpruner": 2 * 64 * 576 * width, "divprune": 2 * 576 * 576 * width}
+    found = cost.vision_cost(SEVEN, 64, section=section, tiles=tiles)
+    assert (found["text_encoder"].flops > 0) == asks
+    projected = 64 + projects_all * 576 * tiles
+    assert found["projector"].flops == cost.vision_cost(SEVEN, projected)["projector"].flops
 
 
 def test_stock_against_compressed():
@@ -257,6 +216,9 @@ def test_stock_against_compressed():
     assert paper["prefill_seconds"] < more["prefill_seconds"] < stock["prefill_seconds"]
     assert paper["largest_batch"] > more["largest_batch"] > stock["largest_batch"]
     assert facts["measured"] is False
+    for row in facts["rows"]:
+        parts = ("prefill", "vision_tower", "projector", "text_encoder")
+        assert row["first_token_seconds"] == pytest.approx(sum(row[f"{part}_seconds"] for part in parts))
 
 
 def test_llava_next_counts_tiles_and_newlines():
@@ -292,3 +254,90 @@ def test_any_config_of_ours_is_taken(architecture):
     check_parameters(config, architecture)
     rows = cost.compare_costs(config)["rows"]
     assert rows[1]["prefill_flops"] < rows[0]["prefill_flops"]
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments):
+        code = main(["cost", *map(str, arguments)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_the_papers_numbers_in_the_table(run):
+    code, out, err = run("--visual-tokens", "56")
+    assert (code, err) == (0, "")
+    cells = {line[:32].strip(): line[32:].split() for line in out.splitlines() if line.startswith("  ")}
+    assert cells["prefill, TFLOP"] == ["8.453", "1.510", "0.18x"]
+    assert cells["prefill, ms"] == ["30.31", "9.24", "0.30x"]
+    assert cells["memory traffic, GB"] == ["22.21", "14.36"]
+    assert "llava-1.5-7b, 7.19 B parameters" in out and "not measured" in out
+    assert max(map(len, out.splitlines())) <= 110
+
+
+def test_json_for_scripts(run):
+    code, out, err = run("--config", "llava-v1.6-mistral-7b", "--hardware", "rtx4090", "--dtype", "int4", "--json")
+    assert (code, err) == (0, "")
+    facts = json.loads(out)
+    assert (facts["name"], facts["hardware"]["name"], facts["dtype"]) == ("llava-v1.6-mistral-7b", "RTX 4090", "int4")
+    assert (facts["picture"], facts["tiles"]) == ([640, 480], 5)
+    assert [row["visual_tokens"] for row in facts["rows"]] == [2304, 64]
+
+
+def test_settings_arrive(run):
+    arguments = ("--preset", "paper", "--visual-tokens", "64", "128", "--batch", "4", "--text-tokens", "100", "--json")
+    facts = json.loads(run(*arguments)[1])
+    assert [row["prompt_tokens"] for row in facts["rows"]] == [676, 164, 228]
+    assert facts["batch"] == 4
+    tall = json.loads(run("--config", "llava-v1.6-vicuna-13b", "--picture", "480x640", "--json")[1])
+    assert tall["rows"][0]["newline_tokens"] == 48
+
+
+def test_a_checkpoints_own_settings(run, tmp_path):
+    LLAVA.build(budget=25).config.save_pretrained(tmp_path)
+    code, out, err = run(tmp_path, "--json")
+    assert (code, err) == (0, "")
+    assert [row["visual_tokens"] for row in json.loads(out)["rows"]] == [100, 25]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "llava-2"], "Unknown configuration 'llava-2'; known ones are"),
+        (["--hardware", "abacus"], "Unknown hardware 'abacus'"),
+        (["--visual-tokens", "0"], "visual tokens must be 1 to 576"),
+        (["--batch", "0"], "batch must be at least 1"),
+        (["no/such/folder"], "no/such/folder is no folder"),
+    ],
+)
+def test_errors_are_one_line(run, arguments, message):
+    code, out, err = run(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--picture", "640"], "expected width x height as in 640x480, got '640'"),
+        (["--dtype", "fp64"], "invalid choice: 'fp64'"),
+        (["--config", "llava-1.5-7b", "folder"], "not allowed with argument"),
+    ],
+)
+def test_wrong_options(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        main(["cost", *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_no_compressed_llava_is_refused(run, tmp_path):
+    LLAVA.build(budget=25).config.save_pretrained(tmp_path)
+    assert "--preset goes with --config" in run(tmp_path, "--preset", "paper")[2]
+    LLAVA.shared_stock().config.save_pretrained(tmp_path)
+    assert "is no compressed LLaVA: its model_type is 'llava'" in run(tmp_path)[2]

@@ -72,10 +72,7 @@ def measure_tokens(folder: Path, scenes: int = SCENES) -> dict[str, float] | Non
 
 def _count(record: Any) -> dict[str, int]:
     """Tokens of a picture by the stage that chose them."""
-    masks = {name: getattr(record, f"{name}_mask") for name in ("visual", "text", "coverage")}
-    stages = {name: int(mask.sum()) for name, mask in masks.items()}
-    total = int(record.counts.sum())
-    return {"stock": record.saliency.numel(), "total": total, **stages, "merged": total - sum(stages.values())}
+    return {"stock": record.saliency.numel(), "total": int(record.counts.sum()), **record.stage_counts()}
 
 
 @contextlib.contextmanager

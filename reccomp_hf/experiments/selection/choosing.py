@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ...core.choosing import recover_tokens
 from ...core.configuration import TokenRecoveryConfig
+from ...data.progress import progress_bar
 from ...measure.benchmark.comparing import check_counts
 from ...measure.benchmark.environment import environment
 from ...measure.benchmark.timing import Measures, Stopwatch, interleave
@@ -75,13 +74,7 @@ def compare_choosing(
         turns = _turns(features, batch_sizes, stopwatch)
         for turn in turns.values():  # warm up
             turn()
-        bar = tqdm(
-            total=rounds * (len(turns) + count_methods()),
-            desc="turns",
-            file=sys.stderr,
-            disable=None if progress is None else not progress,
-        )
-        with bar:
+        with progress_bar(rounds * (len(turns) + count_methods()), "turns", progress) as bar:
             taken = interleave(turns, rounds, bar.update)
             methods = time_methods(features, rounds, stopwatch, bar.update, seed)
         facts = environment(torch.device("cpu"), torch.float32)

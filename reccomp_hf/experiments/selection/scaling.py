@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ...core.choosing import assemble_tokens, check_features, select_tokens
 from ...core.configuration import TokenRecoveryConfig
 from ...core.outliers import upper_outliers
+from ...data.progress import progress_bar
 from ...measure.benchmark.comparing import check_counts
 from ...measure.benchmark.environment import environment
 from ...measure.benchmark.timing import Measures, Spread, Stopwatch, interleave
@@ -86,7 +85,7 @@ def measure_scaling(
     """
     check_counts(rounds=rounds, patches=patches, width=width)
     total = sum(len(sizes) for sizes in axes.values()) * len(SCALED) * rounds
-    bar = tqdm(total=total, desc="turns", file=sys.stderr, disable=None if progress is None else not progress)
+    bar = progress_bar(total, "turns", progress)
     stopwatch, found = Stopwatch(torch.device("cpu"), cpu_time), {}
     with one_thread(), bar:
         for axis, sizes in axes.items():

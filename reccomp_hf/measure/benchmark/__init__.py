@@ -1,17 +1,14 @@
 """A benchmark: stock, ours and the limit, interleaved in one process, with ratios taken within a round.
 
-`compare` times a model end to end, `compare_choosing` the choice of tokens alone against loops of straightforward
-code, and `measure_scaling` how its cost grows. All return JSON values; the texts and figures are made of these.
+`compare` times a model end to end and returns JSON values; the text and the figure are made of these.
 """
 
-from ...experiments.selection.choosing import compare_choosing
-from ...experiments.selection.scaling import measure_scaling
 from .batches import noise_batch, scene_batch
 from .capacity import check_gpu, largest_batches
 from .comparing import BATCH_SIZES, BUDGETS, DYNAMIC, compare
 from .models import CONFIGS, named_config, random_model, sharpen
-from .plotting import plot_choosing, plot_comparison, plot_scaling
-from .reporting import choosing_text, comparison_text, scaling_text
+from .plotting import plot_comparison
+from .reporting import comparison_text
 
 __all__ = [
     "BATCH_SIZES",
@@ -19,19 +16,13 @@ __all__ = [
     "CONFIGS",
     "DYNAMIC",
     "check_gpu",
-    "choosing_text",
     "compare",
-    "compare_choosing",
     "comparison_text",
     "largest_batches",
-    "measure_scaling",
     "named_config",
     "noise_batch",
-    "plot_choosing",
     "plot_comparison",
-    "plot_scaling",
     "random_model",
-    "scaling_text",
     "scene_batch",
     "sharpen",
 ]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from ...data.progress import progress_bar
 from .batches import Inputs
-from .comparing import BUDGETS, NEW_TOKENS, Budget, budget_fields
+from .comparing import BUDGETS, NEW_TOKENS, BudgetLabel, budget_fields
 from .contenders import OURS, STOCK, Contender, ours, stock
 from .timing import Spread, Stopwatch
 
@@ -23,7 +22,7 @@ def largest_batches(
     model: Any,
     inputs_of: Callable[[int], Inputs],
     *,
-    budgets: Sequence[Budget] = BUDGETS,
+    budgets: Sequence[BudgetLabel] = BUDGETS,
     new_tokens: int = NEW_TOKENS,
     limit: int = LIMIT,
     progress: bool | None = None,
@@ -50,15 +49,16 @@ def largest_batches(
     for budget, fields in budget_fields(model, budgets).items():
         makers[f"{OURS} {budget}"] = _maker(model, fields)
     stopwatch, found = Stopwatch(model.device), {}
-    disable = None if progress is None else not progress
-    for name, make in tqdm(makers.items(), desc="largest batches", file=sys.stderr, disable=disable):
+    with progress_bar(len(makers), "largest batches", progress) as bar:
+        for name, make in makers.items():
 
-        def turn(size: int, make: Callable[[Inputs], Contender] = make) -> float:
-            return make(inputs_of(size)).turn(stopwatch, new_tokens)["decode"]
+            def turn(size: int, make: Callable[[Inputs], Contender] = make) -> float:
+                return make(inputs_of(size)).turn(stopwatch, new_tokens)["decode"]
 
-        size = largest(lambda size, turn=turn: runs(lambda: turn(size)), limit)  # type: ignore[misc]
-        seconds = Spread(tuple(turn(size) for _ in range(ROUNDS))).median if size else None
-        found[name] = {"batch_size": size, "tokens_per_second": None if seconds is None else size / seconds}
+            size = largest(lambda size, turn=turn: runs(lambda: turn(size)), limit)  # type: ignore[misc]
+            seconds = Spread(tuple(turn(size) for _ in range(ROUNDS))).median if size else None
+            found[name] = {"batch_size": size, "tokens_per_second": None if seconds is None else size / seconds}
+            bar.update()
     return found
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from tqdm import tqdm
 
 from ...core.checks import is_tiled
 from ...core.choosing import check_budget
 from ...core.compat import CACHE
+from ...core.counting import patches_per_side
+from ...data.progress import progress_bar
 from .batches import Inputs
 from .contenders import ORACLE, OURS, STOCK, Contender, oracle, ours, stock
 from .counting import CPU_READS, CUDA_READS, cache_bytes, device_reads, peak_memory
@@ -20,8 +20,9 @@ from .stages import stage_seconds
 from .timing import Spread, Stopwatch, gather, interleave
 
 DYNAMIC = "dynamic"
-Budget: TypeAlias = "int | float | str"
-BUDGETS: tuple[Budget, ...] = (DYNAMIC, 64, 128)
+BudgetLabel: TypeAlias = "int | float | str"
+"""Tokens per image, a share of its patches, or `DYNAMIC`."""
+BUDGETS: tuple[BudgetLabel, ...] = (DYNAMIC, 64, 128)
 BATCH_SIZES = (1, 4, 16)
 ROUNDS, NEW_TOKENS, PROFILED = 7, 16, 3
 RATIOS = {
@@ -43,7 +44,7 @@ def compare(
     inputs_of: Callable[[int], Inputs],
     *,
     batch_sizes: Sequence[int] = BATCH_SIZES,
-    budgets: Sequence[Budget] = BUDGETS,
+    budgets: Sequence[BudgetLabel] = BUDGETS,
     new_tokens: int = NEW_TOKENS,
     rounds: int = ROUNDS,
     cpu_time: bool = False,
@@ -75,9 +76,8 @@ def compare(
     sections = budget_fields(model, budgets)
     stopwatch = Stopwatch(model.device, cpu_time)
     turns = len(batch_sizes) * ((1 + 2 * len(budgets)) * (rounds + 1) + PROFILED * len(budgets))
-    bar = tqdm(total=turns, desc="turns", file=sys.stderr, disable=None if progress is None else not progress)
     rows: list[dict[str, Any]] = []
-    with bar:
+    with progress_bar(turns, "turns", progress) as bar:
         for size in batch_sizes:
             rows += _BatchSize(model, inputs_of(size), sections, stopwatch, bar.update).rows(size, rounds, new_tokens)
     return {
@@ -95,15 +95,14 @@ def compare(
     }
 
 
-def budget_fields(model: Any, budgets: Sequence[Budget]) -> dict[Budget, dict[str, Any]]:
+def budget_fields(model: Any, budgets: Sequence[BudgetLabel]) -> dict[BudgetLabel, dict[str, Any]]:
     """Budget -> the fields of the section that it overrides.
 
     Raises:
         ValueError: A budget that the model cannot have.
     """
     sections = {budget: {"budget": None if budget == DYNAMIC else budget} for budget in budgets}
-    vision = model.config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
+    patches = patches_per_side(model.config) ** 2
     for fields in sections.values():
         section = model.config.token_recovery.replace(fields)
         if not is_tiled(model.config):
@@ -148,7 +147,7 @@ class _BatchSize:
         self,
         model: Any,
         inputs: Inputs,
-        sections: Mapping[Budget, dict[str, Any]],
+        sections: Mapping[BudgetLabel, dict[str, Any]],
         stopwatch: Stopwatch,
         step: Callable[[], Any],
     ) -> None:
@@ -231,7 +230,7 @@ __all__ = [
     "PROFILED",
     "RATIOS",
     "ROUNDS",
-    "Budget",
+    "BudgetLabel",
     "budget_fields",
     "check_counts",
     "compare",

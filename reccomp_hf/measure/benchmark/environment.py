@@ -1,18 +1,19 @@
-"""Where a measurement was taken."""
+"""The machine and the versions that a measurement was taken with."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
 
-from ... import __version__
-
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Versions, device, dtype and threads, as JSON values."""
+    from ... import __version__
+
     return {
         "reccomp_hf": __version__,
         "torch": torch.__version__,
@@ -26,4 +27,14 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-__all__ = ["environment"]
+def describe_environment(facts: Mapping[str, Any]) -> str:
+    """Device, dtype, threads and versions of a benchmark's results in one line."""
+    found = facts["environment"]
+    threads = "" if found["cuda"] else f", {found['threads']} thread{'s' if found['threads'] > 1 else ''}"
+    return (
+        f"{found['device']} ({found['device_name']}), {found['dtype']}{threads}; "
+        f"torch {found['torch']}, transformers {found['transformers']}"
+    )
+
+
+__all__ = ["describe_environment", "environment"]

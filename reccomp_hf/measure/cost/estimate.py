@@ -1,9 +1,10 @@
-"""A cost model: what a LLaVA costs on an accelerator before and after its visual tokens are cut.
+"""A cost model: estimated cost of a LLaVA on an accelerator before and after its visual tokens are cut.
 
-A roofline estimate, per operator max(operations / peak, bytes / bandwidth). For the language model's prefill it is
-the accounting of the paper's table and reproduces it ([`prefill_cost`]); what the paper leaves out stands beside it:
-vision tower, text encoder, selection, key-value cache, decoding, the largest batch that fits. Everything is a lower
-bound: real kernels take longer, and launching them is not counted.
+A roofline estimate: every operator takes max(operations / peak, bytes / bandwidth). For the language model's prefill
+it follows the accounting of the paper's table and reproduces it ([`prefill_cost`]). It adds what the table leaves
+out: vision tower, text encoder, key-value cache, decoding, and the largest batch that fits. Not in it is the choice of
+tokens: the benchmark measures it as less than 1 % of a prefill, most of which is launching small kernels, which a
+roofline cannot see. Everything is a lower bound: real kernels take longer, and launching them is not counted.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from .operators import (
     Stack,
     linear,
     projector_operators,
-    selection_operators,
     text_operators,
     vision_operators,
 )
@@ -35,7 +35,7 @@ def prefill_cost(
     """The language model's reading of `batch` prompts of `tokens` tokens, the head on the last one of each.
 
     With LLaVA-1.5-7B at 636 and 116 tokens (60 of text and 576 or 56 visual ones) on an A100 it gives the paper's
-    table. Vision tower, question and selection are not in it, see [`vision_cost`].
+    table. Vision tower and text encoder are not in it, see [`vision_cost`].
 
     Args:
         config: A LLaVA config, stock or ours.
@@ -81,11 +81,12 @@ def vision_cost(
     section: TokenRecoveryConfig | None = None,
     hardware: str | Hardware = "A100",
 ) -> dict[str, Cost]:
-    """What stands before the language model, in 16 bit: vision tower, projector, and with token recovery the rest.
+    """Everything in front of the language model, in 16 bit; the choice of tokens is left out, see the module.
 
     Args:
         config: A LLaVA config, stock or ours.
-        tokens: Visual tokens per prompt that the projector gets.
+        tokens: Visual tokens per prompt that the projector gets. A method that reads projected features has all
+            patches projected besides.
         tiles: Tiles per prompt; 1 for LLaVA-1.5.
         windows: Windows of the question, each as long as the text encoder reads.
         batch: Prompts.
@@ -93,18 +94,21 @@ def vision_cost(
         hardware: A name in `HARDWARE` or a [`Hardware`].
 
     Returns:
-        `"vision_tower"`, `"projector"`, `"text_encoder"`, `"selection"`; the last two are empty for the stock model.
+        `"vision_tower"`, `"projector"` and `"text_encoder"`; the last is empty for the stock model.
     """
     _at_least_one(tokens=tokens, tiles=tiles, windows=windows, batch=batch)
     device = get_hardware(hardware)
-    asks = section is not None and section.enabled and get_method(section.method).reads_question(section)
-    encoder = section.text_encoder_config if section is not None and asks else None
     parts: dict[str, list[Operator]] = {
-        "vision_tower": vision_operators(config.vision_config, tiles * batch),
+        "vision_tower": vision_operators(config, tiles * batch),
         "projector": projector_operators(config, tokens * batch),
-        "text_encoder": [] if encoder is None else text_operators(encoder, windows * batch),
-        "selection": [] if section is None else selection_operators(config, section, tiles * batch, tokens * batch),
+        "text_encoder": [],
     }
+    if section is not None and section.enabled:
+        method, encoder = get_method(section.method), section.text_encoder_config
+        if method.reads_projected:
+            parts["projector"] += projector_operators(config, patches_per_side(config) ** 2 * tiles * batch)
+        if encoder is not None and method.reads_question(section):
+            parts["text_encoder"] = text_operators(encoder, windows * batch)
     return {name: Cost(tuple(operators), device, "fp16") for name, operators in parts.items()}
 
 

@@ -1,4 +1,4 @@
-"""What a LLaVA occupies: parameters, key-value cache, and how many prompts fit beside them."""
+"""Memory of a LLaVA: parameters, key-value cache, and how many prompts fit next to the weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from transformers import CLIPTextConfig
 
 from ...core.checks import is_tiled
+from ...core.counting import patches_per_side
 from .hardware import Hardware, get_hardware, get_width
 from .operators import Stack
 
@@ -40,8 +41,7 @@ def parameter_counts(config: Any) -> dict[str, int]:
         biases += 2 * language.inner + width
     tied = getattr(config, "tie_word_embeddings", False)
     vocabulary = text.vocab_size * width * (1 if tied else 2)
-    patches = (vision.image_size // vision.patch_size) ** 2
-    embedding = tower.width * (3 * vision.patch_size**2 + 1 + patches + 1)
+    embedding = tower.width * (3 * vision.patch_size**2 + 1 + patches_per_side(config) ** 2 + 1)
     counts = {
         "vision_tower": embedding + _encoder_parameters(tower) + 4 * tower.width,
         "projector": (tower.width + width) * width + (2 * width if config.multimodal_projector_bias else 0),
@@ -61,7 +61,7 @@ def largest_batch(
     new_tokens: int = NEW_TOKENS,
     stock: bool = False,
 ) -> int:
-    """Prompts that fit beside the weights, with room for an answer; 0 if the weights alone do not fit.
+    """Number of prompts that fit next to the weights, with room for an answer; 0 if the weights alone do not fit.
 
     Counted are the weights (the language model's in `dtype`, the rest in 16 bit), each row's key-value cache and the
     widest activations of one layer, in `USABLE` of the memory. Attention is taken not to store its scores.

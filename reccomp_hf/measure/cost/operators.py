@@ -1,4 +1,4 @@
-"""What the parts of a compressed LLaVA compute and move: the operators behind the cost model.
+"""The operators behind the cost model: how much every part of a compressed LLaVA computes and moves.
 
 Counts are numbers of operations and of elements; bytes and seconds follow from a dtype and an accelerator.
 """
@@ -6,15 +6,11 @@ Counts are numbers of operations and of elements; bytes and seconds follow from 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterable
 from typing import Any
 
 from transformers import CLIPTextConfig
 
-from ...core.configuration import TokenRecoveryConfig
-from ...core.methods.contract import RecoveryMethod
-from ...core.methods.registry import get_method
+from ...core.counting import patches_per_side
 from .hardware import Hardware, get_width
 
 
@@ -188,9 +184,9 @@ def linear(name: str, rows: int, width_in: int, width_out: int) -> Operator:
     )
 
 
-def vision_operators(vision: Any, tiles: int) -> list[Operator]:
-    """CLIP's vision tower on `tiles` pictures or tiles; all of its blocks run, as in stock LLaVA."""
-    patches = (vision.image_size // vision.patch_size) ** 2
+def vision_operators(config: Any, tiles: int) -> list[Operator]:
+    """CLIP's vision tower on `tiles` images or tiles; all of its blocks run, as in stock LLaVA."""
+    vision, patches = config.vision_config, patches_per_side(config) ** 2
     embed = linear("patch embedding", patches * tiles, 3 * vision.patch_size**2, vision.hidden_size)
     return [embed, *Stack.of(vision, gated=False).operators(patches + 1, patches + 1, tiles)]
 
@@ -213,87 +209,12 @@ def text_operators(encoder: dict[str, Any], windows: int) -> list[Operator]:
     return [*Stack.of(config, gated=False).operators(length, length, windows), head]
 
 
-def selection_operators(config: Any, section: TokenRecoveryConfig, tiles: int, tokens: int) -> list[Operator]:
-    """Choosing and merging `tokens` of the patches of `tiles` tiles; 0 for a stock model.
-
-    Sorting and searching are counted as operations on the scores. What they cost in practice is the launching of
-    some dozens of small kernels, which a roofline does not know.
-    """
-    if not section.enabled:
-        return []
-    vision, method = config.vision_config, get_method(section.method)
-    width, grid = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
-    patches = grid * tiles
-    gathered = Operator("gathering", 0, reads=tokens * width, writes=tokens * width)
-    if method.fields == () and not method.reads_projected:  # pooling and the like: means over all patches
-        return [Operator("pooling", patches * width, reads=patches * width), gathered]
-    found = []
-    if method.fields is None or "visual_layer" in method.fields:
-        found += [
-            linear("class query", tiles, width, width),
-            linear("keys", patches, width, width),
-            Operator("saliency", 2 * patches * width, reads=patches * width, writes=patches),
-        ]
-    encoder = section.text_encoder_config
-    if encoder is not None and method.reads_question(section):
-        if section.text_relevance == "value":
-            found += [linear("value path", patches, width, width)] * 2
-        projection = encoder["projection_dim"]
-        found.append(linear("visual projection", patches, width, projection))
-        found.append(Operator("relevance", 2 * patches * projection, reads=patches * projection, writes=patches))
-    if method.reads_projected:
-        found += projector_operators(config, patches)
-    if method.fields is not None:
-        return [*found, *_comparison(config, method, tiles, tokens), gathered]
-    found += _choice(section, patches, tokens, width)
-    merged = tokens // 2 if section.budget is None else min(section.merged_tokens, tokens - 1)
-    if merged > 0:  # in dynamic mode half of the tokens are taken for cluster centres
-        found.append(Operator("clustering", 2 * patches * merged * width, reads=2 * patches * width, writes=patches))
-        found.append(Operator("merging", 2 * patches * width, reads=patches * width, writes=merged * width))
-    return [*found, gathered]
-
-
-def _comparison(config: Any, method: RecoveryMethod, tiles: int, tokens: int) -> Iterable[Operator]:
-    """Sorting scores, and comparing features with those of all patches of a tile."""
-    vision = config.vision_config
-    grid = (vision.image_size // vision.patch_size) ** 2
-    sort = Operator("top scores", grid * tiles * math.log2(grid), reads=grid * tiles, writes=grid * tiles)
-    rows = {"nothing": 0, "tokens": tokens, "patches": grid * tiles}[method.compares]
-    if not rows:
-        return [sort]
-    width = config.text_config.hidden_size if method.reads_projected else vision.hidden_size
-    reads = (grid * tiles + rows) * width
-    return [sort, Operator("comparison", 2 * rows * grid * width, reads=reads, writes=rows * grid)]
-
-
-def _choice(section: TokenRecoveryConfig, patches: int, tokens: int, width: int) -> Iterable[Operator]:
-    """Sorting, outliers or coverage, over one score per patch; coverage by content compares all patches."""
-    sort = patches * max(math.log2(patches), 1)
-
-    def outliers(factors: int, neighbours: int) -> Operator:
-        flops = factors * sort + 8 * patches * neighbours
-        return Operator("outliers", flops, reads=patches * neighbours, writes=patches)
-
-    if section.budget is None:  # two local outlier factors of 2 k neighbours each, and the one of the centres
-        return [outliers(3, 4 * section.outlier_neighbors + 2 * section.merge_neighbors)]
-    limited = section.text_limit == "outliers"
-    steps = int((section.coverage_share + limited * (1 - section.coverage_share) * section.text_share) * tokens)
-    coverage = Operator("coverage", 6 * steps * patches, reads=steps * patches, writes=steps * patches)
-    found = [Operator("top scores", 2 * sort, reads=2 * patches, writes=2 * patches), coverage]
-    if limited:
-        found.append(outliers(1, 2 * section.outlier_neighbors))
-    if steps and section.coverage_by == "content":
-        found.append(Operator("cosines", 2 * patches**2 * width, reads=patches * width, writes=patches**2))
-    return found
-
-
 __all__ = [
     "Cost",
     "Operator",
     "Stack",
     "linear",
     "projector_operators",
-    "selection_operators",
     "text_operators",
     "vision_operators",
 ]

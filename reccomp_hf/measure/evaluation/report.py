@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..tables import markdown_table
 from .samples import normalize_answer
 
 MEAN, ALL = "mean", "all questions"
@@ -160,13 +161,13 @@ class EvaluationReport:
                 hit = self.object_hit(name)
                 row += ["-", "-"] if hit is None else [f"{part.value:.3f}" for part in hit]
             rows.append(row)
-        lines = _table(rows)
+        lines = markdown_table(rows)
         if compare:
             rows = [["difference", *self._columns]]
             for name, other in compare:
                 cells = [_cell(self.difference(name, other, kind), True, "+.3f") for kind in self._columns]
                 rows.append([f"{name} minus {other}", *cells])
-            lines += ["", *_table(rows)]
+            lines += ["", *markdown_table(rows)]
         return "\n".join(lines)
 
     @property
@@ -228,15 +229,6 @@ class EvaluationReport:
 def _cell(interval: Interval, with_interval: bool = False, form: str = ".3f") -> str:
     text = format(interval.value, form)
     return f"{text} [{interval.low:{form}}, {interval.high:{form}}]" if with_interval else text
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown, its columns aligned."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
 
 
 __all__ = ["ALL", "MEAN", "EvaluationReport", "Interval", "SettingResult"]

@@ -12,6 +12,9 @@ from reccomp_hf.core.configuration import TokenRecoveryConfig
 from reccomp_hf.core.methods.registry import get_method, method_names
 from reccomp_hf.experiments.selection import choosing, loops, scaling
 from reccomp_hf.experiments.selection.features import make_features, one_thread
+from reccomp_hf.experiments.selection.plotting import plot_choosing, plot_scaling
+from reccomp_hf.experiments.selection.reporting import choosing_text, scaling_text
+from reccomp_hf.measure.benchmark.timing import Spread
 
 SMALL = {"rounds": 2, "patches": 144, "width": 32, "progress": False}
 
@@ -138,8 +141,6 @@ def test_exponents_are_of_least_squares():
 
 
 def test_what_every_call_costs_hides_growth_in_small_sizes():
-    from reccomp_hf.measure.benchmark.timing import Spread
-
     sizes = [1, 2, 4, 8, 1024, 2048]
     found = scaling._growth(sizes, [Spread((100.0 + size,)) for size in sizes])
     assert found["exponent"] < found["upper_exponent"] < 1
@@ -173,3 +174,36 @@ def test_what_grows(axis, shape, monkeypatch):
     size = 196 if axis == "patches" else 3
     scaling._turn(axis, size, TokenRecoveryConfig(), 144, 8, 0, scaling.Stopwatch(torch.device("cpu")))()
     assert seen == [(shape, [3] if axis == "tiles" else None)]
+
+
+# ---- texts and plots -----------------------------------------------------------------------------------------------
+
+
+def test_the_choice_for_a_reader(tmp_path):
+    facts = choosing.compare_choosing(batch_sizes=(1, 2), **{**SMALL, "width": 16})
+    text = choosing_text(facts)
+    assert text.startswith("recover_tokens at (144, 16) on cpu (")
+    assert "released code / ours" in text and "plain loop / ours" in text
+    assert sum(line.startswith("  dynamic") for line in text.splitlines()) == 2
+    assert "it gives the tokens of setting authors." in text and "  budget 64, batch 1" in text
+    plot_choosing(facts).savefig(tmp_path / "choosing.svg")
+    assert "<svg" in (tmp_path / "choosing.svg").read_text()
+
+
+def test_growth_for_a_reader(monkeypatch, tmp_path):
+    # 64 tokens of 36 patches cannot be.
+    monkeypatch.setitem(scaling.SCALED, "budget 64", scaling.SCALED["budget 64"].replace({"budget": 16}))
+    monkeypatch.setitem(scaling.SCALED, "balanced", scaling.SCALED["balanced"].replace({"budget": 16}))
+    axes = {"batch": (1, 2), "patches": (36, 49, 64, 81)}
+    facts = scaling.measure_scaling(axes=axes, rounds=2, patches=36, width=8, progress=False)
+    text = scaling_text(facts)
+    assert "patches: 36, 49, 64, 81; N log N would be 1.2" in text
+    assert "merging: clustering the rest" in text
+    plot_scaling(facts).savefig(tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("measure", [choosing.compare_choosing, scaling.measure_scaling])
+def test_no_rounds_are_refused(measure):
+    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+        measure(rounds=0)

@@ -5,20 +5,17 @@ import json
 import pytest
 import torch
 from architectures import LLAVA, LLAVA_NEXT
+from noise import noise_inputs
 
-from reccomp_hf.measure.benchmark import capacity, comparing, contenders, counting, stages
-from reccomp_hf.measure.benchmark.batches import noise_batch
+from reccomp_hf.cli import bench
+from reccomp_hf.measure.benchmark import comparing, contenders, reporting
 from reccomp_hf.measure.benchmark.comparing import RATIOS, budget_fields, compare, notes, ratios
-from reccomp_hf.measure.benchmark.models import MID, named_config, random_model, sharpen
-from reccomp_hf.measure.benchmark.timing import Spread, Stopwatch, interleave
-from reccomp_hf.measure.cost import kv_cache_bytes, parameter_counts
+from reccomp_hf.measure.benchmark.timing import Spread
+from reccomp_hf.measure.cost import kv_cache_bytes
 
-CPU = torch.device("cpu")
-PICTURE = (70, 50)  # pixels, for LLaVA-NeXT
+pytest_plugins = ("command_line",)
 
-
-def inputs_of(model, size=2, **kwargs):
-    return noise_batch(model, size, PICTURE, text_tokens=12, question_tokens=5, **kwargs)
+QUICK = ("--batch-sizes", "2", "--repeats", "2", "--new-tokens", "2", "--device", "cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,7 +32,7 @@ def measured(request, one_profiled_turn):
     model = request.param.compressed()
     found = compare(
         model,
-        lambda size: inputs_of(model, size),
+        lambda size: noise_inputs(model, size),
         batch_sizes=(1, 3),
         budgets=("dynamic", 0.25),
         new_tokens=2,
@@ -69,7 +66,7 @@ def test_rows_are_json_and_complete(measured):
 def test_token_counts_are_those_of_the_model(measured):
     model, found = measured
     for row in found["rows"]:
-        inputs = inputs_of(model, row["batch_size"])
+        inputs = noise_inputs(model, row["batch_size"])
         fields = {"budget": None if row["budget"] == "dynamic" else row["budget"]}
         with torch.no_grad():
             output = model(**inputs, token_recovery=fields)
@@ -123,7 +120,7 @@ def test_stages_lie_within_the_whole(measured):
 @pytest.mark.parametrize("architecture", [LLAVA, LLAVA_NEXT], ids=lambda row: row.name)
 def test_all_three_answer_what_generate_answers(architecture, fields):
     model = architecture.compressed()
-    inputs = inputs_of(model, 3)
+    inputs = noise_inputs(model, 3)
     settings = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
     length, eos = inputs["input_ids"].shape[1], model.generation_config.eos_token_id
     for make, section in (
@@ -142,7 +139,7 @@ def test_all_three_answer_what_generate_answers(architecture, fields):
 @pytest.mark.parametrize("architecture", [LLAVA, LLAVA_NEXT], ids=lambda row: row.name)
 def test_new_tokens_take_the_place_behind_the_prompt(architecture):
     model = architecture.compressed()
-    inputs = inputs_of(model, 3)
+    inputs = noise_inputs(model, 3)
     whole = inputs["attention_mask"].sum(-1)
     for make in (contenders.ours, contenders.oracle):
         original = make(model, inputs, {"budget": 16, "position_ids": "original"})
@@ -185,7 +182,7 @@ def test_a_contender_without_memory_is_left_out(monkeypatch):
 
     monkeypatch.setattr(contenders.Contender, "turn", turn)
     settings = {"batch_sizes": (2,), "budgets": (16,), "new_tokens": 1, "rounds": 1, "progress": False}
-    found = compare(model, lambda size: inputs_of(model, size), **settings)
+    found = compare(model, lambda size: noise_inputs(model, size), **settings)
     assert found["rows"][0]["contenders"]["stock"] is None
     assert found["rows"][0]["contenders"]["ours"]["prompt_length"] == 28
     assert found["rows"][0]["ratios"]["answer, stock / ours"] is None
@@ -205,7 +202,7 @@ def test_a_contender_without_memory_is_left_out(monkeypatch):
 def test_impossible_settings_are_refused(settings, message):
     model = LLAVA.compressed()
     with pytest.raises(ValueError, match=message):
-        compare(model, lambda size: inputs_of(model, size), **settings)
+        compare(model, lambda size: noise_inputs(model, size), **settings)
 
 
 def test_a_tiled_image_may_have_a_larger_budget():
@@ -215,165 +212,74 @@ def test_a_tiled_image_may_have_a_larger_budget():
     }
 
 
-# ---- timing --------------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------------------------
 
 
-def test_turns_alternate():
-    order = []
-
-    def turn(name):
-        return lambda: order.append(name) or {"seconds": len(order)}
-
-    found = interleave({name: turn(name) for name in "abc"}, 3)
-    assert "".join(order) == "abccbaabc"
-    assert found["c"]["seconds"].values == (3, 4, 9)
-    with pytest.raises(ValueError, match="at least one round, got 0"):
-        interleave({}, 0)
-
-
-def test_spreads():
-    spread = Spread((1.0, 2.0, 3.0, 4.0, 100.0))
-    assert (spread.low, spread.median, spread.high) == (2, 3, 4)
-    assert spread.over(Spread((1.0, 1.0, 1.0, 2.0, 50.0))).values == (1, 2, 3, 2, 2)
-    assert spread.scaled(2).median == 6
-    with pytest.raises(ValueError, match="equally many rounds, got 5 and 1"):
-        spread.over(Spread((1.0,)))
+def test_a_checkpoint(run, tmp_path):
+    files = tmp_path / "bench.json", tmp_path / "bench.png"
+    code, out, err = run("bench", "demo", *QUICK, "--budgets", "dynamic,16", "--json", files[0], "--plot", files[1])
+    assert (code, err) == (0, "")
+    assert out.startswith("demo on cpu (") and out.endswith(f"Wrote {files[0]} and {files[1]}.\n")
+    assert max(map(len, out.splitlines())) <= 160
+    facts = json.loads(files[0].read_text())
+    assert (facts["name"], facts["settings"]["rounds"], facts["settings"]["clock"]) == ("demo", 2, "wall clock")
+    assert [row["budget"] for row in facts["rows"]] == ["dynamic", 16]
+    cells = {line[:30].strip(): line[30:].split() for line in out.partition("batch 2, budget 16")[2].splitlines()}
+    assert cells["visual tokens"] == ["144.0", "16.0", "16.0"]
+    assert "There was no GPU" in out and "stages of ours under the profiler, ms: " in out
+    assert files[1].stat().st_size > 10_000
 
 
-def test_the_stopwatch_returns_what_the_work_returned():
-    for cpu_time, clock in ((False, "wall clock"), (True, "CPU seconds")):
-        stopwatch = Stopwatch(CPU, cpu_time)
-        seconds, result = stopwatch.time(lambda: sum(range(100_000)))
-        assert seconds > 0 and result == 4_999_950_000
-        assert stopwatch.clock == clock
-    with pytest.raises(ValueError, match="CPU seconds say nothing about cuda"):
-        Stopwatch(torch.device("cuda"), cpu_time=True)
+def test_a_configuration_with_random_weights(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "named_config", lambda name, preset: LLAVA_NEXT.compressed().config)
+    output = tmp_path / "bench.json"
+    arguments = ("--budgets", "0.1", "--image-size", "70x50", "--dtype", "bfloat16", "--cpu-time", "--json", output)
+    code, out, err = run("bench", "--config", "tiny", *QUICK, *arguments)
+    assert (code, err) == (0, "")
+    assert out.startswith("tiny with random weights on cpu (")
+    facts = json.loads(output.read_text())
+    assert (facts["environment"]["dtype"], facts["settings"]["clock"]) == ("bfloat16", "CPU seconds")
+    assert (facts["picture"], facts["seed"]) == ([70, 50], 0)
 
 
-# ---- counting ------------------------------------------------------------------------------------------------------
+def test_a_contender_that_did_not_run_leaves_a_dash():
+    spread = {"median": 0.5, "low": 0.4, "high": 0.6, "values": [0.5]}
+    seconds = {"prefill": spread, "decode": spread, "answer": spread}
+    ran = {"seconds": seconds, "prompt_tokens": 9.0, "visual_tokens": 4.0, "kv_cache_bytes": 10}
+    ran |= {"memory": {"beyond": 1e6}, "device_reads": 1}
+    row = {"batch_size": 8, "budget": 64, "contenders": {"stock": None, "ours": ran, "oracle": ran}, "stages": {}}
+    row["ratios"] = {
+        f"{measure}, {pair}": None if "stock" in pair else spread
+        for measure in seconds
+        for pair in ("stock / ours", "ours / oracle")
+    }
+    lines = reporting._row_lines(row)
+    words = [" ".join(line.split()) for line in lines]
+    assert words[0] == "batch 8, budget 64 stock ours oracle stock / ours ours / oracle"
+    assert words[1] == "prefill, ms - 500.00 500.00 - 0.50x [0.40, 0.60]"
+    assert words[6] == "KV cache, MB - 0.0 0.0 - 1.00x"
 
 
 @pytest.mark.parametrize(
-    ("read", "count"),
+    ("arguments", "message"),
     [
-        (lambda values: values.tolist(), 1),
-        (lambda values: values.repeat(3, 1).tolist(), 1),  # however many elements
-        (lambda values: values.sum().item(), 1),
-        (lambda values: bool(values.any()), 1),
-        (lambda values: values.nonzero(), 1),
-        (lambda values: values[values > 1], 1),
-        (lambda values: values.repeat_interleave(values), 1),
-        (lambda values: values.cpu().numpy(), 2),
-        (lambda values: values.cumsum(0)[torch.tensor([1])] + 1, 0),
+        ([], "one of the arguments MODEL --config is required"),
+        (["demo", "--config", "mid"], "not allowed with argument"),
+        (["demo", "--batch-sizes", "1,0"], "expected counts separated by commas as in 1,4,16, got '1,0'"),
+        (["demo", "--budgets", "few"], "expected tokens, shares or dynamic"),
+        (["demo", "--image-size", "640"], "expected width x height as in 640x480, got '640'"),
+        (["demo", "--plot", "bench.txt"], "expected a file that ends in .png"),
+        (["demo", "--preset", "paper"], "--preset goes with --config"),
+        (["--config", "llava-2"], "Unknown configuration 'llava-2'; known ones are mid, llava-1.5-7b"),
+        (["demo", "--budgets", "145", "--device", "cpu"], "an image has only 144 patches"),
+        (["demo", "--repeats", "0", "--device", "cpu"], "rounds must be at least 1, got 0"),
+        (["no/such/folder"], "no/such/folder is no folder"),
     ],
 )
-def test_device_reads(read, count):
-    values = torch.tensor([1, 2])
-    assert counting.device_reads(lambda: read(values), CPU) == count
-    assert values.tolist() == [1, 2]  # and nothing stays behind
+def test_errors_are_one_line(error, arguments, message):
+    assert message in error("bench", *arguments)
 
 
-def test_peak_memory_is_what_was_held_at_once():
-    def work():
-        first = torch.empty(1000, 250)  # 1 MB
-        second = torch.empty(1000, 500)  # 2 MB
-        del first
-        return torch.empty(1000, 100), second  # 0.4 MB
-
-    assert counting.peak_memory(work, CPU)["beyond"] == 3_000_000
-
-
-def test_stages_are_read_from_ranges():
-    def work():
-        with torch.profiler.record_function("reccomp::outer"):
-            torch.ones(10).sum()
-            for _ in range(2):
-                with torch.profiler.record_function("reccomp::inner"):
-                    torch.ones(10).sum()
-        torch.ones(10).sum()
-
-    found = stages.stage_seconds(work, CPU)
-    assert found.keys() == {"outer", "inner", stages.WHOLE, stages.REST}
-    assert found["inner"] < found["outer"] < found[stages.WHOLE]
-    # What lies within a stage is not taken off twice.
-    assert found[stages.REST] == pytest.approx(found[stages.WHOLE] - found["outer"])
-
-
-@pytest.mark.parametrize("capacity_of_machine", [0, 1, 2, 3, 8, 13, 31, 32, 40])
-def test_the_largest_batch_is_found(capacity_of_machine):
-    tried = []
-
-    def fits(size):
-        tried.append(size)
-        return size <= capacity_of_machine
-
-    assert capacity.largest(fits, limit=32) == min(capacity_of_machine, 32)
-    assert max(tried) <= 32 and len(tried) == len(set(tried))
-
-
-def test_the_largest_batch_needs_a_gpu():
-    with pytest.raises(ValueError, match="searched for on a GPU; the model is on cpu"):
-        capacity.largest_batches(LLAVA.compressed(), lambda size: {})
-
-
-def test_work_that_does_not_fit():
-    def work():
-        raise torch.cuda.OutOfMemoryError("no")
-
-    assert not capacity.runs(work)
-    assert capacity.runs(lambda: None)
-
-
-# ---- models and inputs ---------------------------------------------------------------------------------------------
-
-
-def test_the_mid_size_configuration():
-    config = named_config(MID, "paper")
-    counts = parameter_counts(config)
-    assert 280e6 < counts["language_model"] < 320e6
-    assert counts["vision_tower"] < counts["language_model"] / 10
-    assert (config.vision_config.image_size // config.vision_config.patch_size) ** 2 == 576
-    assert named_config(MID, "balanced").token_recovery.budget == 64
-    assert named_config("llava-1.5-13b", "balanced").text_config.hidden_size == 5120
-    with pytest.raises(ValueError, match=r"Unknown configuration 'big'; known ones are mid, llava-1\.5-7b"):
-        named_config("big", "paper")
-
-
-@pytest.mark.parametrize("architecture", [LLAVA, LLAVA_NEXT], ids=lambda row: row.name)
-def test_random_models_are_built_in_their_dtype(architecture):
-    config = architecture.compressed().config
-    before = config.to_dict()
-    model = random_model(config, CPU, torch.bfloat16)
-    assert config.to_dict() == before, "the config is the caller's"
-    assert isinstance(model, architecture.model_class) and not model.training
-    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
-    assert torch.get_default_dtype() == torch.float32
-    again = random_model(config, CPU, torch.bfloat16)
-    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), again.parameters(), strict=True))
-
-
-def test_sharpening_gives_the_dynamic_mode_something_to_keep():
-    model = random_model(LLAVA.compressed().config, CPU, torch.float32)
-    inputs = inputs_of(model, 4)
-
-    def share():
-        return sum(int(record.counts.sum()) for record in model.recover(**inputs)) / 400
-
-    before = share()
-    sharpen(model, inputs, share=0.2)
-    assert abs(share() - 0.2) <= abs(before - 0.2)
-    sharpen(model, inputs, share=before)  # starts from what is there
-    assert share() == pytest.approx(before, abs=abs(before - 0.2))
-
-
-def test_noise_is_the_seeds_and_every_row_asks_another_question():
-    model = LLAVA_NEXT.compressed()
-    one, two, other = (inputs_of(model, 3, seed=seed) for seed in (0, 0, 1))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert not torch.equal(one["pixel_values"], other["pixel_values"])
-    assert len({tuple(row) for row in one["recovery_input_ids"].flatten(1).tolist()}) == 3
-    assert one["image_sizes"].tolist() == [[50, 70]] * 3
-    with pytest.raises(ValueError, match="text tokens must be at least 2, got 1"):
-        noise_batch(model, 1, PICTURE, text_tokens=1)
-    with pytest.raises(ValueError, match="question tokens must be 2 to 77, got 78"):
-        noise_batch(model, 1, PICTURE, question_tokens=78)
+def test_the_largest_batch_is_refused_without_a_gpu(error):
+    message = error("bench", "demo", *QUICK, "--budgets", "16", "--largest-batch")
+    assert "searched for on a GPU" in message
