@@ -1,4 +1,4 @@
-"""What every compressed model promises about its forward pass, for every architecture, setting and kind of batch."""
+"""Promises of every compressed model about its forward pass, for every architecture, setting and kind of batch."""
 
 import pytest
 import tiny
@@ -42,7 +42,7 @@ def shifted_loss(logits, labels):
 
 
 def compressed(model, batch, setting):
-    """What `compress_inputs` makes of a batch with labels and positions."""
+    """The short batch of `compress_inputs`, with labels and positions."""
     positions = counted_positions(batch["attention_mask"])
     labels = labels_of(model, batch)
     return model.compress_inputs(**batch, labels=labels, position_ids=positions, token_recovery=setting)[0]
@@ -73,10 +73,10 @@ def test_the_batch_has_a_question_of_several_windows():
 @each_side
 def test_the_records_of_a_row_are_those_of_its_single_run(architecture, setting, side):
     model = architecture.compressed()
-    together = model.recover(**architecture.encode(side=side), token_recovery=setting)
+    records = model.recover(**architecture.encode(side=side), token_recovery=setting)
     singles = [batch for batch in single_runs(architecture) if "pixel_values" in batch]
     alone = [record for batch in singles for record in model.recover(**batch, token_recovery=setting)]
-    assert_same_records(together, alone)
+    assert_same_records(records, alone)
 
 
 @torch.no_grad()
@@ -186,7 +186,7 @@ def test_without_pictures_nothing_is_compressed(architecture):
 
 @torch.no_grad()
 @each_architecture
-def test_a_cache_of_the_short_prompt_reads_on(architecture):
+def test_decoding_continues_from_a_cache_of_the_short_prompt(architecture):
     model, batch, cache = architecture.compressed(), architecture.encode(), DynamicCache()
     short, _ = model.compress_inputs(**batch)
     model(**batch, **{CACHE: cache}, use_cache=True)

@@ -1,4 +1,4 @@
-"""What every compressed model promises about `generate`: stock generation on a short prompt that looks long."""
+"""Promises of every compressed model about `generate`: stock generation on a short prompt that looks long."""
 
 import pytest
 import tiny
@@ -182,7 +182,7 @@ def test_lengths_count_the_prompt_as_it_was_passed(architecture):
 
 
 @each_architecture
-def test_what_a_call_says_wins_over_the_generation_config(architecture):
+def test_arguments_of_a_call_override_the_generation_config(architecture):
     model, batch = architecture.build(), architecture.encode()
     width, first = batch["input_ids"].shape[1], new_ids(model, batch)[:, 1]
     model.generation_config.update(min_length=width + 8, eos_token_id=first.tolist())

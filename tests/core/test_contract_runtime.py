@@ -1,4 +1,4 @@
-"""What every compressed model promises about where and how it runs: attention, precision, devices, training, PEFT."""
+"""Promises of every compressed model about where and how it runs: attention, precision, devices, training, PEFT."""
 
 import accelerate
 import pytest

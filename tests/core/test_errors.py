@@ -1,4 +1,4 @@
-"""What cannot work is refused with a sentence that says so."""
+"""Invalid settings, batches and calls are refused with a message that names the cause."""
 
 import pytest
 import tiny
@@ -37,14 +37,14 @@ each_section = pytest.mark.parametrize(("fields", "message"), SECTIONS.values(),
 
 
 @each_section
-def test_sections(fields, message):
+def test_invalid_sections_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         TokenRecoveryConfig(**fields)
 
 
 @each_architecture
 @each_section
-def test_sections_of_a_model(architecture, fields, message):
+def test_invalid_sections_of_a_model_are_refused(architecture, fields, message):
     with pytest.raises(ValueError, match=message):
         architecture.config_class(token_recovery=fields)
     model = architecture.compressed()
@@ -58,7 +58,7 @@ def test_sections_of_a_model(architecture, fields, message):
     assert model.config.token_recovery == before
 
 
-def test_presets():
+def test_invalid_presets_are_refused():
     with pytest.raises(ValueError, match="Unknown preset 'papers'; choose one of 'paper', 'authors', 'balanced'"):
         TokenRecoveryConfig.from_preset("papers")
     with pytest.raises(ValueError, match="did you mean 'coverage_share'"):
@@ -89,7 +89,7 @@ REFUSED_BY_A_MODEL = {
 
 @each_architecture
 @pytest.mark.parametrize(("fields", "message"), REFUSED_BY_A_MODEL.values(), ids=REFUSED_BY_A_MODEL)
-def test_settings_beyond_the_model(architecture, fields, message):
+def test_settings_beyond_the_model_are_refused(architecture, fields, message):
     with pytest.raises(ValueError, match=message):
         architecture.build(**fields)
     with pytest.raises(ValueError, match=message):
@@ -113,7 +113,7 @@ CONFIGS = {
 
 @each_architecture
 @pytest.mark.parametrize(("fields", "message"), CONFIGS.values(), ids=CONFIGS)
-def test_feature_selections(architecture, fields, message):
+def test_unsupported_feature_selections_are_refused(architecture, fields, message):
     config = architecture.compressed().config.to_dict()
     with pytest.raises(ValueError, match=message):
         architecture.model_class(architecture.config_class(**{**config, **fields}))
@@ -127,7 +127,7 @@ def test_feature_selections(architecture, fields, message):
 
 
 @each_architecture
-def test_a_vision_tower_without_class_token(architecture):
+def test_a_vision_tower_without_class_token_is_refused(architecture):
     config = architecture.compressed().config.to_dict()
     config["vision_config"] = SiglipVisionConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
     with pytest.raises(ValueError, match=r"class token; the vision tower is 'siglip_vision_model', which is not supp"):
@@ -199,7 +199,7 @@ BATCHES = {
 
 @each_architecture
 @pytest.mark.parametrize(("rows", "change", "message"), BATCHES.values(), ids=BATCHES)
-def test_batches(architecture, rows, change, message):
+def test_batches_that_do_not_fit_are_refused(architecture, rows, change, message):
     model, batch = architecture.compressed(), change(architecture, architecture.encode(rows))
     for call in (model, model.compress_inputs, model.recover, model.generate):
         with pytest.raises(ValueError, match=message):
@@ -224,7 +224,7 @@ def test_authors_needs_a_question(architecture):
 
 @torch.no_grad()
 @each_architecture
-def test_a_full_prompt_beside_a_filled_cache(architecture):
+def test_a_full_prompt_with_a_filled_cache_is_refused(architecture):
     model, batch, cache = architecture.compressed(), architecture.encode(ROWS[:1]), DynamicCache()
     model(**batch, **{CACHE: cache}, use_cache=True)
     assert cache.get_seq_length() > 0
@@ -237,14 +237,14 @@ def test_a_full_prompt_beside_a_filled_cache(architecture):
 
 
 @each_architecture
-def test_assistants(architecture):
+def test_assistant_models_are_refused(architecture):
     model, batch = architecture.compressed(), architecture.encode(ROWS[:1])
     with pytest.raises(ValueError, match="assistant_model does not work on a compressed prompt"):
         model.generate(**batch, assistant_model=architecture.shared_stock())
 
 
 @each_architecture
-def test_original_positions_under_flash_attention(architecture):
+def test_original_positions_under_flash_attention_are_refused(architecture):
     model, batch = architecture.build(position_ids="original"), architecture.encode()
     model.config.get_text_config()._attn_implementation = "flash_attention_2"
     for call in (model, model.generate, model.compress_inputs):

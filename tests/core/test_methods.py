@@ -63,17 +63,17 @@ def test_dynamic_counts(method, n, dtype):
         assert max(counts) > 2
 
 
-def test_where_nothing_stands_out_one_patch_is_taken():
+def test_without_outliers_one_patch_is_taken():
     case, projected = draw(30)
     case.class_query[:], case.text_similarity[:] = 0, 0.3
-    for method, count in (("prumerge", 2), ("trim", 2), ("prumerge_plus", 2)):
+    for method in DYNAMIC:
         output = check(method, (case, projected))
-        assert output.counts.tolist() == [count] * 3
+        assert output.counts.tolist() == [2] * 3
         assert output.places.tolist() == [[0, 1]] * 3
 
 
 def test_trim_looks_for_outliers_after_the_softmax():
-    """Which stretches large differences: what is no outlier of the scores is one of their softmax."""
+    """The softmax stretches large differences: a score that is not an outlier may be one after it."""
     for seed in range(3):
         case, projected = draw(36, 4, 90 + seed)
         case.text_similarity = torch.from_numpy(np.random.default_rng(seed).normal(size=(4, 36))).float() * 2
@@ -167,14 +167,14 @@ def test_a_share_is_rounded_down_as_python_does(method, option, n):
 @each_budget(11, 36, None)
 def test_a_row_does_not_depend_on_its_neighbours(method, budget):
     (case, projected), config = draw(36, 5, seed=13), TokenRecoveryConfig(method=method, budget=budget)
-    together = case.recover(config, num_heads=HEADS, projected=projected)
+    output = case.recover(config, num_heads=HEADS, projected=projected)
     for b in range(5):
         alone = case.row(b).recover(config, num_heads=HEADS, projected=projected[b : b + 1])
         count = int(alone.counts)
-        assert count == int(together.counts[b])
+        assert count == int(output.counts[b])
         for name in (*MASKS, "cluster"):
-            assert torch.equal(getattr(alone, name)[0], getattr(together, name)[b])
-        torch.testing.assert_close(alone.tokens[0], together.tokens[b, :count], rtol=1e-5, atol=1e-6)
+            assert torch.equal(getattr(alone, name)[0], getattr(output, name)[b])
+        torch.testing.assert_close(alone.tokens[0], output.tokens[b, :count], rtol=1e-5, atol=1e-6)
 
 
 @each_budget(1, 4, 9, None)
@@ -234,7 +234,7 @@ def test_a_budget_is_needed(method):
 
 
 @every_method
-def test_what_a_method_reads_is_needed(method):
+def test_inputs_that_a_method_reads_are_required(method):
     (case, projected), config = draw(9), TokenRecoveryConfig(method=method, budget=4)
     if method in ("trim", "cdpruner"):
         with pytest.raises(ValueError, match="needs a question"):

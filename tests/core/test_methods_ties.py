@@ -10,7 +10,7 @@ from method_cases import DTYPES, DYNAMIC, HEADS, WIDTH, check, draw, every_metho
 
 
 def signs(rng, rows, width, kinds):
-    """Rows of 1 and -1, of so many kinds: lengths and cosines are exact, and most are equal."""
+    """Rows of 1 and -1, of `kinds` kinds: lengths and cosines are exact, and most are equal."""
     patterns = rng.choice([-1.0, 1.0], size=(kinds, width))
     return torch.from_numpy(patterns[rng.integers(kinds, size=rows)]).float()
 

@@ -15,7 +15,7 @@ def kept_at_random(states, seed, budget=36, **named):
     return recover_tokens(states, states[:, 0], keys, None, config, **named)
 
 
-def test_seed_0_is_the_choice_there_was_before_there_were_seeds():
+def test_seed_0_is_the_choice_of_versions_without_seeds():
     # Whole numbers, so that every machine compares them alike; the places were written down before seeds came.
     states = (torch.arange(2 * 64 * 8) * 7919 % 1009).float().view(2, 64, 8)
     for seed in (None, 0):

@@ -1,4 +1,4 @@
-"""Which patches recover_tokens keeps and merges: counts, stages, ties, and inputs that it refuses."""
+"""The patches that recover_tokens keeps and merges: counts, stages, ties, and inputs that it refuses."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ FEW = {name: MODEL_SETTINGS[name] for name in ("paper", "spread")}
 UNASKED = ("slow image processor", "AutoModelForVision2Seq", "Device set to use")  # what 4.57 logs in any case
 ROWS_OF_CALL = {"text": call(ROWS)["text"], "images": len(call(ROWS)["images"])}
 HEADS = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForMultimodalLM")
-WRITERS = ("saved", "4x", "5x")  # model.save_pretrained here, and files of either line with the code put beside
+WRITERS = ("saved", "4x", "5x")  # model.save_pretrained here, and files of either line with the code added
 
 
 def written(architecture, writer, folder):
@@ -89,7 +89,7 @@ def without_package(folders, tmp_path_factory):
 
 
 def expected_of(folder, settings):
-    """What the package answers."""
+    """The answers of the installed package."""
     model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     batch = remote_child.encode(processor, ROWS_OF_CALL)
     values = remote_child.answers(model, batch, settings)
@@ -126,7 +126,7 @@ def test_the_same_answers_without_the_package(architecture, writer, folders, wit
 
 @each_architecture
 @pytest.mark.parametrize("writer", WRITERS)
-def test_what_remote_code_saves_is_what_it_was_loaded_from(architecture, writer, folders, without_package):
+def test_remote_code_saves_the_files_it_was_loaded_from(architecture, writer, folders, without_package):
     folder, again = (
         base / f"{architecture.name}-{writer}"
         for base in (folders[next(iter(folders))].parent, without_package["work"])
@@ -154,7 +154,7 @@ def test_package_and_remote_code_in_one_process(folders, tmp_path):
 
 
 @each_architecture
-def test_with_the_package_nothing_is_asked_and_nothing_is_said(architecture, folders, monkeypatch, tmp_path):
+def test_with_the_package_nothing_is_asked_and_nothing_is_logged(architecture, folders, monkeypatch, tmp_path):
     monkeypatch.setattr("builtins.input", lambda *args: pytest.fail(f"asked {args}"))
     folder = folders[f"{architecture.name}-saved"]
     with tiny.logged_warnings() as logged:
@@ -219,7 +219,7 @@ def test_every_entry_file_names_all_others(architecture, folders):
 
 @each_architecture
 def test_code_of_an_older_layout_is_replaced(architecture, folders, tmp_path):
-    """What an older version wrote goes; files of other people stay."""
+    """Files that an older version wrote are removed; other files stay."""
     saved = folders[f"{architecture.name}-saved"]
     for name in ("config.json", "processor_config.json"):
         (tmp_path / name).write_bytes((saved / name).read_bytes())
@@ -234,7 +234,7 @@ def test_code_of_an_older_layout_is_replaced(architecture, folders, tmp_path):
 
 
 @each_architecture
-def test_code_beside_a_folder_without_any(architecture, folders, tmp_path):
+def test_code_is_written_into_a_folder_without_any(architecture, folders, tmp_path):
     saved = folders[f"{architecture.name}-saved"]
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -255,13 +255,13 @@ def test_code_beside_a_folder_without_any(architecture, folders, tmp_path):
 
 
 @each_architecture
-def test_code_beside_a_model_alone(architecture, folders, tmp_path):
+def test_code_is_written_next_to_a_model_without_a_processor(architecture, folders, tmp_path):
     (tmp_path / "config.json").write_bytes((folders[f"{architecture.name}-saved"] / "config.json").read_bytes())
     names = {file.name for file in write_remote_code(str(tmp_path))}
     assert names == {file.name for file in folders[f"{architecture.name}-saved"].glob("*.py")}
 
 
-def test_code_beside_a_stock_model_is_refused(tmp_path):
+def test_code_next_to_a_stock_model_is_refused(tmp_path):
     tiny.llava_config().save_pretrained(tmp_path)
     with pytest.raises(
         ValueError, match=r"model of type 'llava', not 'llava_reccomp' or 'llava_next_reccomp'.*convert"

@@ -55,13 +55,13 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 MODEL_SETTINGS |= {f"method {name}": {"method": name, **fields} for name, (fields, _) in METHODS.items()}
 _PARAMETERS = inspect.signature(LlavaForConditionalGeneration.forward).parameters
 CACHE = "cache" if "cache" in _PARAMETERS else "past_key_values"
-"""What this transformers calls the key-value cache, in calls and outputs."""
+"""The name of the key-value cache in calls and outputs of the installed transformers."""
 OF_THE_STOCK_CONFIG = ("model_type", "architectures", "transformers_version")
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What the tests need to know about a model family.
+    """The facts about a model family that tests need.
 
     `stock` and `stock_processor` build the model and the processor of transformers itself. `whole_image` are the
     budgets that keep every token of a picture of `tiny.pictures`, `host_reads` what a prefill reads from the device.
@@ -211,7 +211,7 @@ def labels_of(model: Any, batch: dict[str, Any]) -> Tensor:
 
 
 def generate(model: Any, batch: dict[str, Any], new_tokens: int = 6, **kwargs: Any) -> Tensor:
-    """Greedy ids unless told otherwise."""
+    """Generated ids, greedy unless `kwargs` say otherwise."""
     return model.generate(**batch, **{"do_sample": False, "max_new_tokens": new_tokens, **kwargs})
 
 

@@ -1,4 +1,4 @@
-"""Where the tests find files: their own data, and the checkout's texts."""
+"""Folders and files of the tests and of the checkout."""
 
 from pathlib import Path
 
