@@ -17,12 +17,11 @@ from paths import README
 
 import reccomp_hf
 from reccomp_hf.cli import main as cli
-from reccomp_hf.core.compat import IS_V5
 from reccomp_hf.core.layout import NEWLINE
 from reccomp_hf.core.methods.registry import _METHODS, method_names
 from reccomp_hf.demo import checkpoint_folder, draw_scene
+from reccomp_hf.engines.server.answering import Service
 from reccomp_hf.measure.evaluation.settings import parse_settings
-from reccomp_hf.serving.answering import Service
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +124,6 @@ def test_the_class_for_vlmevalkit_answers_compressed(blocks, tmp_path, monkeypat
     assert projected == [14, 28]
 
 
-@pytest.mark.skipif(not IS_V5, reason="transformers 4.57 has no server parts")
 def test_the_client_of_the_server_runs(blocks, monkeypatch, capsys):
     openai = pytest.importorskip("openai")
     (snippet,) = [block for block in blocks if "OpenAI(" in block]

@@ -6,12 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from ..core.choosing import check_features, select_tokens
 from ..core.configuration import LlavaNextRecCompConfig, TokenRecoveryConfig
+from ..core.counting import blank_selection
 from ..core.methods.registry import get_method
 from ..demo import CHECKPOINTS, checkpoint_folder
 from .hub import resolve
@@ -114,11 +113,8 @@ def _fixed_count(side: int, section: TokenRecoveryConfig) -> int | None:
 
     The method is run on a blank picture of width 1: it knows by itself what is fixed.
     """
-    states, similarity = torch.zeros(1, side * side, 1), torch.zeros(1, side * side)
-    keys = torch.zeros(1, side * side + 1, 1)
-    features = check_features(states, states[:, 0], keys, similarity, section, projected=states)
-    sizes = select_tokens(features, section).known_sizes
-    return None if sizes is None else sizes[0]
+    sizes = blank_selection(section, 1, side).known_sizes
+    return None if sizes is None else sizes.longest
 
 
 __all__ = ["describe", "folder_of"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import ipaddress
 import logging
 import os
@@ -12,41 +13,49 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.loading import load
-from ..serving.answering import Service, server_parts
-from ..serving.pictures import PictureReader
-from ..serving.server import build_app, http_server, listen, url_of
 from .common import add_command, quiet, say
 from .models import add_model_options, fields_of
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
-    server_parts()  # before anything is loaded
-    listener = listen(arguments.host, arguments.port)
+    _check_packages()
+    from ..engines.server.answering import Service
+    from ..engines.server.app import build_app
+    from ..engines.server.images import ImageReader
+    from ..engines.server.listening import Server, listen, url_of
+
+    listener = listen(arguments.host, arguments.port)  # before anything is loaded
     with listener, quiet(progress_bars=sys.stderr.isatty()):
         model, processor = load(arguments.model, fields_of(arguments), arguments.device, arguments.dtype)
         name, *aliases = names_of(arguments.model)
         service = Service(name, model, processor, aliases)
-        server = http_server(build_app(service, PictureReader(arguments.allow_urls)), service)
+        server = Server(build_app(service, ImageReader(arguments.allow_urls)), service)
         _log()
         say(f"Serving {name} on {url_of(listener)} (Ctrl-C ends it).")
         if not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback:
-            say("Whoever reaches this address can use it: no key is asked for.")
-        with contextlib.suppress(KeyboardInterrupt):  # raised once more where a shell has not switched it off
+            say("No API key is required: anyone who can reach this address can use it.")
+        with contextlib.suppress(KeyboardInterrupt):  # raised again unless the shell has disabled it
             server.run(sockets=[listener])
         say("Stopped.")
 
 
 def names_of(model: str) -> list[str]:
-    """What clients may call a model that is served under a name: first what is listed, a folder's own name."""
+    """The names that clients may use for a model; the first one, a folder's own name, is listed."""
     bare = model.rstrip("/")
     listed = Path(os.path.abspath(model)).name if Path(model).is_dir() else model
     return list(dict.fromkeys(name for name in (listed, model, bare) if name))
 
 
+def _check_packages() -> None:
+    missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"reccomp-hf serve needs {' and '.join(missing)}: pip install 'reccomp_hf[serve]'.")
+
+
 def _log() -> None:
-    """What the server has to say goes to stderr, a line each."""
-    log, handler = logging.getLogger("reccomp_hf.serving"), logging.StreamHandler()
+    """Write the server's log to stderr, one line per entry."""
+    log, handler = logging.getLogger("reccomp_hf.engines.server"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -58,16 +67,15 @@ def register(commands: Any) -> None:
         commands,
         run,
         "answer OpenAI's chat completions over HTTP, without vLLM",
-        "Serves one checkpoint: POST /v1/chat/completions, streaming or not, and GET /v1/models. Pictures come\n"
-        "as data URLs or base64. Answers are made one after the other; a request may override settings by\n"
+        "Serves one checkpoint: POST /v1/chat/completions, streaming or not, and GET /v1/models. Images come\n"
+        "as data URLs or base64. Answers are made one after the other; a request may override settings with\n"
         'token_recovery={"budget": 64}. prompt_tokens counts what the language model reads; the header\n'
-        "x-visual-tokens says how many of them stand for pictures. Needs transformers 5.12 or newer and\n"
-        "pip install 'reccomp_hf[serve]'.",
+        "x-visual-tokens says how many of them stand for images. Needs pip install 'reccomp_hf[serve]'.",
         " ./llava-reccomp --budget 64",
         " demo --port 8001 --preset paper",
     )
     command.add_argument("model", metavar="MODEL", help="a compressed checkpoint: folder, Hub id, demo or demo-global")
-    command.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
     command.add_argument(
         "--port", type=int, default=8000, metavar="N", help="port to listen on, 0 for a free one (8000)"
     )
@@ -76,7 +84,7 @@ def register(commands: Any) -> None:
         action="append",
         default=[],
         metavar="HOST",
-        help="fetch pictures that requests name by http(s) URLs of this host; may be repeated (none)",
+        help="fetch images that requests give as http(s) URLs of this host; may be repeated (none)",
     )
     add_model_options(command)
 

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from ..core.checks import cache_length
-from ..core.features import TokenRecoveryOutput, TokenSelection
+from ..core.features import TokenRecoveryOutput
 from ..core.layout import NEWLINE, ImageLayout
 
 
@@ -157,11 +157,9 @@ def visual_tokens(layout: ImageLayout, record: TokenRecoveryOutput, first: int, 
         turn: The question that they were chosen for.
     """
     kept = record.kept_mask
-    masks = (record.visual_mask, record.text_mask, record.coverage_mask, record.centre_mask)
-    selection = TokenSelection(*masks, record.counts - kept.sum(-1), record.saliency)
     layout = layout.to(kept.device)
-    patches, newlines = layout.kept(selection)
-    counts, _ = layout.counts(selection)
+    patches, newlines = layout.kept(kept)
+    counts, _ = layout.counts(kept, record.merged_counts)
     merged, tokens = (counts - patches.sum(-1)).tolist(), []
     for index, (places, rows) in enumerate(zip((patches | newlines).cpu(), layout.rows.tolist(), strict=True)):
         slots = layout.slots[index].tolist()

@@ -14,7 +14,7 @@ from ..core.checks import cache_length
 from ..core.compat import CACHE
 from ..core.features import TokenRecoveryOutput
 from ..core.generation import PromptStreamer
-from ..core.vision import EncodedImages, together
+from ..core.vision import EncodedImages, concatenate
 from ..measure.plot import plot_recovery
 from .cache import ConversationCache, visual_tokens
 from .inputs import Asked, Part, call_fields, chat_message, check_options
@@ -83,7 +83,7 @@ class Conversation:
         turns: A [`Turn`] per question.
 
     Raises:
-        ValueError: An unknown mode, settings that do not fit together, or a processor without chat template.
+        ValueError: An unknown mode, settings that do not fit concatenate, or a processor without chat template.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Conversation:
         self._pictures += pictures
         self._lengths = lengths
         if new is not None and self.mode != "keep":
-            self._encoded = together([self._encoded, new])
+            self._encoded = concatenate([self._encoded, new])
         return turn.answer
 
     def plot(self, picture: int = 0) -> Figure:
@@ -202,7 +202,7 @@ class Conversation:
     def _read_again(self, asked: Asked) -> Turn:
         """Mode `"rebuild"`: a single call on the whole conversation."""
         inputs: dict[str, Any] = {"input_ids": asked.ids, "attention_mask": torch.ones_like(asked.ids)}
-        encoded = together([self._encoded, asked.new])
+        encoded = concatenate([self._encoded, asked.new])
         if encoded is not None:
             inputs["pixel_values"] = encoded
         output = self.model.generate(**inputs, **asked.question, token_recovery=self._fields, **asked.options)
@@ -288,7 +288,7 @@ class Conversation:
             **asked.question,
             token_recovery=self._fields,
         )
-        layout = asked.new.layout.keeping(self._section.newlines)
+        layout = asked.new.layout.with_newlines(self._section.newlines)
         return Part(
             short["input_ids"],
             short["position_ids"],
@@ -302,7 +302,7 @@ class Conversation:
         if self._encoded is None:
             return part
         image_token = self.model.config.image_token_id
-        layout = self._encoded.layout.keeping(self._section.newlines)
+        layout = self._encoded.layout.with_newlines(self._section.newlines)
         short, record = self.model.compress_inputs(
             input_ids=part.ids.new_full((1, sum(layout.lengths)), image_token),
             pixel_values=self._encoded,

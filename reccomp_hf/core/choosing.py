@@ -1,7 +1,7 @@
-"""The method: scores and features in, the few tokens that stand for an image out.
+"""The choice of tokens: features in, the few tokens that stand for an image out.
 
 Recoverable Compression (Chen et al., AAAI 2025, arXiv 2409.01179): the class token's attention keeps the salient
-patches, the question recovers further ones, and what remains is clustered and merged.
+patches, the question recovers further ones, and the rest is clustered and merged.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .configuration import TokenRecoveryConfig
-from .features import TokenRecoveryOutput, TokenSelection, VisualFeatures
+from .features import Sizes, TokenRecoveryOutput, TokenSelection, VisualFeatures
 from .methods.registry import get_method
 from .tensors import full_precision, gather_rows, nonzero_first
 
@@ -33,17 +33,17 @@ def recover_tokens(
     """Choose, recover and merge the visual tokens of a batch of images.
 
     Args:
-        hidden_states: (B, N, C) patches only, any floating dtype; what LLaVA's projector reads.
+        hidden_states: (B, N, C) patches without the class token, any floating dtype, as LLaVA's projector reads them.
         class_query: (B, C), the class token's query.
         keys: (B, N + 1, C), class token first.
         text_similarity: (B, N), higher means more relevant to the question; `None` for a visual-only choice.
         config: The method and its settings.
         num_heads: Attention heads of the vision tower, read by `visual_heads="mean"`.
-        grid: (rows, columns) of the patches; `None` takes them for a square.
+        grid: (rows, columns) of the patches; `None` means a square.
         valid: (B, N) bool, `False` for patches that do not exist; `None` means that all do. A row with fewer valid
             patches than an int budget keeps all of them.
-        tiles: Consecutive rows that each image has, where an image is cut into tiles: they share a fixed budget.
-            `None` takes every row for an image. An image with fewer patches than an int budget keeps all of them.
+        tiles: Number of consecutive rows of each image, if images are cut into tiles: they share a fixed budget.
+            `None` means that every row is an image. An image with fewer patches than an int budget keeps all of them.
         projected: (B, N, D), LLaVA's projected features of all patches, for a method that `reads_projected`.
 
     Returns:
@@ -54,74 +54,41 @@ def recover_tokens(
         ValueError: Shapes that do not fit, a budget above the number of patches, a method without its question or
             its projected features.
     """
-    features = check_features(
+    features = VisualFeatures(
         hidden_states,
         class_query,
         keys,
         text_similarity,
-        config,
-        num_heads=num_heads,
-        grid=grid,
-        valid=valid,
-        tiles=tiles,
-        projected=projected,
+        num_heads,
+        grid,  # type: ignore[arg-type]  # None is completed
+        valid,  # type: ignore[arg-type]
+        tiles,  # type: ignore[arg-type]
+        projected,
     )
+    covers_by_place = config.budget is not None and config.coverage_share > 0 and config.coverage_by == "place"
+    if grid is None and covers_by_place and math.isqrt(hidden_states.shape[1]) ** 2 != hidden_states.shape[1]:
+        patches = hidden_states.shape[1]
+        raise ValueError(
+            f"coverage_share needs the grid of the {patches} patches, which are not a square: pass grid=."
+        )
+    check_features(features, config)
     selection = select_tokens(features, config)
-    sizes = selection.known_sizes or selection.sizes.tolist()
-    return assemble_tokens(features, selection, config, sizes)
+    return assemble_tokens(features, selection, config, selection.read_sizes())
 
 
-def check_features(
-    hidden_states: Tensor,
-    class_query: Tensor,
-    keys: Tensor,
-    text_similarity: Tensor | None,
-    config: TokenRecoveryConfig,
-    *,
-    num_heads: int = 1,
-    grid: tuple[int, int] | None = None,
-    valid: Tensor | None = None,
-    tiles: list[int] | None = None,
-    projected: Tensor | None = None,
-) -> VisualFeatures:
-    """Check shapes and settings against each other, see [`recover_tokens`]; nothing is read from the device."""
-    batch, patches, width = _shape(hidden_states)
-    for name, tensor, needed in (
-        ("class_query", class_query, (batch, width)),
-        ("keys", keys, (batch, patches + 1, width)),
-        ("text_similarity", text_similarity, (batch, patches)),
-        ("valid", valid, (batch, patches)),
-    ):
-        if tensor is not None and tuple(tensor.shape) != needed:
-            raise ValueError(
-                f"{name} must have shape {needed} beside hidden_states of shape {tuple(hidden_states.shape)}, got "
-                f"{tuple(tensor.shape)}" + ("; keys start with the class token." if name == "keys" else ".")
-            )
-    if num_heads < 1 or width % num_heads:
-        raise ValueError(f"num_heads must divide the width {width}, got {num_heads}.")
-    tiles = [1] * batch if tiles is None else tiles
-    if sum(tiles) != batch:
-        raise ValueError(f"tiles must add up to the {batch} rows of hidden_states, got {tiles}.")
-    if max(tiles) == 1:  # an image of few tiles keeps all its patches where a budget is larger
-        check_budget(config, patches)
-    if text_similarity is None and get_method(config.method).needs_text:
+def check_features(features: VisualFeatures, config: TokenRecoveryConfig) -> None:
+    """Check features against settings; nothing is read from the device.
+
+    Raises:
+        ValueError: A budget above the number of patches, a method without its question or its projected features.
+    """
+    method = get_method(config.method)
+    if max(features.tiles) == 1:  # an image with few tiles keeps all its patches if the budget is larger
+        check_budget(config, features.valid.shape[1])
+    if features.text_similarity is None and method.text == "required":
         raise ValueError(f"Method {config.method!r} needs a question: text_similarity is None.")
-    if projected is None and get_method(config.method).reads_projected:
+    if features.projected is None and method.reads_projected:
         raise ValueError(f"Method {config.method!r} reads LLaVA's projected features: projected is None.")
-    if projected is not None and (projected.ndim != 3 or tuple(projected.shape[:2]) != (batch, patches)):
-        raise ValueError(f"projected must have shape ({batch}, {patches}, D), got {tuple(projected.shape)}.")
-    return VisualFeatures(
-        hidden_states=hidden_states,
-        class_query=class_query.detach(),
-        keys=keys.detach(),
-        text_similarity=None if text_similarity is None else text_similarity.detach().float(),
-        num_heads=num_heads,
-        grid=_grid(grid, patches, config),
-        valid=keys.new_ones((batch, patches), dtype=torch.bool) if valid is None else valid,
-        all_valid=valid is None,
-        tiles=tiles,
-        projected=None if projected is None else projected.detach(),
-    )
 
 
 def check_budget(config: TokenRecoveryConfig, patches: int) -> None:
@@ -139,28 +106,34 @@ def check_budget(config: TokenRecoveryConfig, patches: int) -> None:
 
 @torch.no_grad()
 def select_tokens(features: VisualFeatures, config: TokenRecoveryConfig) -> TokenSelection:
-    """The method's choice of patches; reads nothing from the device."""
+    """The method's choice of patches; nothing is read from the device."""
     with full_precision(features.keys):
         return get_method(config.method).select(features, config)
 
 
 def assemble_tokens(
-    features: VisualFeatures, selection: TokenSelection, config: TokenRecoveryConfig, sizes: list[int]
+    features: VisualFeatures, selection: TokenSelection, config: TokenRecoveryConfig, sizes: Sizes
 ) -> TokenRecoveryOutput:
-    """Gather the kept tokens, append the merged ones, and note where every patch went; `sizes` as read."""
+    """Gather the kept tokens, append the merged ones, and record where every patch went.
+
+    Args:
+        features: The features that the choice was made from.
+        selection: The choice.
+        config: The method and its settings.
+        sizes: The selection's sizes, as read from the device.
+    """
     kept = selection.kept_mask
-    max_tokens, max_merged, _ = sizes
     with full_precision(features.keys):
-        merged = get_method(config.method).merge(features, selection, config, max_merged)
+        merged = get_method(config.method).merge(features, selection, config, sizes.most_merged)
     kept_counts, counts = kept.sum(-1, keepdim=True), selection.counts.unsqueeze(-1)  # (B, 1)
-    slot = torch.arange(max_tokens, device=kept.device).expand(kept.shape[0], -1)  # (B, K)
-    kept_places = nonzero_first(kept, max_tokens)
+    slot = torch.arange(sizes.longest, device=kept.device).expand(kept.shape[0], -1)  # (B, K)
+    kept_places = nonzero_first(kept, sizes.longest)
     tokens, places, after = gather_rows(features.hidden_states, kept_places), kept_places, slot - kept_counts
-    if max_merged:
-        # Behind the kept ones: the merged ones, then nothing.
-        which = after.clamp(min=0, max=max_merged - 1)
-        nothing_behind = torch.nn.functional.pad(merged.tokens, (0, 0, 0, 1))  # (B, M + 1, C)
-        merged_tokens = gather_rows(nothing_behind, torch.where(slot < counts, which, max_merged))
+    if sizes.most_merged:
+        # After the kept tokens: the merged ones, then zeros.
+        which = after.clamp(min=0, max=sizes.most_merged - 1)
+        padded = torch.nn.functional.pad(merged.tokens, (0, 0, 0, 1))  # (B, M + 1, C)
+        merged_tokens = gather_rows(padded, torch.where(slot < counts, which, sizes.most_merged))
         tokens = torch.where((after < 0).unsqueeze(-1), tokens, merged_tokens)
         places = torch.where(after < 0, places, merged.places.gather(1, which))
     else:
@@ -180,25 +153,6 @@ def assemble_tokens(
         saliency=selection.saliency,
         text_similarity=features.text_similarity,
     )
-
-
-def _shape(hidden_states: Tensor) -> tuple[int, int, int]:
-    if hidden_states.ndim != 3 or hidden_states.shape[1] == 0:
-        raise ValueError(f"hidden_states must have shape (B, N, C) with N > 0, got {tuple(hidden_states.shape)}.")
-    batch, patches, width = hidden_states.shape
-    return batch, patches, width
-
-
-def _grid(grid: tuple[int, int] | None, patches: int, config: TokenRecoveryConfig) -> tuple[int, int]:
-    if grid is None:
-        side = math.isqrt(patches)
-        square = side * side == patches
-        if not square and config.budget is not None and config.coverage_share > 0 and config.coverage_by == "place":
-            raise ValueError(f"coverage_share needs the grid of the {patches} patches, no square: pass grid=.")
-        return (side, side) if square else (1, patches)
-    if grid[0] * grid[1] != patches:
-        raise ValueError(f"grid {tuple(grid)} has {grid[0] * grid[1]} cells, but there are {patches} patches.")
-    return grid
 
 
 __all__ = ["assemble_tokens", "check_budget", "check_features", "recover_tokens", "select_tokens"]

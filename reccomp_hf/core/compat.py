@@ -1,26 +1,32 @@
-"""What differs between the versions of transformers, and nothing else; no other file asks for them."""
+"""Differences between the versions of transformers; no other file asks for a version."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import inspect
+import json
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
+from transformers import ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils import is_accelerate_available
 
 IS_V5 = Version(transformers.__version__) >= Version("5.0.0.dev0")
 
+_STANDARD_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""What stock methods and outputs call the key-value cache: `"cache"` from 5.24 on."""
+"""Name of the key-value cache in stock methods and outputs: `"cache"` from 5.24 on."""
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Any:
-    """The cache that a call is given, under either name; `None` without one."""
+    """The cache among a call's arguments, under either name; `None` without one."""
     cache = arguments.get("cache")
     return arguments.get("past_key_values") if cache is None else cache
 
@@ -28,14 +34,14 @@ def cache_of(arguments: Mapping[str, Any]) -> Any:
 def stock_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments with the cache under a name that the stock method takes.
 
-    From 5.24 on that is either, and of the older one it warns by itself.
+    From 5.24 on it takes both, and warns of the older one itself.
     """
     others = {name: value for name, value in arguments.items() if name != "cache"}
     return others if arguments.get("cache") is None else {**others, CACHE: arguments["cache"]}
 
 
 def image_fields(output_class: type, features: Tensor) -> dict[str, Any]:
-    """Fields of an output with the projected tokens (tokens, D) of all pictures."""
+    """Fields of an output for the projected tokens (tokens, D) of all images."""
     fields: dict[str, Any] = {"image_hidden_states": features}
     if "image_outputs" in {field.name for field in dataclasses.fields(output_class)}:
         fields["image_outputs"] = BaseModelOutputWithPooling(pooler_output=[features])  # a list, as in the stock model
@@ -43,7 +49,7 @@ def image_fields(output_class: type, features: Tensor) -> dict[str, Any]:
 
 
 def stock_image_fields(output: Mapping[str, Any]) -> dict[str, Any]:
-    """The field that 5.24 replaced by `image_outputs`, of a stock output; nothing where it has the field."""
+    """The field of a stock output that 5.24 replaced by `image_outputs`; nothing if the output has it."""
     encoded = output.get("image_outputs")
     return {} if encoded is None else {"image_hidden_states": torch.cat(list(encoded.pooler_output))}
 
@@ -59,11 +65,13 @@ def run_block(block: nn.Module, states: Tensor) -> Tensor:
 
 
 def parameter(module: nn.Module, name: str) -> Tensor:
-    """A parameter of a module, fetched from where accelerate offloaded it."""
+    """A parameter of a module, fetched from the device or disk that accelerate offloaded it to."""
     value: Tensor = getattr(module, name)
     if not value.is_meta:
         return value
-    if is_accelerate_available():  # who put it there; the condition keeps it no requirement of a checkpoint's own code
+    if (
+        is_accelerate_available()
+    ):  # it offloaded the weight; the condition keeps it optional for a checkpoint's own code
         from accelerate.utils import align_module_device
 
         with align_module_device(module):
@@ -90,7 +98,7 @@ def register_key_renames(class_name: str, model_type: str) -> None:
 
 
 def rename_vision_key(key: str) -> str:
-    """On 4.57, give a CLIP tower's key the `vision_model.` that 5.x does not write."""
+    """On 4.57, add to a CLIP tower's key the `vision_model.` that 5.x does not write."""
     for prefix in ("vision_tower.", "model.vision_tower."):
         if not IS_V5 and key.startswith(prefix) and not key.startswith(f"{prefix}vision_model."):
             return f"{prefix}vision_model.{key.removeprefix(prefix)}"
@@ -98,14 +106,14 @@ def rename_vision_key(key: str) -> str:
 
 
 def default_max_length() -> int | None:
-    """The `max_length` that a generation config has when nobody set one."""
+    """The `max_length` of a generation config in which nobody set one."""
     return transformers.GenerationConfig().max_length
 
 
 def extended_positions(position_ids: Tensor, length: int) -> Tensor:
     """Positions of a prompt continued by one per generated token: (R, L) -> (R, length).
 
-    5.x extends `position_ids` itself while it generates; 4.57 would repeat the last position for ever.
+    5.x extends `position_ids` itself while it generates; 4.57 would repeat the last position.
     """
     missing = length - position_ids.shape[1]
     if missing <= 0:
@@ -117,9 +125,9 @@ def extended_positions(position_ids: Tensor, length: int) -> Tensor:
 
 
 def behind_cache(past: int, input_ids: Tensor, inputs_embeds: Tensor | None) -> dict[str, Any]:
-    """Arguments of the stock `generate` by which (R, L) new ids go on behind a cache of `past` tokens.
+    """Arguments of the stock `generate` by which (R, L) new ids continue a cache of `past` tokens.
 
-    5.x knows new ids by their mask, but cuts embeddings as if they were of the whole sequence; 4.57 would cut both.
+    5.x recognises new ids by their mask, but cuts embeddings as if they covered all of it; 4.57 would cut both.
     """
     if IS_V5:
         padding = (0, 0, past, 0)
@@ -129,12 +137,52 @@ def behind_cache(past: int, input_ids: Tensor, inputs_embeds: Tensor | None) -> 
 
 
 def is_prefill(step: dict[str, Any]) -> bool:
-    """Whether what `prepare_inputs_for_generation` is given starts a sequence."""
+    """Whether the arguments of `prepare_inputs_for_generation` start a sequence."""
     return bool(step.get("is_first_iteration")) if IS_V5 else bool(step["cache_position"][0] == 0)
 
 
+def mend_tokenizer_config(folder: str) -> None:
+    """Rewrite a tokenizer_config.json of transformers 5 so that 4.57 can read it too.
+
+    4.57 knows no TokenizersBackend, wants unnamed special tokens as `additional_special_tokens`, and named ones
+    (`image_token`) in a dictionary.
+    """
+    path = os.path.join(folder, "tokenizer_config.json")
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    before = dict(config)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens", []), list):
+        unnamed = config.pop("extra_special_tokens", [])
+        named = {key: value for key, value in config.items() if key.endswith("_token") and key not in _STANDARD_TOKENS}
+        config.update({"additional_special_tokens": unnamed} if unnamed else {})
+        config.update({"extra_special_tokens": named} if named else {})
+    if config != before:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(config, file, indent=2, sort_keys=True, ensure_ascii=False)
+            file.write("\n")
+
+
+def with_listed_content(conversation: Sequence[Any]) -> list[Any]:
+    """A copy of chat messages with text parts in place of plain strings, which 4.57 cannot encode."""
+    if isinstance(conversation[0], (list, tuple)):
+        return [with_listed_content(messages) for messages in conversation]
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message.get("content"), str)
+        else message
+        for message in conversation
+    ]
+
+
+def takes_processor_kwargs() -> bool:
+    """Whether the stock `apply_chat_template` takes the arguments of `__call__` as a dictionary (transformers 5)."""
+    return "processor_kwargs" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
+
+
 def auto_model_for_vision2seq() -> Any:
-    """`AutoModelForVision2Seq`, or what took its place on 5.x."""
+    """`AutoModelForVision2Seq`, or its successor on 5.x."""
     return auto_class("AutoModelForVision2Seq") or transformers.AutoModelForImageTextToText
 
 
@@ -155,10 +203,13 @@ __all__ = [
     "extended_positions",
     "image_fields",
     "is_prefill",
+    "mend_tokenizer_config",
     "parameter",
     "register_key_renames",
     "rename_vision_key",
     "run_block",
     "stock_cache",
     "stock_image_fields",
+    "takes_processor_kwargs",
+    "with_listed_content",
 ]

@@ -25,33 +25,34 @@ class TokenRecoveryConfig(Settings):
 
     Args:
         version: Layout of the section; 1.
-        enabled: `False` gives bit for bit the stock model.
+        enabled: `False` gives the stock model, bit for bit.
         method: `"recoverable"` (the paper's method), `"authors"` (its released code), a published method to compare
             with, a baseline, or a method of your own, registered before (`reccomp_hf.method_names()` lists
             them). Another method has its own defaults of how saliency and text relevance are found.
         method_options: Settings of the method alone, by name.
-        budget: `None` lets the number of tokens adapt to the picture; an `int` is the exact number of tokens of an
-            image; a `float` in (0, 1] is the share of the image's patches.
+        budget: `None` lets the number of tokens adapt to the image; an `int` is the exact number of tokens of an
+            image; a `float` in (0, 1] is a share of the image's patches.
         text_share: Share in [0, 1] of the kept tokens of a fixed budget that the question chooses.
-        text_limit: `"share"`: the question chooses its whole share of a fixed budget; `"outliers"`: only patches that
-            stand out among the similarities, as many as the dynamic mode would, and no more than the share. What it
-            leaves goes to coverage.
-        merged_tokens: How many tokens of a fixed budget are merged ones (cluster means of what was not kept).
-        coverage_share: Share in [0, 1] of the kept tokens of a fixed budget that stand for the image as a whole.
+        text_limit: `"share"`: the question chooses its whole share of a fixed budget; `"outliers"`: it chooses only
+            patches that stand out among the similarities, as many as the dynamic mode would, and no more than the
+            share; the rest of the share goes to coverage.
+        merged_tokens: Number of tokens of a fixed budget that are merged ones (cluster means of the patches that
+            are not kept).
+        coverage_share: Share in [0, 1] of the kept tokens of a fixed budget that represent the image as a whole.
         coverage_by: `"place"` spreads these tokens evenly over the image; `"content"` chooses them so that their mean
-            is as near as it can be to the mean of all patches (kernel herding, Welling, ICML 2009).
-        outlier_neighbors: Neighbours of the local outlier factor in the visual and text stage.
-        merge_neighbors: Neighbours of the local outlier factor that chooses cluster centres.
+            is as close as possible to the mean of all patches (kernel herding, Welling, ICML 2009).
+        outlier_neighbors: Number of neighbours of the local outlier factor in the visual and text stage.
+        merge_neighbors: Number of neighbours of the local outlier factor that chooses cluster centres.
         outlier_threshold: A local outlier factor above this is an outlier (scikit-learn's `"auto"` is 1.5).
         text_relevance: CLIP patch embeddings compared with the question: `"last"` (last block's output, the paper),
             `"penultimate"` (post_layernorm of the last block's input), `"value"` (the last block's value path). For
             this and the next three fields `None` means the method's own default; those of `"recoverable"` are
             `"last"`, 1, -1 and `"joint"`.
-        text_relevance_sign: 1, or -1 where a CLIP's dense similarity points the wrong way round.
+        text_relevance_sign: 1, or -1 for a CLIP whose dense similarity is inverted.
         visual_layer: Block whose class query and keys give the saliency, counted from the end; -1 is the last.
         visual_heads: `"joint"` (one head as wide as the model) or `"mean"` (softmax per head, averaged).
         position_ids: `"compact"` renumbers the shortened sequence, `"original"` keeps every token's own place.
-        newlines: Of LLaVA-NeXT: `"kept"` at the end of every row that keeps a patch, `"none"` at no row's end.
+        newlines: For LLaVA-NeXT: `"kept"` keeps the newline of every row that keeps a patch, `"none"` keeps none.
         text_encoder_config: A `clip_text_model` config as a dict, or `None` for a model without text recovery.
 
     Raises:
@@ -101,7 +102,7 @@ class TokenRecoveryConfig(Settings):
         self.__dict__["_options"] = get_method(method).read_options(method, self.method_options)
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
-        """Refuse: a section does not change; a config takes changed fields by assignment.
+        """Refuse to change the section in place.
 
         Raises:
             AttributeError: Always.
@@ -134,7 +135,7 @@ class TokenRecoveryConfig(Settings):
     def replace(self, overrides: TokenRecoveryConfig | Mapping[str, Any] | None) -> TokenRecoveryConfig:
         """A copy with the given fields overridden, validated; an instance replaces all fields.
 
-        Another `method` comes with its own defaults of `text_relevance`, `text_relevance_sign`, `visual_layer` and
+        Another `method` brings its own defaults of `text_relevance`, `text_relevance_sign`, `visual_layer` and
         `visual_heads`, and without `method_options`, unless they are overridden too.
         """
         if overrides is None or isinstance(overrides, TokenRecoveryConfig):
@@ -212,7 +213,7 @@ class TokenRecoveryConfig(Settings):
 class _RecCompConfigMixin:
     """The `token_recovery` section of a model config: read, validated on assignment, written back."""
 
-    # What evaluation loops do not collect as predictions.
+    # Outputs that evaluation loops do not collect as predictions.
     keys_to_ignore_at_inference = [
         *("past_key_values", "image_hidden_states"),
         *("cache", "image_outputs"),  # from transformers 5.24 on
@@ -232,7 +233,7 @@ class _RecCompConfigMixin:
         """The stock dictionary with the section as plain JSON values, and the classes that `auto_map` names."""
         output = super().to_dict()  # type: ignore[misc]
         output["token_recovery"] = self.token_recovery.to_dict()
-        # A checkpoint that was loaded from the Hub names its repository there; the code is written anew.
+        # A checkpoint that was loaded from the Hub names its repository there; a saved one carries the code itself.
         output["auto_map"] = {**(output.get("auto_map") or {}), **model_auto_map(output["model_type"])}
         return output
 
@@ -263,7 +264,7 @@ class _RecCompConfigMixin:
             if not (fields.get("token_recovery") or {}).get("text_encoder_config"):
                 logger.warning(
                     f"{pretrained_model_name_or_path} is a stock {stock_type!r} checkpoint, read as visual-only: "
-                    "without CLIP's text encoder the question has no say in which visual tokens are kept. To add "
+                    "without CLIP's text encoder the question does not influence which visual tokens are kept. To add "
                     "it: reccomp_hf.convert(llava, clip, output), or `reccomp-hf convert LLAVA CLIP OUT`."
                 )
         elif model_type != cls.model_type:  # type: ignore[attr-defined]
@@ -323,7 +324,7 @@ class LlavaNextRecCompConfig(_RecCompConfigMixin, LlavaNextConfig):
 
 
 def default_fields(method: Any) -> dict[str, Any]:
-    """Default of every field for a method; those of `"recoverable"` where `method` is not a name.
+    """Default of every field for a method; those of `"recoverable"` if `method` is not a name.
 
     Raises:
         ValueError: No method of that name.
@@ -334,14 +335,14 @@ def default_fields(method: Any) -> dict[str, Any]:
 
 
 def overridden(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields with some replaced; another method takes its own settings along, see `TokenRecoveryConfig.replace`."""
+    """The fields with overrides; another method brings its own defaults, see `TokenRecoveryConfig.replace`."""
     before = fields.get("method", "recoverable")
     leaving = (*METHOD_FIELDS, "method_options") if overrides.get("method", before) != before else ()
     return {**{name: value for name, value in fields.items() if name not in leaving}, **overrides}
 
 
 def _as_json(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields as they are read back from a JSON file."""
+    """The fields as a JSON file would return them."""
     return json.loads(json.dumps(fields, default=str))
 
 

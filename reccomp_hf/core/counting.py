@@ -1,8 +1,7 @@
-"""How many visual tokens an image has, and how many it becomes."""
+"""Counting the visual tokens of an image before and after compression."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,19 +14,24 @@ from transformers.models.llava_next.modeling_llava_next import (
 from .checks import is_tiled
 from .choosing import check_features, select_tokens
 from .configuration import TokenRecoveryConfig
+from .features import TokenSelection, VisualFeatures
+from .methods.budgets import budget_tokens
 
 PICTURE = (640, 480)
-"""Width and height of the picture that a LLaVA-NeXT is reckoned with: its tokens depend on it."""
-
+"""Width and height of the image that counts of LLaVA-NeXT assume by default: its tokens depend on them."""
 
 PAPER_SHARE = 56 / 576
 """Share of the visual tokens that the paper's table keeps."""
 
 
 def picture_tokens(config: Any, picture: tuple[int, int] = PICTURE) -> tuple[int, int, int]:
-    """Tiles, patch tokens and newline tokens of a picture of some width and height, in the stock model.
+    """Number of tiles, patch tokens and newline tokens of an image in the stock model.
 
-    For LLaVA-1.5 every picture is one tile without newlines.
+    For LLaVA-1.5 every image is one tile without newlines.
+
+    Args:
+        config: A LLaVA config, stock or ours.
+        picture: Width and height in pixels; read for LLaVA-NeXT only.
     """
     side, pixels = patches_per_side(config), config.vision_config.image_size
     if not is_tiled(config):
@@ -40,34 +44,45 @@ def picture_tokens(config: Any, picture: tuple[int, int] = PICTURE) -> tuple[int
 
 
 def compressed_tokens(config: Any, section: TokenRecoveryConfig, picture: tuple[int, int] = PICTURE) -> int:
-    """Visual tokens that a picture becomes, newlines apart; about the paper's tenth where the picture decides."""
+    """Visual tokens of a compressed image without newlines; the paper's share if the number depends on the image."""
     fixed, (_, patches, _) = fixed_tokens(config, section, picture), picture_tokens(config, picture)
     return round(patches * PAPER_SHARE) if fixed is None else fixed
 
 
 def fixed_tokens(config: Any, section: TokenRecoveryConfig, picture: tuple[int, int] = PICTURE) -> int | None:
-    """Visual tokens that every picture of a size becomes, newlines apart; `None` where its content decides.
+    """Visual tokens of every compressed image of a size, without newlines; `None` if the number depends on the image.
 
-    Methods without a budget are asked themselves, with a blank picture of width 1.
+    A method without a budget is run on a blank image of width 1.
     """
     tiles, patches, _ = picture_tokens(config, picture)
     if not section.enabled:
         return patches
-    if isinstance(section.budget, int):
-        return min(section.budget, patches)
     if section.budget is not None:
-        return max(1, math.floor(section.budget * patches + 0.5))
-    grid = patches_per_side(config) ** 2
-    blank, scores = torch.zeros(tiles, grid + 1, 1), torch.zeros(tiles, grid)
-    states = blank[:, 1:]
-    features = check_features(states, blank[:, 0], blank, scores, section, tiles=[tiles], projected=states)
-    sizes = select_tokens(features, section).known_sizes
-    return None if sizes is None else min(sizes[2], patches)
+        return budget_tokens(section.budget, patches)
+    sizes = blank_selection(section, tiles, patches_per_side(config)).known_sizes
+    return None if sizes is None else min(sizes.total, patches)
+
+
+def blank_selection(section: TokenRecoveryConfig, tiles: int, side: int) -> TokenSelection:
+    """The choice of a section for one blank image of `tiles` tiles of `side` x `side` patches."""
+    keys, similarity = torch.zeros(tiles, side * side + 1, 1), torch.zeros(tiles, side * side)
+    states = keys[:, 1:]
+    features = VisualFeatures(states, keys[:, 0], keys, similarity, tiles=[tiles], projected=states)
+    check_features(features, section)
+    return select_tokens(features, section)
 
 
 def patches_per_side(config: Any) -> int:
-    """Patches along a side of a tile."""
+    """Number of patches along a side of a tile."""
     return config.vision_config.image_size // config.vision_config.patch_size
 
 
-__all__ = ["PAPER_SHARE", "PICTURE", "compressed_tokens", "fixed_tokens", "patches_per_side", "picture_tokens"]
+__all__ = [
+    "PAPER_SHARE",
+    "PICTURE",
+    "blank_selection",
+    "compressed_tokens",
+    "fixed_tokens",
+    "patches_per_side",
+    "picture_tokens",
+]

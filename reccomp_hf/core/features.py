@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,20 +15,20 @@ from .relevance import class_saliency
 
 @dataclasses.dataclass
 class TokenRecoveryOutput:
-    """Which tokens stand for each image, and where every patch went. B images, N patches, K tokens at most.
+    """The tokens that stand for each image, and where every patch went. B images, N patches, K tokens at most.
 
     For LLaVA-NeXT a row is a tile, and an image's tiles are consecutive rows.
 
     Args:
         tokens: (B, K, C), the kept patches in raster order, then the merged tokens; right-padded with zeros.
-        counts: (B,) int64, tokens of each image.
-        visual_mask: (B, N) bool, patches kept for their saliency; by `random` and `base_tile`, all that are kept; and
-            by most methods all patches of a tile whose budget is that large.
+        counts: (B,) int64, number of tokens of each image.
+        visual_mask: (B, N) bool, patches kept for their saliency; for `random` and `base_tile` all that are kept; and
+            for most methods all patches of a tile whose budget is that large.
         text_mask: (B, N) bool, patches recovered for the question.
         coverage_mask: (B, N) bool, patches kept to cover the image: spread evenly, or unlike each other.
-        centre_mask: (B, N) bool, patches around which the rest was merged; of a pooled cell the first patch, of all
-            that was dropped the most salient one.
-        cluster: (B, N) int64, index in `tokens` that a patch went into; -1 where it was dropped, or went into several.
+        centre_mask: (B, N) bool, patches around which the rest was merged; for a pooled cell its first patch, for the
+            mean of all dropped patches the most salient one.
+        cluster: (B, N) int64, index in `tokens` that a patch went into; -1 if it was dropped, or went into several.
         places: (B, K) int64, raster index of the patch that a token stands for (the centre of a merged one); -1 for
             padding and for a token that has no place.
         saliency: (B, N) float32, class attention; higher means more salient.
@@ -50,13 +51,18 @@ class TokenRecoveryOutput:
         """(B, N) bool, patches that enter the sequence as they are."""
         return self.visual_mask | self.text_mask | self.coverage_mask
 
+    @property
+    def merged_counts(self) -> Tensor:
+        """(B,) int64, number of merged tokens."""
+        return self.counts - self.kept_mask.sum(-1)
+
     def stage_counts(self) -> dict[str, int]:
         """Tokens of all rows by stage: `visual`, `text`, `coverage` and `merged`. Reads from the device."""
         kept = {name: int(getattr(self, f"{name}_mask").sum()) for name in ("visual", "text", "coverage")}
         return {**kept, "merged": int(self.counts.sum()) - sum(kept.values())}
 
     def split(self, tiles: list[int]) -> list[TokenRecoveryOutput]:
-        """One output per image, of as many rows as the image has tiles. Reads the counts from the device."""
+        """One output per image, with as many rows as the image has tiles. Reads the counts from the device."""
         counts, start, outputs = self.counts.tolist(), 0, []
         for size in tiles:
             rows, width = slice(start, start + size), max(counts[start : start + size])
@@ -70,41 +76,143 @@ class TokenRecoveryOutput:
         return outputs
 
 
-@dataclasses.dataclass
-class VisualFeatures:
-    """What a method may look at. B images, N patches of width C, class token apart.
+class Sizes(NamedTuple):
+    """The numbers of tokens that shapes depend on.
 
     Args:
-        hidden_states: (B, N, C), what LLaVA's projector reads.
+        longest: Tokens of the row that has most.
+        most_merged: Merged tokens of the row that has most of them.
+        total: Tokens of all rows together.
+    """
+
+    longest: int
+    most_merged: int
+    total: int
+
+
+@dataclasses.dataclass
+class VisualFeatures:
+    """The features that a method may read. B images (tiles for LLaVA-NeXT), N patches of width C.
+
+    Built by the models for every batch. Where they are left out, `grid` is a square, all patches are valid, and every
+    row is an image of its own.
+
+    Args:
+        hidden_states: (B, N, C), the patches as LLaVA's projector reads them, without the class token.
         class_query: (B, C), the class token's query.
         keys: (B, N + 1, C), class token first.
         text_similarity: (B, N) or `None`; higher means more relevant to the question.
         num_heads: Attention heads of the vision tower.
         grid: (rows, columns) of the patches in raster order.
         valid: (B, N) bool, patches that exist.
-        all_valid: Whether `valid` is known, without looking at the device, to be all true.
-        tiles: Consecutive rows that each image has; all 1 but for LLaVA-NeXT.
-        projected: (B, N, D), what LLaVA's projector makes of `hidden_states`, for a method that `reads_projected`;
-            else perhaps `None`.
+        tiles: Number of consecutive rows that each image has; all 1 except for LLaVA-NeXT.
+        projected: (B, N, D), `hidden_states` after LLaVA's projector; computed for a method that `reads_projected`,
+            otherwise it may be `None`.
+
+    Raises:
+        ValueError: Shapes that do not fit each other.
     """
 
     hidden_states: Tensor
     class_query: Tensor
     keys: Tensor
-    text_similarity: Tensor | None
-    num_heads: int
-    grid: tuple[int, int]
-    valid: Tensor
-    all_valid: bool
-    tiles: list[int]
+    text_similarity: Tensor | None = None
+    num_heads: int = 1
+    grid: tuple[int, int] = None  # type: ignore[assignment]  # completed below
+    valid: Tensor = None  # type: ignore[assignment]
+    tiles: list[int] = None  # type: ignore[assignment]
     projected: Tensor | None = None
 
-    def saliency(self, heads: str) -> Tensor:
-        """(B, N) float32 attention of the class token, see [`class_saliency`]."""
+    all_valid: bool = dataclasses.field(init=False)
+    """Whether `valid` is known, without reading the device, to be all true."""
+
+    def __post_init__(self) -> None:
+        """Check the shapes and complete what was left out; nothing is read from the device."""
+        if self.hidden_states.ndim != 3 or self.hidden_states.shape[1] == 0:
+            received = tuple(self.hidden_states.shape)
+            raise ValueError(f"hidden_states must have shape (B, N, C) with N > 0, got {received}.")
+        batch, patches, width = self.hidden_states.shape
+        self._check_shapes(batch, patches, width)
+        if self.num_heads < 1 or width % self.num_heads:
+            raise ValueError(f"num_heads must divide the width {width}, got {self.num_heads}.")
+        self.tiles = [1] * batch if self.tiles is None else self.tiles
+        if sum(self.tiles) != batch:
+            raise ValueError(f"tiles must add up to the {batch} rows of hidden_states, got {self.tiles}.")
+        side = math.isqrt(patches)
+        if self.grid is None:
+            self.grid = (side, side) if side * side == patches else (1, patches)
+        elif self.grid[0] * self.grid[1] != patches:
+            cells = self.grid[0] * self.grid[1]
+            raise ValueError(f"grid {tuple(self.grid)} has {cells} cells, but there are {patches} patches.")
+        self.all_valid = self.valid is None
+        if self.valid is None:
+            self.valid = self.keys.new_ones((batch, patches), dtype=torch.bool)
+        # The choice has no gradient.
+        self.class_query, self.keys = self.class_query.detach(), self.keys.detach()
+        self.text_similarity = None if self.text_similarity is None else self.text_similarity.detach().float()
+        self.projected = None if self.projected is None else self.projected.detach()
+
+    def _check_shapes(self, batch: int, patches: int, width: int) -> None:
+        for name, tensor, needed in (
+            ("class_query", self.class_query, (batch, width)),
+            ("keys", self.keys, (batch, patches + 1, width)),
+            ("text_similarity", self.text_similarity, (batch, patches)),
+            ("valid", self.valid, (batch, patches)),
+        ):
+            if tensor is not None and tuple(tensor.shape) != needed:
+                states = tuple(self.hidden_states.shape)
+                hint = "; keys start with the class token." if name == "keys" else "."
+                raise ValueError(
+                    f"{name} must have shape {needed} for hidden_states of shape {states}, "
+                    f"got {tuple(tensor.shape)}{hint}"
+                )
+        projected = self.projected
+        if projected is not None and (projected.ndim != 3 or tuple(projected.shape[:2]) != (batch, patches)):
+            raise ValueError(f"projected must have shape ({batch}, {patches}, D), got {tuple(projected.shape)}.")
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every image is one row of valid patches, so that a fixed budget fixes all sizes."""
+        return self.all_valid and max(self.tiles) == 1
+
+    def saliency(self, heads: str = "joint") -> Tensor:
+        """(B, N) float32 attention of the class token, see [`class_saliency`]; higher means more salient."""
         return class_saliency(self.class_query, self.keys, self.num_heads, heads, self.valid)
 
+    def keep(
+        self,
+        *,
+        visual: Tensor | None = None,
+        text: Tensor | None = None,
+        coverage: Tensor | None = None,
+        centres: Tensor | None = None,
+        merged_counts: Tensor | None = None,
+        saliency: Tensor | None = None,
+        known_sizes: Sizes | None = None,
+        extra: Tensor | None = None,
+    ) -> TokenSelection:
+        """The selection of a method that keeps these patches; a mask that is left out is empty.
+
+        Args:
+            visual: (B, N) bool, patches kept for their saliency.
+            text: (B, N) bool, patches kept for the question.
+            coverage: (B, N) bool, patches kept to cover the image.
+            centres: (B, N) bool, patches around which merged tokens are made.
+            merged_counts: (B,) int64, number of merged tokens; by default none.
+            saliency: (B, N) float32, shown in the record; by default the class attention of one joint head.
+            known_sizes: The selection's sizes if they follow from a fixed budget; `None` means they must be read.
+            extra: (B, N) bool, see [`TokenSelection`].
+        """
+        empty = torch.zeros_like(self.valid)
+        visual, text, coverage, centres = (
+            empty if mask is None else mask for mask in (visual, text, coverage, centres)
+        )
+        merged_counts = empty.sum(-1) if merged_counts is None else merged_counts
+        saliency = self.saliency() if saliency is None else saliency
+        return TokenSelection(visual, text, coverage, centres, merged_counts, saliency, known_sizes, extra)
+
     def per_image(self, values: Tensor, fill: float) -> Tensor:
-        """Scores of an image's tiles side by side, `fill` where it has fewer: (B, N, ...) -> (I, S * N, ...)."""
+        """Scores of an image's tiles in one row, `fill` where it has fewer tiles: (B, N, ...) -> (I, S * N, ...)."""
         images, slots = len(self.tiles), max(self.tiles)
         if slots == 1:
             return values
@@ -118,7 +226,7 @@ class VisualFeatures:
 
     @functools.cached_property
     def _rows(self) -> Tensor:
-        """(B,) int64, where each tile stands among the images' slots."""
+        """(B,) int64, the slot of each tile among the slots of all images."""
         slots = max(self.tiles)
         rows = [image * slots + tile for image, size in enumerate(self.tiles) for tile in range(size)]
         return torch.tensor(rows).to(self.valid.device, non_blocking=True)
@@ -126,10 +234,11 @@ class VisualFeatures:
 
 @dataclasses.dataclass
 class TokenSelection:
-    """A method's choice, still on the device: masks (B, N), and how many merged tokens follow the kept ones.
+    """A method's choice, still on the device: masks (B, N), and the number of merged tokens that follow the kept ones.
 
-    `known_sizes` holds the values of `sizes` where they follow from a fixed budget; `None` means they must be read.
-    `extra_mask` marks, among the centres, the place of a token that is not made around it, for the method's own merge.
+    [`VisualFeatures.keep`] makes one. `known_sizes` holds the values of `sizes` if they follow from a fixed budget;
+    `None` means that they must be read. `extra_mask` marks, among the centres, the place of a token that is not made
+    around it, for the method's own merge.
     """
 
     visual_mask: Tensor
@@ -138,7 +247,7 @@ class TokenSelection:
     centre_mask: Tensor
     merged_counts: Tensor
     saliency: Tensor
-    known_sizes: list[int] | None = None
+    known_sizes: Sizes | None = None
     extra_mask: Tensor | None = None
 
     @property
@@ -153,18 +262,22 @@ class TokenSelection:
 
     @property
     def sizes(self) -> Tensor:
-        """(3,) int64 on the device: the largest count, the largest number of merged tokens, all tokens together."""
+        """(3,) int64 on the device, the values of a [`Sizes`]."""
         counts = self.counts
         return torch.stack([counts.max(), self.merged_counts.max(), counts.sum()])
+
+    def read_sizes(self) -> Sizes:
+        """The sizes: known ones, or those read from the device."""
+        return Sizes(*self.sizes.tolist()) if self.known_sizes is None else self.known_sizes
 
 
 @dataclasses.dataclass
 class MergedTokens:
-    """What a method made of the patches that were not kept. M merged tokens at most.
+    """The tokens that a method made of the patches it did not keep. M merged tokens at most.
 
     Args:
         tokens: (B, M, C); rows with fewer merged tokens are padded.
-        places: (B, M) int64, raster index a merged token stands at, -1 without one.
+        places: (B, M) int64, raster index that a merged token stands at, -1 without one.
         cluster: (B, N) int64, merged token that a patch went into, -1 for none.
     """
 
@@ -173,4 +286,4 @@ class MergedTokens:
     cluster: Tensor
 
 
-__all__ = ["MergedTokens", "TokenRecoveryOutput", "TokenSelection", "VisualFeatures"]
+__all__ = ["MergedTokens", "Sizes", "TokenRecoveryOutput", "TokenSelection", "VisualFeatures"]

@@ -1,4 +1,4 @@
-"""Generation on a shortened prompt that looks like generation on the prompt as it was passed."""
+"""Generation on a shortened prompt that behaves like generation on the prompt as it was passed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from .checks import cache_length, check_encoder_outputs, goes_on
+from .checks import cache_length, check_continuation, check_encoder_outputs, is_continuation
 from .compat import behind_cache, cache_of, default_max_length, extended_positions, is_prefill, stock_cache
 from .configuration import TokenRecoveryConfig
 from .modeling import RecCompMixin
@@ -41,27 +41,27 @@ class RecCompGenerationMixin(RecCompMixin):
         mm_encoder_outputs: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As the stock method; with pictures, loss and logits are of the shortened sequence.
+        """As the stock method; with images, loss and logits are those of the shortened sequence.
 
         Args:
-            input_ids: (R, L) int64; beside `inputs_embeds` and without pictures they are not read.
-            pixel_values: Pictures of all rows in reading order, as the processor gives them.
+            input_ids: (R, L) int64; not read if `inputs_embeds` are given without images.
+            pixel_values: Images of all rows in reading order, as the processor returns them.
             attention_mask: (R, L), 0 for padding.
             position_ids: (R, L) int64.
-            cache: As in the stock method of transformers 5.24; empty beside pictures.
+            cache: As in the stock method of transformers 5.24; empty if there are images.
             inputs_embeds: As in the stock method.
-            image_sizes: (I, 2) height and width in pixels of every picture; LLaVA-NeXT only.
+            image_sizes: (I, 2) height and width in pixels of every image; LLaVA-NeXT only.
             recovery_input_ids: (R, W, T) int64, the questions as the text encoder's tokens.
             recovery_attention_mask: (R, W, T), 0 for padding.
             token_recovery: Fields of the config section to override for this call.
-            past_key_values: The older name of `cache`; every version takes both, and 5.24 warns of this one.
-            labels: (R, L) int64 for the uncut sequence; they are cut with it.
+            past_key_values: The older name of `cache`; every version accepts both, and 5.24 warns of this one.
+            labels: (R, L) int64 for the uncut sequence; cut along with it.
             logits_to_keep: As in the stock method.
-            mm_encoder_outputs: As in the stock method of transformers 5, for the uncompressed model alone.
+            mm_encoder_outputs: As in the stock method of transformers 5, for the uncompressed model only.
             **kwargs: Everything else that the stock method takes.
 
         Returns:
-            The stock output, with the pictures' projected tokens as `image_hidden_states` and their counts.
+            The stock output, with the images' projected tokens as `image_hidden_states` and their counts.
 
         Raises:
             ValueError: Inputs that do not fit, see [`RecCompMixin.compress_inputs`].
@@ -84,13 +84,13 @@ class RecCompGenerationMixin(RecCompMixin):
         streamer: BaseStreamer | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the stock method; pictures are compressed once, before the prefill.
+        """As the stock method; images are compressed once, before the prefill.
 
         With a non-empty `cache` (or `past_key_values`) of P entries the prompt is the new part alone if
-        `attention_mask` is (R, P + L), padding in the cache being 0: `position_ids` (R, L) then go on behind what the
-        mask attends to unless they are given, which they must be with positions `"original"`; `inputs_embeds`
-        (R, L, D) may stand beside the ids, as `compress_inputs` returns them. With a mask of (R, L), or without one,
-        the prompt is the whole sequence, as in the stock method, and holds no picture.
+        `attention_mask` is (R, P + L), with 0 for padding in the cache. `position_ids` (R, L) then continue those of
+        the attended tokens unless they are given, as they must be with positions `"original"`; `inputs_embeds`
+        (R, L, D) may be given along with the ids, as `compress_inputs` returns them. With a mask of (R, L), or without
+        one, the prompt is the whole sequence, as in the stock method, and holds no image.
 
         Args:
             inputs: (R, L) prompt ids, as `input_ids`.
@@ -98,13 +98,13 @@ class RecCompGenerationMixin(RecCompMixin):
             token_recovery: Fields of the config section to override for this call.
             recovery_input_ids: (R, W, T) int64, the questions as the text encoder's tokens.
             recovery_attention_mask: (R, W, T), 0 for padding.
-            streamer: As in the stock method; it is given the prompt as it was passed.
+            streamer: As in the stock method; it receives the prompt as it was passed.
             **kwargs: Everything else that the stock method takes.
 
         Returns:
-            As the stock method: the prompt ids as they were passed, with the new ones behind. The output of
-            `return_dict_in_generate` has `visual_token_counts`, `newline_counts` and `token_recovery` besides, the
-            [`TokenRecoveryOutput`] of all pictures; they are `None` where nothing was compressed.
+            As the stock method: the prompt ids as they were passed, followed by the new ones. The output of
+            `return_dict_in_generate` also has `visual_token_counts`, `newline_counts` and `token_recovery`, the
+            [`TokenRecoveryOutput`] of all images; they are `None` if nothing was compressed.
 
         Raises:
             ValueError: Inputs that do not fit, or an assistant model.
@@ -118,7 +118,7 @@ class RecCompGenerationMixin(RecCompMixin):
             check_pixels(kwargs.get("pixel_values"))
             kwargs["token_recovery"] = {"enabled": False}  # for the prefill's forward
         if kwargs.get("pixel_values") is None or not section.enabled:
-            kwargs = self._behind_cache(prompt, kwargs, section)
+            kwargs = self._with_cache(prompt, kwargs, section)
             output = stock(inputs=prompt, generation_config=generation_config, streamer=streamer, **kwargs)
             if not isinstance(output, Tensor):
                 output.visual_token_counts = output.newline_counts = output.token_recovery = None
@@ -165,7 +165,7 @@ class RecCompGenerationMixin(RecCompMixin):
             proposed = self.get_input_embeddings()(input_ids[:, inputs_embeds.shape[1] :])
             inputs_embeds = torch.cat([inputs_embeds, proposed], dim=1)
         elif inputs_embeds is not None and input_ids.shape[1] > inputs_embeds.shape[1]:
-            inputs_embeds = None  # 4.57 would read a single one again with every new token
+            inputs_embeds = None  # 4.57 would read a single one again with each new token
         return super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -178,24 +178,25 @@ class RecCompGenerationMixin(RecCompMixin):
                 "would read other tokens. Use prompt_lookup_num_tokens=, or token_recovery={'enabled': False}."
             )
 
-    def _behind_cache(
+    def _with_cache(
         self, prompt: Tensor | None, kwargs: dict[str, Any], section: TokenRecoveryConfig
     ) -> dict[str, Any]:
-        """The arguments for the stock method where new ids alone stand behind a non-empty cache."""
+        """The arguments for the stock method if the prompt continues a non-empty cache."""
         past = cache_length(cache_of(kwargs))
         if not past or prompt is None or kwargs.get("pixel_values") is not None:
             return kwargs
-        if not goes_on(prompt, kwargs, self.config.image_token_id, section):
+        check_continuation(prompt, kwargs, self.config.image_token_id, section)
+        if not is_continuation(prompt, kwargs):
             return kwargs
         return {**kwargs, **behind_cache(past, prompt, kwargs.get("inputs_embeds"))}
 
     def _uncut_lengths(
         self, generation_config: Any, kwargs: Mapping[str, Any], prompt_length: int, cut: int
     ) -> tuple[Any, dict[str, int]]:
-        """`max_length` and `min_length` for the shortened prompt, where somebody set them for the uncut one.
+        """`max_length` and `min_length` for the shortened prompt, if they were set for the uncut one.
 
         Returns:
-            The generation config, and keyword arguments for what it does not hold.
+            The generation config, and keyword arguments for the lengths that it does not hold.
         """
 
         def setting(name: str, default: Any) -> Any:
@@ -224,19 +225,19 @@ class RecCompGenerationMixin(RecCompMixin):
 
 
 class PromptStreamer(BaseStreamer):
-    """Shows a streamer the prompt as it was passed, not the shortened one."""
+    """A streamer that passes the prompt on as it was given, not the shortened one."""
 
     def __init__(self, streamer: BaseStreamer, prompt: Tensor) -> None:
         self.streamer, self.prompt = streamer, prompt
         self.prompt_shown = False
 
     def put(self, value: Tensor) -> None:
-        """The prompt at first, then new ids as they come."""
+        """Pass on the prompt first, then new ids as they come."""
         self.streamer.put(value if self.prompt_shown else self.prompt.cpu())
         self.prompt_shown = True
 
     def end(self) -> None:
-        """Nothing more comes."""
+        """Pass on the end of the text."""
         self.streamer.end()
 
 

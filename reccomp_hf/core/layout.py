@@ -1,4 +1,4 @@
-"""Which placeholder of a prompt stands for which patch, and which of them remain once tokens are chosen."""
+"""The patch that each placeholder of a prompt stands for, and the placeholders that remain after the choice."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .features import TokenRecoveryOutput, TokenSelection
+from .features import Sizes, TokenRecoveryOutput
 
 NEWLINE, PADDING = -1, -2
 
@@ -18,13 +18,13 @@ class ImageLayout:
 
     Args:
         slots: (I, L) int64, the patch that a placeholder stands for, counted over all tiles (tile * N + patch);
-            `NEWLINE` for the embedding at a row's end, `PADDING` behind an image's last placeholder.
-        rows: (I, L) int64, the row of the picture that a placeholder belongs to.
-        tiles: Tiles of each image; they are consecutive.
-        lengths: Placeholders of each image.
+            `NEWLINE` for the embedding at a row's end, `PADDING` after an image's last placeholder.
+        rows: (I, L) int64, the row of the image that a placeholder belongs to.
+        tiles: Number of tiles of each image; they are consecutive.
+        lengths: Number of placeholders of each image.
         patches: N.
-        has_newlines: Whether rows of the picture may end in a newline embedding.
-        keeps_newlines: Whether the newline of a row stays where the row keeps a patch; else none does.
+        has_newlines: Whether rows of the image may end in a newline embedding.
+        keeps_newlines: Whether a row that keeps a patch keeps its newline; otherwise no row does.
     """
 
     slots: Tensor
@@ -37,24 +37,24 @@ class ImageLayout:
 
     @classmethod
     def of_grids(cls, images: int, patches: int) -> ImageLayout:
-        """Every image is one tile whose patches stand in raster order."""
+        """The layout of images that are one tile each, with patches in raster order."""
         slots = torch.arange(images * patches).view(images, patches)
         return cls(slots, torch.zeros_like(slots), [1] * images, [patches] * images, patches, has_newlines=False)
 
     @classmethod
     def of_packed(cls, packed: list[Tensor], tiles: list[int], patches: int) -> ImageLayout:
-        """From the order in which stock LLaVA-NeXT packs an image.
+        """The layout that follows from the order in which stock LLaVA-NeXT packs an image.
 
         Args:
             packed: For each image (length,) int64, the patch counted over the image's own tiles, or `NEWLINE`.
-            tiles: Tiles of each image, the base tile first.
-            patches: Patches of a tile.
+            tiles: Number of tiles of each image, the base tile first.
+            patches: Number of patches of a tile.
         """
         lengths, start, slots, rows = [len(order) for order in packed], 0, [], []
         for order, size in zip(packed, tiles, strict=True):
             newline = order == NEWLINE
             row = newline.cumsum(0) - newline.long()
-            if size > 1:  # the base tile has no newline: it is a row of its own, before the others
+            if size > 1:  # the base tile has no newline: it is a row of its own and comes first
                 row = row + (torch.arange(len(order)) >= patches)
             slots.append(torch.where(newline, NEWLINE, order + start * patches))
             rows.append(row)
@@ -68,13 +68,13 @@ class ImageLayout:
         slots, rows = (index.to(device, non_blocking=True) for index in (self.slots, self.rows))
         return dataclasses.replace(self, slots=slots, rows=rows)
 
-    def keeping(self, newlines: str) -> ImageLayout:
-        """The layout under a section's `newlines`."""
+    def with_newlines(self, newlines: str) -> ImageLayout:
+        """The layout with a section's `newlines`."""
         return dataclasses.replace(self, keeps_newlines=newlines == "kept")
 
     @property
     def valid(self) -> Tensor | None:
-        """(T, N) bool, the patches that have a placeholder; `None` if all have."""
+        """(T, N) bool, the patches that have a placeholder; `None` if all do."""
         if max(self.tiles) == 1 and not self.has_newlines:
             return None
         present = torch.zeros(sum(self.tiles) * self.patches + 1, dtype=torch.bool, device=self.slots.device)
@@ -82,64 +82,69 @@ class ImageLayout:
         return present[:-1].view(-1, self.patches)
 
     def image_of_tile(self, device: torch.device) -> Tensor:
-        """(T,) int64."""
+        """(T,) int64, the image that each tile belongs to."""
         image = torch.tensor([image for image, size in enumerate(self.tiles) for _ in range(size)])
         return image.to(device, non_blocking=True)
 
-    def kept(self, selection: TokenSelection) -> tuple[Tensor, Tensor]:
-        """The placeholders whose patch is kept, and the newlines that stay with them: two (I, L) bool."""
-        kept = selection.kept_mask.flatten()[self.slots.clamp(min=0)] & (self.slots >= 0)
+    def kept(self, kept_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The placeholders whose patch is kept, and the newlines that stay with them: two (I, L) bool.
+
+        Args:
+            kept_mask: (T, N) bool, patches that are kept.
+        """
+        kept = kept_mask.flatten()[self.slots.clamp(min=0)] & (self.slots >= 0)
         if not self.keeps_newlines:
             return kept, torch.zeros_like(kept)
         row_keeps = torch.zeros_like(self.rows[:, :1]).expand(-1, self.rows.shape[1] + 1)
         row_keeps = row_keeps.scatter_add(1, self.rows, kept.long()) > 0
         return kept, (self.slots == NEWLINE) & row_keeps.gather(1, self.rows)
 
-    def counts(self, selection: TokenSelection) -> tuple[Tensor, Tensor]:
-        """Tokens and newlines of each image after the choice: two (I,) int64."""
-        kept, newlines = self.kept(selection)
-        merged = torch.zeros_like(kept[:, 0], dtype=torch.long)
-        image = self.image_of_tile(merged.device)
-        merged = merged.index_add(0, image, selection.merged_counts)
-        return kept.sum(-1) + merged, newlines.sum(-1)
-
-    def sequence(
-        self, selection: TokenSelection, record: TokenRecoveryOutput, sizes: list[int], length: int
-    ) -> tuple[Tensor, Tensor]:
-        """The order in which an image's tokens enter the prompt: its kept ones and newlines, then the merged ones.
+    def counts(self, kept_mask: Tensor, merged_counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Number of tokens and of newlines of each image after the choice: two (I,) int64.
 
         Args:
-            selection: The choice.
-            record: What it came to, one row per tile.
-            sizes: Of the selection, as read.
-            length: The longest image's tokens, newlines included.
+            kept_mask: (T, N) bool, patches that are kept.
+            merged_counts: (T,) int64, number of merged tokens of each tile.
+        """
+        kept, newlines = self.kept(kept_mask)
+        merged = torch.zeros_like(kept[:, 0], dtype=torch.long)
+        merged = merged.index_add(0, self.image_of_tile(merged.device), merged_counts)
+        return kept.sum(-1) + merged, newlines.sum(-1)
+
+    def sequence(self, record: TokenRecoveryOutput, sizes: Sizes, length: int) -> tuple[Tensor, Tensor]:
+        """The order in which an image's tokens enter the prompt: kept ones and newlines, then merged ones.
+
+        Args:
+            record: The chosen tokens, one row per tile.
+            sizes: The sizes of the choice, as read.
+            length: Tokens of the longest image, newlines included.
 
         Returns:
-            (I, length) int64 index into the packed tokens of all tiles, their number meaning a newline; and (I,
+            (I, length) int64 index into the packed tokens of all tiles, where `sizes.total` means a newline; and (I,
             length) int64, the placeholder that the token stands for. Rows are padded on the right.
         """
-        kept, newlines = self.kept(selection)
+        kept, newlines = self.kept(record.kept_mask)
         start = (record.counts.cumsum(0) - record.counts).unsqueeze(-1)  # (T, 1)
         index = (start + record.cluster).flatten()[self.slots.clamp(min=0)]
-        index = torch.where(newlines, sizes[2], index)  # (I, L)
+        index = torch.where(newlines, sizes.total, index)  # (I, L)
         place = torch.arange(self.slots.shape[1], device=index.device).expand_as(index)
         parts = [(kept | newlines, index, place)]
-        if sizes[1]:
-            parts.append(self._merged(selection, record, start, sizes[1], place))
+        if sizes.most_merged:
+            parts.append(self._merged(record, start, sizes.most_merged, place))
         keeps, index, place = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         column = torch.where(keeps, keeps.cumsum(-1) - 1, length)
         empty = index.new_zeros((index.shape[0], length + 1))
         return empty.scatter(1, column, index)[:, :length], empty.scatter(1, column, place)[:, :length]
 
     def _merged(
-        self, selection: TokenSelection, record: TokenRecoveryOutput, start: Tensor, most: int, place: Tensor
+        self, record: TokenRecoveryOutput, start: Tensor, most: int, place: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Merged tokens of an image's tiles side by side: existence, index and placeholder, each (I, S * M)."""
+        """Merged tokens of an image's tiles in one row: existence, index and placeholder, each (I, S * M)."""
         slot_of = self.slots.new_zeros(len(record.counts) * self.patches + 1)
         slot_of[self.slots.clamp(min=-1).flatten()] = place.flatten()
-        seat = torch.arange(most, device=start.device)
-        exists = seat < selection.merged_counts.unsqueeze(-1)  # (T, M)
-        token = selection.kept_mask.sum(-1, keepdim=True) + seat
+        seat, kept = torch.arange(most, device=start.device), record.kept_mask.sum(-1, keepdim=True)
+        token = kept + seat  # (T, M)
+        exists = token < record.counts.unsqueeze(-1)
         centre = record.places.gather(1, token.clamp(max=record.places.shape[1] - 1))  # -1 where it has no place
         tile = torch.arange(len(start), device=start.device).unsqueeze(-1)
         placed = torch.where(centre >= 0, slot_of[(tile * self.patches + centre).clamp(min=0)], 0)
@@ -150,4 +155,4 @@ class ImageLayout:
         return tuple(values.flatten(1) for values in spread)  # type: ignore[return-value]
 
 
-__all__ = ["ImageLayout"]
+__all__ = ["NEWLINE", "PADDING", "ImageLayout"]

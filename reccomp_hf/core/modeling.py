@@ -1,4 +1,4 @@
-"""What the compressed LLaVA models share: from pictures and prompts to a short sequence, and generation on it."""
+"""The compressed LLaVA models: from images and prompts to a short sequence."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .checks import (
     check_feature_layer,
     check_question,
     check_supported,
-    without_question,
+    no_question_hint,
 )
-from .choosing import assemble_tokens, select_tokens
 from .compat import clip_vision_model, image_fields, parameter, stock_cache, stock_image_fields
 from .configuration import TokenRecoveryConfig
-from .features import TokenRecoveryOutput, TokenSelection, VisualFeatures
+from .features import TokenRecoveryOutput
 from .layout import ImageLayout
 from .methods.registry import get_method
-from .picture_tokens import Question, projected_tokens, visual_features, window_mask
+from .picture_tokens import Choice, Question, choose_tokens, window_mask
 from .splicing import (
     PlaceholderMap,
+    Splice,
     check_placeholders,
     compact_positions,
     cut,
@@ -37,45 +37,43 @@ from .splicing import (
     plan_splice,
 )
 from .text_encoder import RecoveryModulesMixin
-from .vision import EncodedImages, check_pixels, check_states, needed_states, vision_states
+from .vision import EncodedImages, check_pixels, needed_states, vision_states
 
-_Question: TypeAlias = "tuple[Tensor | None, Tensor | None]"  # recovery_input_ids, recovery_attention_mask
+_QuestionIds: TypeAlias = "tuple[Tensor | None, Tensor | None]"  # recovery_input_ids, recovery_attention_mask
 
 
 @dataclasses.dataclass
-class _Pictures:
-    """What a batch's pictures, prompts and questions come to before anything is read from the device."""
+class _ChosenPrompts:
+    """A batch of prompts and the tokens chosen for its images, before anything is read from the device.
 
-    features: VisualFeatures
-    selection: TokenSelection
-    layout: ImageLayout
+    Args:
+        choice: The chosen tokens.
+        placeholders: The image placeholders in the prompts.
+        missing_question: (R,) bool, rows with an image and without a question.
+    """
+
+    choice: Choice
     placeholders: PlaceholderMap
-    missing_question: Tensor  # (R,) bool
-    without_question: str  # what a call can do that has none
-    token_counts: Tensor  # (I,) int64
-    newline_counts: Tensor  # (I,) int64
+    missing_question: Tensor
 
 
 @dataclasses.dataclass
 class _Compressed:
-    """A shortened batch."""
+    """A shortened batch.
+
+    Args:
+        inputs: Arguments for the stock model.
+        record: The chosen tokens.
+        image_features: (tokens, D), the projected tokens of all images.
+        token_counts: (I,) int64, tokens of each image.
+        newline_counts: (I,) int64, newlines of each image.
+    """
 
     inputs: dict[str, Any]
     record: TokenRecoveryOutput
-    image_features: Tensor  # (tokens, D)
-    token_counts: Tensor  # (I,) int64
-    newline_counts: Tensor  # (I,) int64
-
-
-@dataclasses.dataclass
-class _Read:
-    """The numbers that shapes depend on, read from the device once."""
-
-    sizes: list[int]  # of the selection, see TokenSelection.sizes
-    longest_image: int  # tokens, newlines included
-    image_tokens: int  # of all images, newlines included
-    rows_before: int  # longest row, padding excluded
-    rows_after: int
+    image_features: Tensor
+    token_counts: Tensor
+    newline_counts: Tensor
 
 
 class RecCompMixin(RecoveryModulesMixin):
@@ -112,22 +110,22 @@ class RecCompMixin(RecoveryModulesMixin):
         token_recovery: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> EncodedImages:
-        """Run the vision tower once for several calls about the same pictures.
+        """Run the vision tower once for several calls about the same images.
 
         Args:
-            pixel_values: Pictures as the processor gives them.
-            image_sizes: (I, 2) height and width in pixels of every picture; LLaVA-NeXT only.
+            pixel_values: Images as the processor returns them.
+            image_sizes: (I, 2) height and width in pixels of every image; LLaVA-NeXT only.
             token_recovery: Fields of the config section that the later calls will override.
             **kwargs: `vision_feature_layer` and `vision_feature_select_strategy` as in stock LLaVA; other outputs of
-                the processor are not used.
+                the processor are ignored.
 
         Returns:
-            What `generate`, `forward`, `compress_inputs` and `recover` take in place of `pixel_values`, then without
-            `image_sizes`.
+            [`EncodedImages`], which `generate`, `forward`, `compress_inputs` and `recover` take in place of
+            `pixel_values`, without `image_sizes`.
 
         Raises:
-            ValueError: `enabled: false`, which leaves the vision tower to the stock model, or pictures that do not
-                fit `image_sizes`.
+            ValueError: `enabled: false`, which leaves the vision tower to the stock model, or images that do not fit
+                `image_sizes`.
         """
         section = self._section(token_recovery)
         if not section.enabled:
@@ -145,30 +143,30 @@ class RecCompMixin(RecoveryModulesMixin):
         token_recovery: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> list[TokenRecoveryOutput]:
-        """Which tokens stand for each picture, and why; nothing is given to the language model.
+        """The tokens that stand for each image, and why; the language model is not run.
 
         Args:
             input_ids: (R, L) int64 prompts with their image placeholders.
-            pixel_values: Pictures of all rows in reading order, as the processor or `encode_images` gives them.
+            pixel_values: Images of all rows in reading order, from the processor or `encode_images`.
             recovery_input_ids: (R, W, T) int64, the questions as the text encoder's tokens.
             recovery_attention_mask: (R, W, T), 0 for padding.
-            image_sizes: (I, 2) height and width in pixels of every picture; LLaVA-NeXT only.
+            image_sizes: (I, 2) height and width in pixels of every image; LLaVA-NeXT only.
             token_recovery: Fields of the config section to override for this call.
             **kwargs: `vision_feature_layer` and `vision_feature_select_strategy` as in stock LLaVA; other outputs of
-                the processor are not used.
+                the processor are ignored.
 
         Returns:
-            One [`TokenRecoveryOutput`] per picture, with B = 1, or a row per tile for LLaVA-NeXT.
+            One [`TokenRecoveryOutput`] per image, with B = 1, or a row per tile for LLaVA-NeXT.
 
         Raises:
-            ValueError: Placeholders, pictures or questions that do not fit.
+            ValueError: Placeholders, images or questions that do not fit.
         """
         section = self._section(token_recovery)
         question = (recovery_input_ids, recovery_attention_mask)
-        pictures = self._look(input_ids, pixel_values, image_sizes, question, section, self._feature_layer(kwargs))
-        read = self._read(pictures, pictures.placeholders.per_row[:0])
-        record = assemble_tokens(pictures.features, pictures.selection, section, read.sizes)
-        return record.split(pictures.layout.tiles)
+        layer = self._feature_layer(kwargs)
+        chosen = self._choose_tokens(input_ids, pixel_values, image_sizes, question, section, layer)
+        self._sync_and_validate(chosen)
+        return chosen.choice.record().split(chosen.choice.layout.tiles)
 
     def compress_inputs(
         self,
@@ -183,28 +181,28 @@ class RecCompMixin(RecoveryModulesMixin):
         token_recovery: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> tuple[dict[str, Any], TokenRecoveryOutput | None]:
-        """Shorten a batch: pictures become their recovered tokens, and the prompts are cut to match.
+        """Shorten a batch: images become their recovered tokens, and the prompts are cut to match.
 
         Args:
-            input_ids: (R, L) int64 with the image placeholders of every picture.
+            input_ids: (R, L) int64 with the placeholders of every image.
             attention_mask: (R, L), 0 for padding; `None` for no padding.
             position_ids: (R, L) int64 positions of the uncut sequence, `None` for the usual ones.
             labels: (R, L) int64, cut with the prompt.
-            pixel_values: Pictures of all rows in reading order, as the processor or `encode_images` gives them.
+            pixel_values: Images of all rows in reading order, from the processor or `encode_images`.
             recovery_input_ids: (R, W, T) int64, the questions as the text encoder's tokens.
             recovery_attention_mask: (R, W, T), 0 for padding.
-            image_sizes: (I, 2) height and width in pixels of every picture; LLaVA-NeXT only.
+            image_sizes: (I, 2) height and width in pixels of every image; LLaVA-NeXT only.
             token_recovery: Fields of the config section to override for this call.
             **kwargs: `vision_feature_layer` and `vision_feature_select_strategy` as in stock LLaVA; everything else
                 is passed through.
 
         Returns:
             The shortened inputs (`input_ids`, `inputs_embeds`, `attention_mask`, and `labels` and `position_ids`
-            where they apply), which `forward` and `generate` take, and the [`TokenRecoveryOutput`] of all pictures.
-            Without pictures, or with `enabled: false`, the inputs come back as they are, and `None`.
+            where they apply), which `forward` and `generate` take, and the [`TokenRecoveryOutput`] of all images.
+            Without images, or with `enabled: false`, the inputs are returned as they are, and `None`.
 
         Raises:
-            ValueError: Placeholders, pictures or questions that do not fit.
+            ValueError: Placeholders, images or questions that do not fit.
         """
         section = self._section(token_recovery)
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -218,24 +216,26 @@ class RecCompMixin(RecoveryModulesMixin):
         compressed = self._compress(inputs, (recovery_input_ids, recovery_attention_mask), section)
         return compressed.inputs, compressed.record
 
-    def _compress(self, inputs: dict[str, Any], question: _Question, section: TokenRecoveryConfig) -> _Compressed:
-        """`compress_inputs` once there is something to compress."""
+    def _compress(self, inputs: dict[str, Any], question: _QuestionIds, section: TokenRecoveryConfig) -> _Compressed:
+        """Shorten a batch that has images, see [`RecCompMixin.compress_inputs`]."""
         inputs = dict(inputs)
         check_call(self.config, section, inputs)
         input_ids, labels, position_ids = (inputs.pop(name, None) for name in ("input_ids", "labels", "position_ids"))
         attention_mask, pixel_values = inputs.pop("attention_mask", None), inputs.pop("pixel_values")
         layer = self._feature_layer(inputs)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        pictures = self._look(input_ids, pixel_values, inputs.pop("image_sizes", None), question, section, layer)
-        placeholders = pictures.placeholders
-        splice = plan_splice(placeholders, attention_mask, pictures.token_counts + pictures.newline_counts)
-        read = self._read(pictures, splice.sizes)
+        image_sizes = inputs.pop("image_sizes", None)
+        chosen = self._choose_tokens(input_ids, pixel_values, image_sizes, question, section, layer)
+        choice, placeholders = chosen.choice, chosen.placeholders
+        splice = plan_splice(placeholders, attention_mask, choice.lengths.to(input_ids.device))
+        longest_before, longest_after = self._sync_and_validate(chosen, splice)
         # Padding that every row has stays, so that cutting nothing changes nothing.
-        source = splice.source(input_ids.shape[1] - read.rows_before + read.rows_after)
+        source = splice.source(input_ids.shape[1] - longest_before + longest_after)
         with record_function("reccomp::merge"):
-            record = assemble_tokens(pictures.features, pictures.selection, section, read.sizes)
+            record = choice.record()
         with record_function("reccomp::projector"):
-            features, places = self._image_features(pictures, record, read)
+            newline = parameter(self._llava, "image_newline") if choice.layout.has_newlines else None
+            features, places = choice.projected_tokens(record, self._llava.multi_modal_projector, newline)
         with record_function("reccomp::splice"):
             new_ids = cut(input_ids, source, padding_id(input_ids, splice, _pad_token_id(self.config)))
             embeds = self.get_input_embeddings()(new_ids)
@@ -255,25 +255,11 @@ class RecCompMixin(RecoveryModulesMixin):
                 )
             elif position_ids is not None:
                 shortened["position_ids"] = compact_positions(position_ids, splice, source)
-        return _Compressed(shortened, record, features, pictures.token_counts, pictures.newline_counts)
-
-    def _image_features(self, pictures: _Pictures, record: TokenRecoveryOutput, read: _Read) -> tuple[Tensor, Tensor]:
-        """Projected tokens of all images in the order of the prompt (tokens, D), and their places (I, length)."""
-        newline = parameter(self._llava, "image_newline") if pictures.layout.has_newlines else None
-        return projected_tokens(
-            self._llava.multi_modal_projector,
-            newline,
-            pictures.layout,
-            pictures.selection,
-            record,
-            pictures.token_counts + pictures.newline_counts,
-            sizes=read.sizes,
-            longest=read.longest_image,
-            total=read.image_tokens,
-        )
+        counts = (number.to(input_ids.device) for number in (choice.token_counts, choice.newline_counts))
+        return _Compressed(shortened, record, features, *counts)
 
     def _compressed_forward(
-        self, inputs: dict[str, Any], question: _Question, token_recovery: Mapping[str, Any] | None
+        self, inputs: dict[str, Any], question: _QuestionIds, token_recovery: Mapping[str, Any] | None
     ) -> Any:
         """The stock `forward` on the shortened inputs, its output with the counts."""
         inputs = stock_cache({name: value for name, value in inputs.items() if value is not None})
@@ -308,15 +294,15 @@ class RecCompMixin(RecoveryModulesMixin):
         blocks = len(clip_vision_model(self._llava.vision_tower).encoder.layers)
         return needed_states(section, feature_layer, blocks, self._reads_question(section))
 
-    def _look(
+    def _choose_tokens(
         self,
         input_ids: Tensor,
         pixel_values: Tensor | EncodedImages,
         image_sizes: Tensor | None,
-        question: _Question,
+        question: _QuestionIds,
         section: TokenRecoveryConfig,
-        vision_feature_layer: int,
-    ) -> _Pictures:
+        feature_layer: int,
+    ) -> _ChosenPrompts:
         """Run the vision tower and choose tokens; for LLaVA-1.5 nothing is read from the device."""
         reads_question = self._reads_question(section)
         if reads_question:
@@ -324,66 +310,61 @@ class RecCompMixin(RecoveryModulesMixin):
         if isinstance(pixel_values, EncodedImages):
             encoded = pixel_values
         else:
-            encoded = self._encode(pixel_values, image_sizes, section, vision_feature_layer)
-        check_states(encoded.states, self._needed_states(section, vision_feature_layer))
-        tower = clip_vision_model(self._llava.vision_tower)
-        device = encoded.states[vision_feature_layer % (len(tower.encoder.layers) + 1)].device
-        layout = encoded.layout.to(device).keeping(section.newlines)
+            encoded = self._encode(pixel_values, image_sizes, section, feature_layer)
         placeholders = map_placeholders(
             input_ids == self.config.image_token_id,
-            torch.tensor(layout.lengths).to(input_ids.device, non_blocking=True),
+            torch.tensor(encoded.layout.lengths).to(input_ids.device, non_blocking=True),
         )
         missing, asked = torch.zeros_like(placeholders.per_row, dtype=torch.bool), None
         if question[0] is not None and reads_question:
             windows = window_mask(question[0], question[1]).to(input_ids.device)
             missing = (placeholders.per_row > 0) & ~windows.any(-1)
-            row_of_tile = placeholders.row[layout.image_of_tile(input_ids.device)]
+            row_of_tile = placeholders.row[encoded.layout.image_of_tile(input_ids.device)]
             asked = Question(question[0], windows, row_of_tile)
-        features = visual_features(
-            tower,
+        choice = choose_tokens(
+            clip_vision_model(self._llava.vision_tower),
             self.token_recovery,
-            dataclasses.replace(encoded, layout=layout),
+            encoded,
             asked,
             section,
-            vision_feature_layer,
+            feature_layer,
             num_heads=self.config.vision_config.num_attention_heads,
             projector=self._llava.multi_modal_projector,
         )
-        with record_function("reccomp::select"):
-            selection = select_tokens(features, section)
-        tokens, newlines = (counts.to(input_ids.device) for counts in layout.counts(selection))
-        advice = without_question(section)
-        return _Pictures(features, selection, layout, placeholders, missing, advice, tokens, newlines)
+        return _ChosenPrompts(choice, placeholders, missing)
 
-    def _read(self, pictures: _Pictures, row_sizes: Tensor) -> _Read:
-        """The one read from the device; validates what could not be before."""
-        known, per_row = pictures.selection.known_sizes, pictures.placeholders.per_row
-        lengths = pictures.token_counts + pictures.newline_counts
-        wanted = [per_row, pictures.missing_question.long(), row_sizes]
-        if known is None:
-            wanted += [pictures.selection.sizes, torch.stack([lengths.max(), lengths.sum()])]
+    def _sync_and_validate(self, chosen: _ChosenPrompts, splice: Splice | None = None) -> tuple[int, int]:
+        """The one read from the device: sets the choice's sizes, and checks placeholders and questions.
+
+        Returns:
+            Tokens of the longest row before and after the cut of a splice, padding excluded; 0 without one.
+
+        Raises:
+            ValueError: Placeholders that do not fit the images, or a row with an image and without a question.
+        """
+        choice, per_row = chosen.choice, chosen.placeholders.per_row
+        row_sizes = per_row.new_zeros(2) if splice is None else splice.sizes
+        wanted = [per_row, chosen.missing_question.long(), row_sizes, *choice.unread]
         values = torch.cat([value.to(per_row.device) for value in wanted]).tolist()
         rows = len(per_row)
-        check_placeholders(values[:rows], pictures.layout.lengths)
+        check_placeholders(values[:rows], choice.layout.lengths)
         missing, numbers = values[rows : 2 * rows], values[2 * rows :]
         if any(missing):
             raise ValueError(
                 f"Row {missing.index(1)} has an image but no question: its recovery_attention_mask is all 0. Put a "
-                f"question into the user turn or pass recovery_text= to the processor; {pictures.without_question}"
+                f"question into the user turn or pass recovery_text= to the processor; "
+                f"{no_question_hint(choice.section)}"
             )
-        row_numbers, image_numbers = numbers[: len(row_sizes)], numbers[len(row_sizes) :]
-        before, after = row_numbers or (0, 0)
-        if known is not None:  # without newlines a tile is an image
-            return _Read(known, known[0], known[2], before, after)
-        return _Read(image_numbers[:3], image_numbers[3], image_numbers[4], before, after)
+        choice.read(numbers[2:])
+        return numbers[0], numbers[1]
 
     def _layout(self, pixel_values: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, ImageLayout]:
-        """Tiles (T, 3, H, W) of all pictures, and the placeholders that stand for their patches."""
+        """Tiles (T, 3, H, W) of all images, and the placeholders that stand for their patches."""
         rows, columns = self._grid(pixel_values)
         return pixel_values, ImageLayout.of_grids(len(pixel_values), rows * columns)
 
     def _feature_layer(self, inputs: dict[str, Any]) -> int:
-        """The hidden state that the projector reads; takes a call's own choice out of its inputs."""
+        """The hidden state that the projector reads; removes a call's own value from its inputs."""
         layer, strategy = (inputs.pop(f"vision_feature_{name}", None) for name in ("layer", "select_strategy"))
         check_feature_layer(self.config, layer, strategy)
         return self.config.vision_feature_layer if layer is None else layer

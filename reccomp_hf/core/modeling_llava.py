@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from torch import LongTensor, Tensor
 from transformers import LlavaForConditionalGeneration, LlavaModel
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 
@@ -12,36 +11,17 @@ from .compat import register_key_renames
 from .configuration import LlavaRecCompConfig
 from .generation import RecCompGenerationMixin
 from .modeling import RecCompMixin
+from .outputs import CompressedFields
 
 
 @dataclasses.dataclass
-class LlavaRecCompModelOutputWithPast(LlavaModelOutputWithPast):
-    """Stock outputs of the shortened sequence; the counts are `None` where nothing was compressed.
-
-    Args:
-        image_hidden_states: (tokens, D), projected tokens of all pictures in reading order.
-        visual_token_counts: (I,) int64, tokens that each picture became.
-        newline_counts: (I,) int64, newline embeddings among its tokens, not counted above; 0 for LLaVA-1.5.
-    """
-
-    image_hidden_states: Tensor | None = None  # the stock field; 5.24 has a property, which would warn
-    visual_token_counts: LongTensor | None = None
-    newline_counts: LongTensor | None = None
+class LlavaRecCompModelOutputWithPast(CompressedFields, LlavaModelOutputWithPast):
+    """The stock output for the shortened sequence, see [`CompressedFields`]."""
 
 
 @dataclasses.dataclass
-class LlavaRecCompCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
-    """Stock outputs; loss and logits are of the shortened sequence. Counts are `None` where nothing was compressed.
-
-    Args:
-        image_hidden_states: (tokens, D), projected tokens of all pictures in reading order.
-        visual_token_counts: (I,) int64, tokens that each picture became.
-        newline_counts: (I,) int64, newline embeddings among its tokens, not counted above; 0 for LLaVA-1.5.
-    """
-
-    image_hidden_states: Tensor | None = None  # the stock field; 5.24 has a property, which would warn
-    visual_token_counts: LongTensor | None = None
-    newline_counts: LongTensor | None = None
+class LlavaRecCompCausalLMOutputWithPast(CompressedFields, LlavaCausalLMOutputWithPast):
+    """The stock output for the shortened sequence, with loss and logits of it, see [`CompressedFields`]."""
 
 
 class LlavaRecCompModel(RecCompMixin, LlavaModel):

@@ -7,7 +7,7 @@ import types
 from typing import Any
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 from transformers import LlavaNextForConditionalGeneration, LlavaNextModel
 from transformers.models.llava_next.modeling_llava_next import (
     LlavaNextCausalLMOutputWithPast,
@@ -20,51 +20,32 @@ from .configuration import LlavaNextRecCompConfig
 from .generation import RecCompGenerationMixin
 from .layout import NEWLINE, ImageLayout
 from .modeling import RecCompMixin
+from .outputs import CompressedFields
 
 
 @dataclasses.dataclass
-class LlavaNextRecCompModelOutputWithPast(LlavaNextModelOutputWithPast):
-    """Stock outputs of the shortened sequence; the counts are `None` where nothing was compressed.
-
-    Args:
-        image_hidden_states: (tokens, D), projected tokens and newlines of all pictures in reading order.
-        visual_token_counts: (I,) int64, patch and merged tokens that each picture became.
-        newline_counts: (I,) int64, newline embeddings beside them.
-    """
-
-    image_hidden_states: Tensor | None = None  # the stock field; 5.24 has a property, which would warn
-    visual_token_counts: LongTensor | None = None
-    newline_counts: LongTensor | None = None
+class LlavaNextRecCompModelOutputWithPast(CompressedFields, LlavaNextModelOutputWithPast):
+    """The stock output for the shortened sequence, see [`CompressedFields`]."""
 
 
 @dataclasses.dataclass
-class LlavaNextRecCompCausalLMOutputWithPast(LlavaNextCausalLMOutputWithPast):
-    """Stock outputs; loss and logits are of the shortened sequence. Counts are `None` where nothing was compressed.
-
-    Args:
-        image_hidden_states: (tokens, D), projected tokens and newlines of all pictures in reading order.
-        visual_token_counts: (I,) int64, patch and merged tokens that each picture became.
-        newline_counts: (I,) int64, newline embeddings beside them.
-    """
-
-    image_hidden_states: Tensor | None = None  # the stock field; 5.24 has a property, which would warn
-    visual_token_counts: LongTensor | None = None
-    newline_counts: LongTensor | None = None
+class LlavaNextRecCompCausalLMOutputWithPast(CompressedFields, LlavaNextCausalLMOutputWithPast):
+    """The stock output for the shortened sequence, with loss and logits of it, see [`CompressedFields`]."""
 
 
 def tiled_layout(config: Any, pixel_values: Tensor, image_sizes: list[list[int]]) -> tuple[Tensor, ImageLayout]:
-    """The placeholders that stock `pack_image_features` gives the tiles of pictures of any size.
+    """The tiles and placeholders of images of any size, in the order of stock `pack_image_features`.
 
     Args:
         config: A LLaVA-NeXT config.
-        pixel_values: (T, 3, H, W) tiles, or (I, tiles at most, 3, H, W) padded with further ones.
-        image_sizes: Height and width in pixels of every picture.
+        pixel_values: (T, 3, H, W) tiles, or (I, S, 3, H, W) with images of fewer than S tiles padded.
+        image_sizes: Height and width in pixels of every image.
 
     Returns:
-        Tiles (T, 3, H, W) of all pictures, and the placeholders that stand for their patches.
+        Tiles (T, 3, H, W) of all images, and the placeholders that stand for their patches.
 
     Raises:
-        ValueError: Other numbers of pictures or tiles.
+        ValueError: Numbers of images or tiles that do not fit.
     """
     side = config.vision_config.image_size
     tiles = [image_size_to_num_patches(size, config.image_grid_pinpoints, side) for size in image_sizes]
@@ -80,7 +61,7 @@ def tiled_layout(config: Any, pixel_values: Tensor, image_sizes: list[list[int]]
     patches = (side // config.vision_config.patch_size) ** 2
     index = [torch.arange(count * patches).view(count, patches, 1) for count in tiles]
     packed, _ = LlavaNextModel.pack_image_features(
-        types.SimpleNamespace(config=config),  # of a model it reads the config alone
+        types.SimpleNamespace(config=config),  # it reads nothing of a model but the config
         index,
         image_sizes,
         config.vision_feature_select_strategy,
@@ -90,15 +71,15 @@ def tiled_layout(config: Any, pixel_values: Tensor, image_sizes: list[list[int]]
 
 
 class _TiledMixin:
-    """Pictures are tiles of different numbers."""
+    """The layout of images that are cut into tiles."""
 
     def _layout(self, pixel_values: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, ImageLayout]:
-        """Tiles (T, 3, H, W) of all pictures, and the placeholders that stand for their patches.
+        """Tiles (T, 3, H, W) of all images, and the placeholders that stand for their patches.
 
         Reads `image_sizes` from the device: the number of tiles depends on them.
         """
         if image_sizes is None:
-            raise ValueError("LLaVA-NeXT needs image_sizes beside pixel_values; the processor gives both.")
+            raise ValueError("LLaVA-NeXT needs image_sizes with pixel_values; the processor returns both.")
         return tiled_layout(self.config, pixel_values, torch.as_tensor(image_sizes).tolist())  # type: ignore[attr-defined]
 
 

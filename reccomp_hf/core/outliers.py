@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from .tensors import highest_precision
+
 
 def local_outlier_factor(values: Tensor, n_neighbors: int, valid: Tensor | None = None) -> Tensor:
     """Local outlier factor of every value among the values of its row, as scikit-learn defines it.
@@ -28,7 +30,7 @@ def local_outlier_factor(values: Tensor, n_neighbors: int, valid: Tensor | None 
     """
     if n_neighbors < 1:
         raise ValueError(f"n_neighbors must be at least 1, got {n_neighbors}.")
-    values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+    values = highest_precision(values)
     values = values if valid is None else values.masked_fill(~valid, torch.inf)
     ordered, order = values.sort(dim=-1, stable=True)
     factor = _sorted_factor(ordered, n_neighbors, None if valid is None else valid.sum(-1, keepdim=True))
@@ -48,8 +50,7 @@ def upper_outliers(values: Tensor, n_neighbors: int, threshold: float, valid: Te
     Returns:
         (..., N) bool, `False` where not valid.
     """
-    precise = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
-    ordered, order = precise.masked_fill(~valid, torch.inf).sort(dim=-1, stable=True)
+    ordered, order = highest_precision(values).masked_fill(~valid, torch.inf).sort(dim=-1, stable=True)
     size = valid.sum(-1, keepdim=True)
     # For an even count the lower of the two middle values: no value lies strictly between them, so "above the
     # median" holds for the same values as with their mean.

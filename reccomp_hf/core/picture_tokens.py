@@ -1,4 +1,4 @@
-"""From a vision tower's hidden states to the tokens that stand for pictures: what the models and the engines share."""
+"""From a vision tower's hidden states to the tokens that stand for images: the step that models and engines share."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from .choosing import check_features
+from .choosing import assemble_tokens, check_features, select_tokens
 from .configuration import TokenRecoveryConfig
-from .features import TokenRecoveryOutput, TokenSelection, VisualFeatures
+from .features import Sizes, TokenRecoveryOutput, TokenSelection, VisualFeatures
 from .layout import ImageLayout
 from .methods.registry import get_method
-from .relevance import class_query_and_keys, patch_embeddings, relevance_state, text_similarity
+from .relevance import class_query_and_keys, patch_embeddings, text_similarity
 from .tensors import full_precision, pack_rows
-from .vision import EncodedImages
+from .vision import EncodedImages, check_states, needed_states, state_indices
 
 
 @dataclasses.dataclass
 class Question:
-    """What is asked about the tiles of a batch. R questions, T tiles.
+    """The questions about the tiles of a batch. R questions, T tiles.
 
     Args:
         input_ids: (R, W, L) int64, the questions as the text encoder's tokens, in windows.
@@ -35,11 +35,166 @@ class Question:
     rows: Tensor
 
 
+@dataclasses.dataclass
+class Choice:
+    """The tokens chosen for the images of a batch. I images, T tiles.
+
+    Nothing is read from the device until `read` or `sync`; `record` and `projected_tokens` need the sizes.
+
+    Args:
+        features: The features that the choice was made from.
+        selection: The method's choice.
+        layout: The placeholders of the images.
+        section: The settings.
+        token_counts: (I,) int64, tokens of each image, newlines not counted.
+        newline_counts: (I,) int64, newlines of each image.
+        sizes: The sizes of the selection, once known.
+        longest_image: Tokens of the longest image, newlines included, once known.
+        image_tokens: Tokens of all images, newlines included, once known.
+    """
+
+    features: VisualFeatures
+    selection: TokenSelection
+    layout: ImageLayout
+    section: TokenRecoveryConfig
+    token_counts: Tensor
+    newline_counts: Tensor
+    sizes: Sizes = dataclasses.field(init=False)
+    longest_image: int = dataclasses.field(init=False)
+    image_tokens: int = dataclasses.field(init=False)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(I,) int64, tokens of each image, newlines included."""
+        return self.token_counts + self.newline_counts
+
+    @property
+    def unread(self) -> list[Tensor]:
+        """The numbers, as 1-D tensors, whose values `read` takes; none if a fixed budget says them."""
+        if self.selection.known_sizes is not None:
+            return []
+        return [self.selection.sizes, torch.stack([self.lengths.max(), self.lengths.sum()])]
+
+    def read(self, values: list[int]) -> None:
+        """Set the sizes from the values of `unread`, one tensor after the other."""
+        known = self.selection.known_sizes
+        if known is None:
+            self.sizes, (self.longest_image, self.image_tokens) = Sizes(*values[:3]), values[3:]
+        else:  # without newlines, and every tile is an image
+            self.sizes, self.longest_image, self.image_tokens = known, known.longest, known.total
+
+    def sync(self) -> None:
+        """Read the sizes from the device, if they are not known."""
+        self.read(torch.cat(self.unread).tolist() if self.unread else [])
+
+    def record(self) -> TokenRecoveryOutput:
+        """The record of the choice, one row per tile; merges what was not kept."""
+        return assemble_tokens(self.features, self.selection, self.section, self.sizes)
+
+    def projected_tokens(
+        self, record: TokenRecoveryOutput, projector: Callable[[Tensor], Tensor], newline: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The language model's tokens of all images, in the order of the prompt.
+
+        Args:
+            record: From `record`.
+            projector: LLaVA's projector; it reads kept and merged tokens only.
+            newline: (D,), the embedding at a row's end; `None` if the layout has no newlines.
+
+        Returns:
+            (image_tokens, D) tokens, and (I, longest_image) int64, the placeholder that each stands for.
+        """
+        features = projector(pack_rows(record.tokens, record.counts, self.sizes.total))
+        if newline is not None:
+            features = torch.cat([features, newline.to(features).unsqueeze(0)])
+        order, places = self.layout.sequence(record, self.sizes, self.longest_image)
+        packed = pack_rows(order, self.lengths.to(order.device), self.image_tokens)
+        return features[packed.to(features.device)], places
+
+
 def window_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """(R, W) bool, windows that hold text, of ids and mask (R, W, L); without a mask all do."""
+    """(R, W) bool, windows that hold text, of ids and mask (R, W, L); all of them without a mask."""
     if attention_mask is None:
         return torch.ones_like(input_ids[..., 0], dtype=torch.bool)
     return (attention_mask != 0).any(-1)
+
+
+def choose_tokens(
+    tower: Any,
+    modules: Any,
+    encoded: EncodedImages,
+    question: Question | None,
+    section: TokenRecoveryConfig,
+    feature_layer: int,
+    *,
+    num_heads: int,
+    projector: Callable[[Tensor], Tensor],
+) -> Choice:
+    """Choose the tokens of encoded images by the modules of a CLIP vision tower; nothing is read from the device.
+
+    Args:
+        tower: The module that holds `encoder` and `post_layernorm`.
+        modules: The [`TokenRecoveryModules`], `None` in a visual-only model.
+        encoded: The images, with the hidden states that the section reads.
+        question: `None` if the choice does not read it.
+        section: The settings.
+        feature_layer: The hidden state that LLaVA's projector reads.
+        num_heads: Number of attention heads of the tower.
+        projector: LLaVA's projector, called here only for a method that reads projected features.
+
+    Raises:
+        ValueError: Shapes or settings that do not fit.
+    """
+    blocks = len(tower.encoder.layers)
+    check_states(encoded.states, needed_states(section, feature_layer, blocks, question is not None))
+    device = encoded.states[state_indices(section, feature_layer, blocks).projector].device
+    layout = encoded.layout.to(device).with_newlines(section.newlines)
+    encoded = dataclasses.replace(encoded, layout=layout)
+    features = visual_features(
+        tower, modules, encoded, question, section, feature_layer, num_heads=num_heads, projector=projector
+    )
+    with record_function("reccomp::select"):
+        selection = select_tokens(features, section)
+    counts = layout.counts(selection.kept_mask, selection.merged_counts)
+    return Choice(features, selection, layout, section, *counts)
+
+
+def visual_features(
+    tower: Any,
+    modules: Any,
+    encoded: EncodedImages,
+    question: Question | None,
+    section: TokenRecoveryConfig,
+    feature_layer: int,
+    *,
+    num_heads: int,
+    projector: Callable[[Tensor], Tensor],
+) -> VisualFeatures:
+    """The features that the method reads; arguments as in [`choose_tokens`]."""
+    states, indices = encoded.states, state_indices(section, feature_layer, len(tower.encoder.layers))
+    hidden_states = states[indices.projector][:, 1:]
+    # The parts of a model may be on several devices: the choice is made on the device of the chosen features.
+    device, similarity, projected = hidden_states.device, None, None
+    with torch.no_grad():
+        query, keys = class_query_and_keys(tower.encoder.layers[indices.saliency], states[indices.saliency])
+        if question is not None:
+            similarity = question_similarity(tower, modules, states[indices.relevance], question, section).to(device)
+        if get_method(section.method).reads_projected:
+            with record_function("reccomp::projector"):
+                projected = projector(hidden_states).to(device)
+    features = VisualFeatures(
+        hidden_states,
+        query.to(device),
+        keys.to(device),
+        similarity,
+        num_heads=num_heads,
+        grid=encoded.grid,
+        valid=encoded.layout.valid,  # type: ignore[arg-type]  # None means that all are
+        tiles=encoded.layout.tiles,
+        projected=projected,
+    )
+    check_features(features, section)
+    return features
 
 
 def question_similarity(
@@ -78,93 +233,4 @@ def question_similarity(
     return similarity / scale
 
 
-def visual_features(
-    tower: Any,
-    modules: Any,
-    encoded: EncodedImages,
-    question: Question | None,
-    section: TokenRecoveryConfig,
-    feature_layer: int,
-    *,
-    num_heads: int,
-    projector: Callable[[Tensor], Tensor],
-) -> VisualFeatures:
-    """What the method looks at, out of a CLIP vision tower's own modules; nothing is read from the device.
-
-    Args:
-        tower: The module that holds `encoder` and `post_layernorm`.
-        modules: The [`TokenRecoveryModules`], `None` in a visual-only model.
-        encoded: The pictures, with the hidden states that the section needs.
-        question: `None` where the choice does not read it.
-        section: The settings.
-        feature_layer: The hidden state that LLaVA's projector reads.
-        num_heads: Attention heads of the tower.
-        projector: LLaVA's projector, called here only for a method that reads projected features.
-
-    Raises:
-        ValueError: Shapes or settings that do not fit.
-    """
-    states, blocks = encoded.states, len(tower.encoder.layers)
-    hidden_states = states[feature_layer % (blocks + 1)][:, 1:]
-    # The parts of a model may be on several devices: the choice is made where the chosen features are.
-    device, projected = hidden_states.device, None
-    with torch.no_grad():
-        block = section.visual_layer % blocks
-        query, keys = class_query_and_keys(tower.encoder.layers[block], states[block])
-        similarity = None
-        if question is not None:
-            patch_states = states[relevance_state(section.text_relevance, blocks)]
-            similarity = question_similarity(tower, modules, patch_states, question, section).to(device)
-        if get_method(section.method).reads_projected:
-            with record_function("reccomp::projector"):
-                projected = projector(hidden_states).to(device)
-    return check_features(
-        hidden_states,
-        query.to(device),
-        keys.to(device),
-        similarity,
-        section,
-        num_heads=num_heads,
-        grid=encoded.grid,
-        valid=encoded.layout.valid,
-        tiles=encoded.layout.tiles,
-        projected=projected,
-    )
-
-
-def projected_tokens(
-    projector: Callable[[Tensor], Tensor],
-    newline: Tensor | None,
-    layout: ImageLayout,
-    selection: TokenSelection,
-    record: TokenRecoveryOutput,
-    lengths: Tensor,
-    *,
-    sizes: list[int],
-    longest: int,
-    total: int,
-) -> tuple[Tensor, Tensor]:
-    """The language model's tokens of all pictures, in the order of the prompt.
-
-    Args:
-        projector: LLaVA's projector; it reads kept and merged tokens only.
-        newline: (D,), the embedding at a row's end, where the layout has any.
-        layout: Of the pictures, I of them.
-        selection: The choice.
-        record: What it came to.
-        lengths: (I,) int64, tokens of each picture, newlines included.
-        sizes: Of the selection, as read.
-        longest: The largest of `lengths`.
-        total: Their sum.
-
-    Returns:
-        (total, D) tokens, and (I, longest) int64, the placeholder that each stands for.
-    """
-    features = projector(pack_rows(record.tokens, record.counts, sizes[2]))
-    if newline is not None:
-        features = torch.cat([features, newline.to(features).unsqueeze(0)])
-    order, places = layout.sequence(selection, record, sizes, longest)
-    return features[pack_rows(order, lengths.to(order.device), total).to(features.device)], places
-
-
-__all__ = ["Question", "projected_tokens", "question_similarity", "visual_features", "window_mask"]
+__all__ = ["Choice", "Question", "choose_tokens", "question_similarity", "visual_features", "window_mask"]

@@ -7,11 +7,7 @@ the earlier questions are in it too, each in windows of its own.
 """
 
 import functools
-import inspect
-import itertools
-import json
 import os
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,25 +17,25 @@ from huggingface_hub import create_repo
 from transformers import AutoTokenizer, BatchFeature, LlavaNextProcessor, LlavaProcessor, ProcessorMixin
 from transformers.utils import cached_file
 
+from .compat import mend_tokenizer_config, takes_processor_kwargs, with_listed_content
+from .questions import (
+    check_turns,
+    choose_questions,
+    encode_windows,
+    find_turn_markers,
+    message_text,
+    split_user_turns,
+)
 from .remote_code import write_sources
 
 RECOVERY_TOKENIZER_FOLDER = "recovery_tokenizer"
-ANSWER_INSTRUCTIONS = (
-    "Answer the question using a single word or phrase.",
-    "Answer with the option's letter from the given choices directly.",
-)
-
-RECOVERY_TURNS = ("last", "all")
 
 _RECOVERY_INPUT_NAMES = ("recovery_input_ids", "recovery_attention_mask")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")
-_STANDARD_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-_TAG = r"<[^<>\s]+>"
-_FIRST_TEXT, _ANSWER_TEXT, _SECOND_TEXT = "firstquestionsentinel", "answersentinel", "secondquestionsentinel"
 
 
 class RecCompProcessorMixin(ProcessorMixin):
-    """What both processors share: the recovery tokenizer, its files, and the question of every row."""
+    """The recovery tokenizer, its files, and the question of every row, for both processors."""
 
     def __init__(
         self,
@@ -59,10 +55,9 @@ class RecCompProcessorMixin(ProcessorMixin):
 
         `recovery_max_length` is the text encoder's number of positions (77 for CLIP; by default the tokenizer's own
         limit). Without `recovery_tokenizer` the model is visual-only. `recovery_turns` says which of a conversation's
-        questions choose the visual tokens, of all its pictures alike: that of the `"last"` user turn, or those of
-        `"all"` user turns, of which a patch needs to fit one (the best score counts; questions that fit patches better
-        in general get more of them). System prompts and answers never do. All other arguments are the stock
-        processor's.
+        questions choose the visual tokens of its images: the one in the `"last"` user turn, or those of `"all"` user
+        turns, where a patch's best score counts (questions that fit patches better in general get more of them).
+        System prompts and answers are never read. All other arguments are the stock processor's.
         """
         super().__init__(
             image_processor,
@@ -75,7 +70,7 @@ class RecCompProcessorMixin(ProcessorMixin):
             **kwargs,
         )
         self.recovery_max_length = _recovery_length(recovery_tokenizer, recovery_max_length)
-        self.recovery_turns = _checked_turns(recovery_turns)
+        self.recovery_turns = check_turns(recovery_turns)
         self._recovery_tokenizer = recovery_tokenizer
         self._question_markers: dict[str, tuple[str, str] | None] = {}
         self.auto_map = {"AutoProcessor": f"processing_reccomp.{type(self).__name__}"}
@@ -114,12 +109,12 @@ class RecCompProcessorMixin(ProcessorMixin):
         """Encode images and prompts as the stock processor does, and each row's question for CLIP.
 
         Args:
-            images: pictures for the image tokens in `text`.
+            images: images for the image tokens in `text`.
             text: one prompt per row.
-            recovery_text: one question per row, taken as it is, or a list of several; by default it is cut out of the
+            recovery_text: one question per row, used as it is, or a list of several; by default extracted from the
                 prompt.
-            recovery_turns: `"last"` or `"all"`, in place of the processor's own.
-            **kwargs: passed to the stock processor; `return_tensors` holds for the added fields too.
+            recovery_turns: `"last"` or `"all"`, instead of the processor's own.
+            **kwargs: passed to the stock processor; `return_tensors` applies to the added fields too.
 
         Returns:
             The stock fields and, with a recovery tokenizer and `text`, `recovery_input_ids` and
@@ -128,7 +123,7 @@ class RecCompProcessorMixin(ProcessorMixin):
         Raises:
             ValueError: a row with images and no question, not one `recovery_text` per row, or unknown turns.
         """
-        turns = self.recovery_turns if recovery_turns is None else _checked_turns(recovery_turns)
+        turns = self.recovery_turns if recovery_turns is None else check_turns(recovery_turns)
         kwargs = {key: dict(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
         encoding = super().__call__(images=images, text=text, **kwargs)
         if self._recovery_tokenizer is None or text is None:
@@ -136,7 +131,7 @@ class RecCompProcessorMixin(ProcessorMixin):
         prompts = [text] if isinstance(text, str) else [row if isinstance(row, str) else " ".join(row) for row in text]
         questions = self.questions_of_prompts(prompts, recovery_text, turns)
         convert = _converter(encoding["input_ids"])
-        fields = self._encode_questions(questions)
+        fields = encode_windows(self._recovery_tokenizer, self.recovery_max_length or 0, questions)
         encoding.update({name: convert(field) for name, field in zip(_RECOVERY_INPUT_NAMES, fields, strict=True)})
         return encoding
 
@@ -157,26 +152,27 @@ class RecCompProcessorMixin(ProcessorMixin):
         if kwargs.get("tokenize") and self._recovery_tokenizer is not None and options.get("recovery_text") is None:
             rows = _batched(conversation)
             options["recovery_text"] = [self.questions_of(messages, turns) for messages in rows]
-        if _takes_processor_kwargs():
+        if takes_processor_kwargs():
             kwargs["processor_kwargs"] = options
         else:
             kwargs.update(options)
-            conversation = _with_listed_content(conversation) if kwargs.get("tokenize") else conversation
+            conversation = with_listed_content(conversation) if kwargs.get("tokenize") else conversation
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def extract_question(self, prompt: str) -> str:
-        """Cut the last question out of a rendered prompt, see `extract_questions`; it may be empty."""
-        return self._clean(self._user_turns(prompt)[-1])
+        """The last question of a rendered prompt, see `extract_questions`; it may be empty."""
+        questions = choose_questions(self._user_turns(prompt), "last", self.image_token)
+        return questions[0] if questions else ""
 
     def extract_questions(self, prompt: str, recovery_turns: str | None = None) -> list[str]:
-        """Cut the questions out of a rendered prompt that choose its visual tokens.
+        """The questions of a rendered prompt that choose its visual tokens.
 
-        A question is what stands between an opening of a user turn and the end of that turn, both taken from the chat
-        template. Without a usable template, or if the prompt has no such opening, it is the whole prompt. Image tokens
-        and known answer instructions are removed; what is empty then is left out.
+        A question is the text between the opening and the end of a user turn, both taken from the chat template.
+        Without a usable template, or if the prompt has no such opening, it is the whole prompt. Image tokens and known
+        answer instructions are removed; empty questions are left out.
 
         Args:
-            prompt: as the chat template renders it, or written by hand in its way.
+            prompt: as the chat template renders it, or written by hand in the same form.
             recovery_turns: `"last"` or `"all"`, in place of the processor's own.
         """
         return self._choose(self._user_turns(prompt), recovery_turns)
@@ -184,7 +180,7 @@ class RecCompProcessorMixin(ProcessorMixin):
     def questions_of(self, messages: Sequence[Any], recovery_turns: str | None = None) -> list[str]:
         """The questions of a conversation of chat messages that choose its visual tokens, see `extract_questions`."""
         return self._choose(
-            [_text_of(message) for message in messages if message["role"] == "user"] or [""], recovery_turns
+            [message_text(message) for message in messages if message["role"] == "user"] or [""], recovery_turns
         )
 
     def encode_questions(self, questions: Sequence[str | Sequence[str]]) -> dict[str, torch.Tensor]:
@@ -196,7 +192,7 @@ class RecCompProcessorMixin(ProcessorMixin):
         """
         if self._recovery_tokenizer is None:
             return {}
-        fields = self._encode_questions(questions)
+        fields = encode_windows(self._recovery_tokenizer, self.recovery_max_length or 0, questions)
         return dict(zip(_RECOVERY_INPUT_NAMES, map(torch.from_numpy, fields), strict=True))
 
     def save_pretrained(
@@ -204,21 +200,22 @@ class RecCompProcessorMixin(ProcessorMixin):
     ) -> list[str]:
         """Write the processor so that transformers 4.57 and 5 can both load it.
 
-        The recovery tokenizer goes to the sub-folder `recovery_tokenizer`, and with `push_to_hub` up with the rest;
-        `repo_id`, `commit_message`, `token` and `private` are for that. Returns what the stock method returns.
+        The recovery tokenizer is written to the sub-folder `recovery_tokenizer`, and the code to the folder itself.
+        With `push_to_hub` everything is uploaded; `repo_id`, `commit_message`, `token` and `private` are for that.
+        Returns the stock method's result.
         """
         folder = os.fspath(save_directory)
         os.makedirs(folder, exist_ok=True)
         times = self._get_files_timestamps(folder)
-        # Rewriting its files leaves a folder's time stamp as it was, and an upload would pass the folder over.
+        # Rewriting its files does not change a folder's time stamp, and an upload would skip the folder.
         times.pop(RECOVERY_TOKENIZER_FOLDER, None)
         token = kwargs.get("token")
         upload = {name: kwargs.pop(name) for name in ("repo_id", "commit_message", "private") if name in kwargs}
         if self._recovery_tokenizer is not None:
             self._recovery_tokenizer.save_pretrained(os.path.join(folder, RECOVERY_TOKENIZER_FOLDER))
-            _mend_tokenizer_config(os.path.join(folder, RECOVERY_TOKENIZER_FOLDER))
+            mend_tokenizer_config(os.path.join(folder, RECOVERY_TOKENIZER_FOLDER))
         files = super().save_pretrained(folder, push_to_hub=False, **kwargs)
-        _mend_tokenizer_config(folder)
+        mend_tokenizer_config(folder)
         write_sources(folder)
         if push_to_hub:
             name = upload.pop("repo_id", None) or os.path.basename(os.path.normpath(folder))
@@ -230,7 +227,7 @@ class RecCompProcessorMixin(ProcessorMixin):
     def get_processor_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read the arguments of `__init__` and, if they name a recovery length, load the recovery tokenizer.
+        """Read the arguments of `__init__` and, if they contain a recovery length, load the recovery tokenizer.
 
         Raises:
             OSError: there is a recovery length but no sub-folder `recovery_tokenizer`.
@@ -244,7 +241,7 @@ class RecCompProcessorMixin(ProcessorMixin):
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> list[Any]:
-        """Load image processor and tokenizer; arguments that are ours must not end up in their settings."""
+        """Load image processor and tokenizer, without the recovery arguments, which are not theirs."""
         kwargs = {key: value for key, value in kwargs.items() if not key.startswith("recovery_")}
         return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
@@ -254,12 +251,12 @@ class RecCompProcessorMixin(ProcessorMixin):
         recovery_text: str | Sequence[str | Sequence[str]] | None = None,
         recovery_turns: str | None = None,
     ) -> list[list[str]]:
-        """The questions that choose the visual tokens of rendered prompts, given or cut out, one list per prompt.
+        """The questions that choose the visual tokens of rendered prompts, given or extracted, one list per prompt.
 
         Args:
             prompts: with their image tokens.
-            recovery_text: one question per prompt, or a list of several, in place of those in the prompt.
-            recovery_turns: `"last"` or `"all"`, in place of the processor's own.
+            recovery_text: one question per prompt, or a list of several, instead of those in the prompt.
+            recovery_turns: `"last"` or `"all"`, instead of the processor's own.
 
         Raises:
             ValueError: a prompt with images and no question, or not one `recovery_text` per prompt.
@@ -283,28 +280,16 @@ class RecCompProcessorMixin(ProcessorMixin):
         return questions
 
     def _user_turns(self, prompt: str) -> list[str]:
-        """What stands in the user turns of a rendered prompt, at least one."""
-        opening, closing = self._turn_markers() or ("", "")
-        if not opening or opening not in prompt:
-            return [prompt]
-        turns = prompt.split(opening)[1:]
-        return [turn.partition(closing)[0] for turn in turns] if closing else turns
+        """The texts of the user turns of a rendered prompt, at least one."""
+        return split_user_turns(prompt, self._turn_markers())
 
     def _choose(self, texts: Sequence[str], recovery_turns: str | None) -> list[str]:
-        """The questions among the texts of user turns, of which there is at least one."""
-        turns = self.recovery_turns if recovery_turns is None else _checked_turns(recovery_turns)
-        questions = [self._clean(text) for text in (texts if turns == "all" else texts[-1:])]
-        return [question for question in questions if question]
-
-    def _clean(self, question: str) -> str:
-        """Remove image tokens, surrounding white space and known answer instructions."""
-        question = question.replace(self.image_token, "").strip()
-        for instruction in ANSWER_INSTRUCTIONS:
-            question = question.removesuffix(instruction).rstrip()
-        return question
+        """The questions among the texts of user turns."""
+        turns = self.recovery_turns if recovery_turns is None else check_turns(recovery_turns)
+        return choose_questions(texts, turns, self.image_token)
 
     def _turn_markers(self) -> tuple[str, str] | None:
-        """Opening and closing of a user turn in the processor's chat template, None if it has no usable ones."""
+        """Opening and closing of a user turn in the processor's chat template, `None` if it has no usable ones."""
         template = self.chat_template.get("default") if isinstance(self.chat_template, dict) else self.chat_template
         if not template:
             return None
@@ -312,37 +297,8 @@ class RecCompProcessorMixin(ProcessorMixin):
             render = functools.partial(
                 super().apply_chat_template, chat_template=template, tokenize=False, add_generation_prompt=True
             )
-            self._question_markers[template] = _find_markers(render)
+            self._question_markers[template] = find_turn_markers(render)
         return self._question_markers[template]
-
-    def _encode_questions(self, questions: Sequence[str | Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and mask, int64 (rows, windows, length); every window is wrapped in start and end.
-
-        Several questions of a row share no window: the text encoder reads each by itself.
-        """
-        tokenizer, length = self._recovery_tokenizer, int(self.recovery_max_length or 0)
-        rows = [[row] if isinstance(row, str) else list(row) for row in questions]
-        texts = [text for row in rows for text in row]
-        # verbose: no warning about questions longer than the text encoder reads
-        options = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
-        encoded = iter(tokenizer(texts, **options).input_ids if texts else [])
-        windows = [
-            [
-                tokens[at : at + length - 2]
-                for tokens in itertools.islice(encoded, len(row))
-                for at in range(0, len(tokens), length - 2)
-            ]
-            for row in rows
-        ]
-        shape = (len(rows), max(1, *map(len, windows)), length)
-        padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        ids, mask = np.full(shape, padding, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-        for row, pieces in enumerate(windows):
-            for column, piece in enumerate(pieces):
-                wrapped = [tokenizer.bos_token_id, *piece, tokenizer.eos_token_id]
-                ids[row, column, : len(wrapped)] = wrapped
-                mask[row, column, : len(wrapped)] = 1
-        return ids, mask
 
 
 class LlavaRecCompProcessor(RecCompProcessorMixin, LlavaProcessor):
@@ -351,20 +307,6 @@ class LlavaRecCompProcessor(RecCompProcessorMixin, LlavaProcessor):
 
 class LlavaNextRecCompProcessor(RecCompProcessorMixin, LlavaNextProcessor):
     """Processor of `llava_next_reccomp` models: LLaVA-NeXT's own, and the question for the text encoder."""
-
-
-def _checked_turns(turns: str) -> str:
-    if turns not in RECOVERY_TURNS:
-        raise ValueError(f"recovery_turns must be 'last' or 'all', got {turns!r}.")
-    return turns
-
-
-def _text_of(message: Any) -> str:
-    """The text of a chat message."""
-    content = message.get("content") or ""
-    if isinstance(content, str):
-        return content
-    return " ".join(part.get("text") or "" for part in content if part.get("type") == "text")
 
 
 def _recovery_length(tokenizer: Any, length: int | None) -> int | None:
@@ -386,7 +328,7 @@ def _recovery_length(tokenizer: Any, length: int | None) -> int | None:
 
 
 def _load_recovery_tokenizer(source: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:
-    """Load the tokenizer from the sub-folder `recovery_tokenizer`, never from anywhere else."""
+    """Load the tokenizer from the sub-folder `recovery_tokenizer`, and from nowhere else."""
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     subfolder = "/".join(part for part in (kwargs.get("subfolder"), RECOVERY_TOKENIZER_FOLDER) if part)
     config = cached_file(
@@ -400,87 +342,16 @@ def _load_recovery_tokenizer(source: str | os.PathLike[str], kwargs: dict[str, A
     return AutoTokenizer.from_pretrained(source, subfolder=subfolder, **hub)
 
 
-def _mend_tokenizer_config(folder: str) -> None:
-    """Rewrite what transformers 5 puts in tokenizer_config.json and 4.57 cannot read; 5 reads both.
-
-    4.57 knows no TokenizersBackend, wants unnamed special tokens as `additional_special_tokens`, and named ones
-    (`image_token`) in a dictionary.
-    """
-    path = os.path.join(folder, "tokenizer_config.json")
-    with open(path, encoding="utf-8") as file:
-        config = json.load(file)
-    before = dict(config)
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(config.get("extra_special_tokens", []), list):
-        unnamed = config.pop("extra_special_tokens", [])
-        named = {key: value for key, value in config.items() if key.endswith("_token") and key not in _STANDARD_TOKENS}
-        config.update({"additional_special_tokens": unnamed} if unnamed else {})
-        config.update({"extra_special_tokens": named} if named else {})
-    if config != before:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(config, file, indent=2, sort_keys=True, ensure_ascii=False)
-            file.write("\n")
-
-
-def _find_markers(render: Callable[[list[dict[str, Any]]], str]) -> tuple[str, str] | None:
-    """Opening and closing of a user turn, from a rendered conversation of two questions and an answer."""
-    for as_content in (lambda text: [{"type": "text", "text": text}], lambda text: text):
-        texts = (("user", _FIRST_TEXT), ("assistant", _ANSWER_TEXT), ("user", _SECOND_TEXT))
-        try:
-            rendered = render([{"role": role, "content": as_content(text)} for role, text in texts])
-        except Exception:  # a template may raise anything
-            continue
-        pieces = re.split(f"{_FIRST_TEXT}|{_ANSWER_TEXT}|{_SECOND_TEXT}", rendered)
-        # A template made for plain strings may print the list itself.
-        if len(pieces) == 4 and "'type':" not in rendered:
-            before, to_answer, to_second, after = (_atoms(piece) for piece in pieces)
-            opening = "".join(_common_prefix(before[::-1], to_second[::-1])[::-1]).strip()
-            # A template that ends right behind a question still has an answer's opening behind an earlier one.
-            closing = "".join(_common_prefix(to_answer, after)).strip() or "".join(to_answer).strip()
-            if opening:
-                # A tag ends the turn by itself, also where no answer is asked for behind it.
-                return opening, closing if not re.match(_TAG, closing) else _atoms(closing)[0]
-    return None
-
-
-def _atoms(text: str) -> list[str]:
-    """Characters, with tags such as <s> or <|im_end|> in one piece, so that no marker starts inside a tag."""
-    return re.findall(f"{_TAG}|.", text, flags=re.DOTALL)
-
-
-def _common_prefix(left: list[str], right: list[str]) -> list[str]:
-    """The longest list that both start with."""
-    return [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False))]
-
-
 def _batched(conversation: Sequence[Any]) -> Sequence[Sequence[Any]]:
     """A list of conversations, whether one or several were given."""
     return conversation if isinstance(conversation[0], (list, tuple)) else [conversation]
 
 
-def _with_listed_content(conversation: Sequence[Any]) -> list[Any]:
-    """A copy in which plain string contents are text parts: transformers 4.57 cannot encode plain strings."""
-    if isinstance(conversation[0], (list, tuple)):
-        return [_with_listed_content(messages) for messages in conversation]
-    return [
-        {**message, "content": [{"type": "text", "text": message["content"]}]}
-        if isinstance(message.get("content"), str)
-        else message
-        for message in conversation
-    ]
-
-
 def _converter(example: Any) -> Callable[[np.ndarray], Any]:
-    """How to turn an array into what the stock processor returned: a tensor, an array or nested lists."""
+    """A function that turns an array into what the stock processor returned: a tensor, an array or nested lists."""
     if isinstance(example, torch.Tensor):
         return torch.from_numpy
     return np.asarray if isinstance(example, np.ndarray) else np.ndarray.tolist
-
-
-def _takes_processor_kwargs() -> bool:
-    """Whether the stock `apply_chat_template` wants the arguments of `__call__` in a dictionary (transformers 5)."""
-    return "processor_kwargs" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
 
 
 __all__ = ["LlavaNextRecCompProcessor", "LlavaRecCompProcessor", "RecCompProcessorMixin"]

@@ -1,4 +1,4 @@
-"""Saliency and text relevance of patches, out of CLIP's own modules."""
+"""Saliency and text relevance of patches, computed by CLIP's own modules."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def class_saliency(class_query: Tensor, keys: Tensor, num_heads: int, heads: str
 def class_query_and_keys(block: Any, states: Tensor) -> tuple[Tensor, Tensor]:
     """The class token's query and all keys of a CLIP block, from its own modules.
 
-    Calling the modules keeps quantised and LoRA-wrapped projections at work, and needs no attention weights, so it
-    is the same under eager, sdpa and flash attention.
+    Calling the modules keeps quantised and LoRA-wrapped projections in use and needs no attention weights, so the
+    result is the same under eager, sdpa and flash attention.
 
     Args:
         block: A CLIP encoder layer.
@@ -52,7 +52,7 @@ def class_query_and_keys(block: Any, states: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def relevance_state(kind: str, blocks: int) -> int:
-    """The hidden state that `patch_embeddings` reads: the number of blocks is what the last one gives."""
+    """Index of the hidden state that `patch_embeddings` reads; the number of blocks means the last block's output."""
     return blocks if kind == "last" else blocks - 1
 
 
@@ -82,7 +82,7 @@ def patch_embeddings(
 
 
 def text_similarity(patches: Tensor, text: Tensor, windows: Tensor, sign: int) -> Tensor:
-    """Cosine similarity of patches and question; of several windows of a long question the best one counts.
+    """Cosine similarity of patches and question; for a long question the best of its windows counts.
 
     Args:
         patches: (B, N, P) patch embeddings.

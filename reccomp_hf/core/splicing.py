@@ -1,4 +1,4 @@
-"""Cutting a batch of prompts down to the tokens that are kept: ids, masks, labels, positions.
+"""Cutting a batch of prompts down to the kept tokens: ids, masks, labels, positions.
 
 Everything runs on the device; the few numbers that shapes depend on are stacked into one tensor, so that a prefill
 reads the device once.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclasses.dataclass
 class PlaceholderMap:
-    """Where the placeholders of every image stand. R rows of L tokens, I images.
+    """The places of every image's placeholders. R rows of L tokens, I images.
 
     Args:
         is_placeholder: (R, L) bool.
@@ -52,7 +52,7 @@ def map_placeholders(is_placeholder: Tensor, lengths: Tensor) -> PlaceholderMap:
 
 
 def check_placeholders(per_row: list[int], lengths: list[int]) -> None:
-    """Refuse prompts whose placeholders and images do not fit.
+    """Refuse prompts whose placeholders do not fit the images.
 
     Args:
         per_row: Placeholders of each row.
@@ -76,14 +76,14 @@ def check_placeholders(per_row: list[int], lengths: list[int]) -> None:
         total += count
         if total not in starts:
             raise ValueError(
-                f"Row {index} holds {count} image placeholder tokens, which is no whole number of images "
+                f"Row {index} holds {count} image placeholder tokens, which is not a whole number of images "
                 f"(an image needs {lengths[0]}). Let the processor expand the image token."
             )
 
 
 @dataclasses.dataclass
 class Splice:
-    """Which slots of the uncut sequence stay, and where they go.
+    """The slots of the uncut sequence that stay, and their new places.
 
     Args:
         keeps: (R, L) bool, slots that stay.
@@ -100,7 +100,7 @@ class Splice:
     left: Tensor
 
     def source(self, width: int) -> Tensor:
-        """(R, width) int64: the slot of the uncut sequence that every new slot shows, -1 for padding."""
+        """(R, width) int64: the slot of the uncut sequence that each new slot holds, -1 for padding."""
         rows, length = self.keeps.shape
         shift = torch.where(self.left, width - self.new_lengths, 0).unsqueeze(-1)
         column = torch.where(self.keeps, self.keeps.cumsum(-1) - 1 + shift, width)
@@ -109,10 +109,9 @@ class Splice:
 
 
 def plan_splice(placeholders: PlaceholderMap, attention_mask: Tensor, counts: Tensor) -> Splice:
-    """Keep the first `counts[i]` placeholders of image i and everything that is no placeholder and no padding.
+    """Keep the first `counts[i]` placeholders of image i and everything that is neither placeholder nor padding.
 
-    Padding stays on the side it came on. A batch without any padding is padded on the left, where generation needs
-    it.
+    Padding stays on its side. A batch without any padding is padded on the left, as generation needs it.
 
     Args:
         placeholders: From `map_placeholders`.
@@ -136,7 +135,7 @@ def plan_splice(placeholders: PlaceholderMap, attention_mask: Tensor, counts: Te
 
 
 def padding_id(input_ids: Tensor, splice: Splice, default: int) -> Tensor:
-    """The id that pads the prompts as they came, `default` where none is padded. () int64."""
+    """() int64: the id that pads the given prompts, `default` if none is padded."""
     highest = input_ids.masked_fill(splice.keeps | splice.drops, -1).amax()
     return torch.where(highest < 0, default, highest)
 
@@ -152,14 +151,14 @@ def cut(values: Tensor, source: Tensor, fill: int | Tensor) -> Tensor:
 
 
 def compact_positions(position_ids: Tensor, splice: Splice, source: Tensor) -> Tensor:
-    """Given positions, renumbered over what was dropped. (R, L) -> (R, W)."""
+    """Given positions without gaps where placeholders were dropped. (R, L) -> (R, W)."""
     return cut(position_ids - splice.drops.cumsum(-1), source, 0)
 
 
 def original_positions(
     position_ids: Tensor | None, placeholders: PlaceholderMap, places: Tensor, source: Tensor
 ) -> Tensor:
-    """Every token at its own place in the uncut sequence, an image token where its patch stood.
+    """Positions in the uncut sequence: each token keeps its own, an image token that of its patch.
 
     Args:
         position_ids: (R, L) positions of the uncut sequence, `None` to count the slots as a stock `forward` does.

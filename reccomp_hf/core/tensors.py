@@ -1,4 +1,4 @@
-"""Choosing entries of each row by score or by distance: the tensor tools that the methods share."""
+"""Tensor tools that the methods share: choosing entries of each row by score or by distance, gathering, averaging."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from torch import Tensor
 
 
 def full_precision(values: Tensor) -> contextlib.AbstractContextManager[None]:
-    """No autocast on the device of the values: scores are float32 whatever the model runs in."""
+    """A context without autocast on the device of the values: scores are float32 whatever the model runs in."""
     kind = values.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
+def highest_precision(values: Tensor) -> Tensor:
+    """The values in float64 if the device has it, else in float32."""
+    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+
+
 def top_mask(scores: Tensor, counts: Tensor, candidates: Tensor) -> Tensor:
-    """The `counts` candidates of highest score in each row; of equal scores the lower index wins.
+    """The `counts` candidates with the highest scores of each row; among equal scores the lower index wins.
 
     Args:
         scores: (B, N) float.
@@ -66,8 +71,8 @@ def cluster_means(states: Tensor, cluster: Tensor, weights: Tensor, clusters: in
     Args:
         states: (B, N, C).
         cluster: (B, N) int64, -1 for none.
-        weights: (B, N) float, not negative; where those of a whole cluster are 0 it gets the plain mean.
-        clusters: M.
+        weights: (B, N) float, not negative; a cluster whose weights are all 0 gets the plain mean.
+        clusters: M, number of clusters.
 
     Returns:
         (B, M, C) in the dtype of `states`; 0 for an empty cluster.
@@ -101,18 +106,18 @@ def squared_distances(mask: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def farthest(grid: tuple[int, int]) -> int:
-    """More than any squared distance on the grid."""
+    """A number above any squared distance on the grid."""
     return (grid[0] + grid[1]) ** 2
 
 
 def farthest_points(distance: Tensor, candidates: Tensor, counts: Tensor, grid: tuple[int, int], steps: int) -> Tensor:
     """Spread `counts` patches evenly: each is the candidate farthest from everything kept so far.
 
-    A row holds one grid or several one after the other; cells of different grids are as far apart as can be. The
-    loop runs over steps, for all rows at once. Of equally far candidates the first one is taken.
+    A row holds one grid or several in sequence; cells of different grids count as farther apart than cells of one grid
+    can be. The loop runs over steps, for all rows at once. Among equally far candidates the first one is taken.
 
     Args:
-        distance: (B, cells) int64, squared distance of every cell to what is kept, from `squared_distances`.
+        distance: (B, cells) int64, squared distance of every cell to the kept cells, from `squared_distances`.
         candidates: (B, cells) bool, patches to choose from.
         counts: (B,) int, how many to choose.
         grid: (rows, columns) of one grid.
@@ -123,7 +128,7 @@ def farthest_points(distance: Tensor, candidates: Tensor, counts: Tensor, grid: 
     """
     cell = torch.arange(candidates.shape[1], device=candidates.device)
     area = grid[0] * grid[1]
-    # Grids lie so far apart that what is kept in one is never the nearest to a cell of another.
+    # Grids lie so far apart that a kept cell of one grid is never the nearest to a cell of another.
     row = cell % area // grid[1] + 2 * (grid[0] + grid[1]) * (cell // area)
     column = cell % grid[1]
     distance = distance.masked_fill(~candidates, -1)  # -1: not to be chosen, or not again
@@ -136,16 +141,16 @@ def farthest_points(distance: Tensor, candidates: Tensor, counts: Tensor, grid: 
     return _first_picks(picks, counts, candidates)
 
 
-def herded(units: Tensor, members: Tensor, candidates: Tensor, counts: Tensor, steps: int) -> Tensor:
-    """Choose `counts` patches that together look like the whole: their mean stays as near as it can to that of all.
+def herd_patches(units: Tensor, members: Tensor, candidates: Tensor, counts: Tensor, steps: int) -> Tensor:
+    """Choose `counts` patches whose mean stays as close as possible to the mean of all members.
 
     Kernel herding (Welling, ICML 2009) with the linear kernel. The loop runs over steps, for all rows at once, and
-    compares what was picked with every patch: steps x N products of length C, and no N x N tensor. Of equal
-    candidates the first one is taken.
+    compares each pick with every patch: steps x N products of length C, and no N x N tensor. Among equal candidates
+    the first one is taken.
 
     Args:
         units: (B, N, C) float32 features of length 1.
-        members: (B, N) bool, patches whose mean is wanted.
+        members: (B, N) bool, patches whose mean is approximated.
         candidates: (B, N) bool, patches to choose from.
         counts: (B,) int, how many to choose; no more than there are candidates.
         steps: No entry of `counts` is larger.
@@ -156,7 +161,7 @@ def herded(units: Tensor, members: Tensor, candidates: Tensor, counts: Tensor, s
     patches = units.transpose(1, 2)  # (B, C, N); a row vector times this is several times as fast as `units @ column`
     share = members.to(units.dtype) / members.sum(-1, keepdim=True).clamp(min=1)
     to_mean = (share.unsqueeze(1) @ units @ patches).squeeze(1)  # (B, N), product with the mean
-    # How much nearer the sum of what is chosen comes to a multiple of the mean, which grows by one with every step.
+    # How much closer a patch brings the sum of the chosen ones to a multiple of the mean that grows with every step.
     gain = (2 * to_mean - units.square().sum(-1)).masked_fill(~candidates, -torch.inf)
     picks = []
     for _ in range(steps):
@@ -168,7 +173,7 @@ def herded(units: Tensor, members: Tensor, candidates: Tensor, counts: Tensor, s
 
 
 def _first_picks(picks: list[Tensor], counts: Tensor, candidates: Tensor) -> Tensor:
-    """The first `counts` of the picks (B, 1), in order; a row that has nothing left picks cells that do not count."""
+    """(B, N) bool: the first `counts` of the picks (B, 1); picks of a row without candidates do not count."""
     if not picks:
         return torch.zeros_like(candidates)
     taken = torch.arange(len(picks), device=counts.device) < counts.unsqueeze(-1)  # (B, steps)
@@ -181,7 +186,8 @@ __all__ = [
     "farthest_points",
     "full_precision",
     "gather_rows",
-    "herded",
+    "herd_patches",
+    "highest_precision",
     "nonzero_first",
     "pack_rows",
     "positions",

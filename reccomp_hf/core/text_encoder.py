@@ -16,10 +16,10 @@ _SKIP_LISTS = ("modules_to_not_convert", "llm_int8_skip_modules")  # TorchAO's a
 
 
 class TokenRecoveryModules(nn.Module):
-    """CLIP's text encoder and visual projection, frozen, which say how a question relates to a patch.
+    """CLIP's text encoder and visual projection, frozen, which relate a question to a patch.
 
-    `named_modules` stops here: adapters and quantisers look for their targets by module name, and these weights are
-    none (`target_modules="q_proj"` or `"all-linear"` would otherwise reach the text encoder).
+    `named_modules` stops here: adapters and quantisers find their targets by module name, and must not find these
+    weights (`target_modules="q_proj"` or `"all-linear"` would otherwise reach the text encoder).
     """
 
     def __init__(self, text_config: CLIPTextConfig, vision_width: int) -> None:
@@ -44,7 +44,7 @@ class TokenRecoveryModules(nn.Module):
         The text encoder is causal, so padding after the end-of-text token needs no mask.
         """
         flat = input_ids.flatten(0, 1)
-        if flat.device.type == "cpu":  # elsewhere finding equal texts would cost more than reading them twice
+        if flat.device.type == "cpu":  # on a GPU finding equal texts would cost more than encoding them twice
             flat, inverse = flat.unique(dim=0, return_inverse=True)
             embeds = self.text_encoder(input_ids=flat).text_embeds[inverse]
         else:
@@ -53,9 +53,9 @@ class TokenRecoveryModules(nn.Module):
 
 
 class RecoveryModulesMixin:
-    """The recovery modules in a stock LLaVA class: built, loaded, counted, and kept frozen."""
+    """Adds the recovery modules to a stock LLaVA class: builds, loads, counts, and keeps them frozen."""
 
-    # What the stock class brings along.
+    # Attributes of the stock class.
     config: Any
     model: Any
     post_init: Any
@@ -66,7 +66,7 @@ class RecoveryModulesMixin:
         """Build the stock model, then the recovery modules if the config names a text encoder.
 
         Raises:
-            ValueError: A vision tower or feature selection that has no class token to go by.
+            ValueError: A vision tower or feature selection without a class token.
         """
         check_supported(config, config.token_recovery)
         super().__init__(config)  # type: ignore[call-arg]
@@ -94,7 +94,7 @@ class RecoveryModulesMixin:
             yield ".".join(filter(None, (prefix, "token_recovery", name))), module
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """As the stock method for all parameters but CLIP's text side, which stays frozen."""
+        """As the stock method for all parameters except CLIP's text side, which stays frozen."""
         super().requires_grad_(requires_grad)  # type: ignore[misc]
         self._freeze_text_side()
         return self
@@ -129,14 +129,14 @@ class RecoveryModulesMixin:
 
     @staticmethod
     def _fix_state_dict_key_on_load(key: str) -> tuple[str, bool]:
-        """Read vision towers that transformers 5.x wrote on 4.57 too."""
+        """On 4.57, read vision towers that transformers 5.x wrote."""
         renamed = rename_vision_key(key)
         return renamed, renamed != key
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """All parameters, the frozen recovery modules' included."""
+        """All parameters, including the frozen recovery modules'."""
         yield from super().named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
         for path, module in self._text_side(prefix) if recurse else ():
             yield from module.named_parameters(path, recurse, remove_duplicate)
@@ -144,7 +144,7 @@ class RecoveryModulesMixin:
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
-        """All buffers, the frozen recovery modules' included."""
+        """All buffers, including the frozen recovery modules'."""
         yield from super().named_buffers(prefix, recurse, remove_duplicate)  # type: ignore[misc]
         for path, module in self._text_side(prefix) if recurse else ():
             yield from module.named_buffers(path, recurse, remove_duplicate)
@@ -153,10 +153,10 @@ class RecoveryModulesMixin:
 def _sparing_text_side(quantization_config: Any) -> Any:
     """A quantisation config that also skips the recovery modules, which some quantisers find by their weights' names.
 
-    A list that is `None` stands for what transformers skips by itself, the output embeddings.
+    A list that is `None` means the modules that transformers skips by default, the output embeddings.
     """
     if isinstance(quantization_config, dict):
-        from transformers.quantizers import AutoQuantizationConfig  # loads TorchAO, which has much to say
+        from transformers.quantizers import AutoQuantizationConfig  # imports TorchAO, which prints a lot
 
         quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
     sparing = copy.copy(quantization_config)

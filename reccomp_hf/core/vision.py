@@ -1,28 +1,28 @@
-"""What CLIP's vision tower makes of pictures: the hidden states that the choice of tokens reads, and no others."""
+"""Running CLIP's vision tower: the hidden states that the choice of tokens reads, and no others."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .compat import run_block
-from .configuration import TokenRecoveryConfig
 from .layout import PADDING, ImageLayout
 from .relevance import relevance_state
+from .settings import Settings
 
 
 @dataclasses.dataclass
 class EncodedImages:
-    """Pictures as the vision tower left them; it takes the place of `pixel_values` in later calls about them.
+    """Encoded images, which take the place of `pixel_values` in later calls about the same images.
 
     Args:
-        states: Hidden states (T, N + 1, C) of all tiles by their index: 0 is what the first block reads, the number
-            of blocks what the last one gives. Only those that the config section reads.
-        layout: Which placeholder stands for which patch.
+        states: Hidden states (T, N + 1, C) of all tiles by index: 0 is the first block's input, the number of blocks
+            is the last block's output. Only those that the config section reads.
+        layout: The patch that each placeholder stands for.
         grid: (rows, columns) of a tile's patches.
     """
 
@@ -31,8 +31,22 @@ class EncodedImages:
     grid: tuple[int, int]
 
 
-def together(parts: Sequence[EncodedImages | None]) -> EncodedImages | None:
-    """Pictures that were encoded at different times as one."""
+class StateIndices(NamedTuple):
+    """Hidden states that a section reads, by index.
+
+    Args:
+        projector: The state that LLaVA's projector reads.
+        saliency: The input of the block whose class attention is the saliency.
+        relevance: The state that is compared with the question.
+    """
+
+    projector: int
+    saliency: int
+    relevance: int
+
+
+def concatenate(parts: Sequence[EncodedImages | None]) -> EncodedImages | None:
+    """Images that were encoded at different times, as one batch; `None` if there are none."""
     given = [part for part in parts if part is not None]
     if len(given) < 2:
         return given[0] if given else None
@@ -55,21 +69,26 @@ def together(parts: Sequence[EncodedImages | None]) -> EncodedImages | None:
     return dataclasses.replace(given[0], states=states, layout=layout)
 
 
-def needed_states(section: TokenRecoveryConfig, feature_layer: int, blocks: int, text: bool) -> set[int]:
-    """Indices of the hidden states that a section reads.
+def state_indices(settings: Settings, feature_layer: int, blocks: int) -> StateIndices:
+    """The hidden states that settings read; index 0 is the first block's input, `blocks` the last block's output.
 
     Args:
-        section: The settings.
-        feature_layer: The hidden state that LLaVA's projector reads.
-        blocks: Blocks of the vision tower.
-        text: Whether the choice reads the question.
+        settings: The section.
+        feature_layer: The hidden state that LLaVA's projector reads, negative if counted from the end.
+        blocks: Number of blocks of the vision tower.
     """
-    needed = {feature_layer % (blocks + 1), section.visual_layer % blocks}
-    return needed | {relevance_state(section.text_relevance, blocks)} if text else needed
+    relevance = relevance_state(settings.text_relevance, blocks)
+    return StateIndices(feature_layer % (blocks + 1), settings.visual_layer % blocks, relevance)
+
+
+def needed_states(settings: Settings, feature_layer: int, blocks: int, text: bool) -> set[int]:
+    """The distinct indices of `state_indices`, without the one for the question if `text` is false."""
+    indices = state_indices(settings, feature_layer, blocks)
+    return set(indices) if text else {indices.projector, indices.saliency}
 
 
 def vision_states(tower: Any, pixel_values: Tensor, needed: set[int]) -> dict[int, Tensor]:
-    """Run a CLIP vision tower as far as it is needed; for LLaVA's features that is all but its last block.
+    """Run a CLIP vision tower as far as needed; for LLaVA's features that is all but its last block.
 
     Args:
         tower: The module that holds `embeddings`, `pre_layrnorm` and `encoder`.
@@ -91,23 +110,23 @@ def vision_states(tower: Any, pixel_values: Tensor, needed: set[int]) -> dict[in
 
 
 def check_states(states: dict[int, Tensor], needed: set[int]) -> None:
-    """Refuse pictures that were encoded for other settings.
+    """Refuse images that were encoded for other settings.
 
     Raises:
         ValueError: A hidden state is missing.
     """
     if missing := needed - states.keys():
         raise ValueError(
-            f"The pictures were encoded for other settings: hidden states {sorted(missing)} are missing, there are "
+            f"The images were encoded for other settings: hidden states {sorted(missing)} are missing, there are "
             f"{sorted(states)}. Pass encode_images the token_recovery of the calls that follow."
         )
 
 
 def check_pixels(pixel_values: Any) -> None:
-    """Refuse encoded pictures where the stock model would read them.
+    """Refuse encoded images where the stock model would read them.
 
     Raises:
-        ValueError: `pixel_values` is no tensor.
+        ValueError: `pixel_values` is not a tensor.
     """
     if isinstance(pixel_values, EncodedImages):
         raise ValueError(
@@ -115,4 +134,13 @@ def check_pixels(pixel_values: Any) -> None:
         )
 
 
-__all__ = ["EncodedImages", "check_pixels", "check_states", "needed_states", "together", "vision_states"]
+__all__ = [
+    "EncodedImages",
+    "StateIndices",
+    "check_pixels",
+    "check_states",
+    "concatenate",
+    "needed_states",
+    "state_indices",
+    "vision_states",
+]

@@ -188,7 +188,7 @@ BATCHES = {
     "half a picture in a row": (
         [(tiny.SENTENCES[0], 1)] * 2,
         placeholders_moved,
-        r"Row 0 holds \d+ image placeholder tokens, which is no whole",
+        r"Row 0 holds \d+ image placeholder tokens, which is not a",
     ),
     "no questions": (ROWS, without_questions, "needs the question: recovery_input_ids is None"),
     "no question in a row": (ROWS, without_question_of(1), "Row 1 has an image but no question"),
@@ -248,7 +248,7 @@ def test_original_positions_under_flash_attention_are_refused(architecture):
     model, batch = architecture.build(position_ids="original"), architecture.encode()
     model.config.get_text_config()._attn_implementation = "flash_attention_2"
     for call in (model, model.generate, model.compress_inputs):
-        with pytest.raises(ValueError, match="'original' leaves gaps, which flash_attention_2 takes for packed"):
+        with pytest.raises(ValueError, match="'original' leaves gaps, which flash_attention_2 treats as packed"):
             call(**batch)
     model.compress_inputs(**batch, token_recovery={"position_ids": "compact"})
 
@@ -261,9 +261,9 @@ UNSUITABLE = {
     ),
     "embeddings too": (
         lambda model, batch: {"inputs_embeds": model.get_input_embeddings()(batch["input_ids"])},
-        "Pictures need input_ids with their placeholders, and no inputs_embeds",
+        "Images need input_ids with their placeholders, and no inputs_embeds",
     ),
-    "no ids": (lambda model, batch: {"input_ids": None}, "Pictures need input_ids with their placeholders"),
+    "no ids": (lambda model, batch: {"input_ids": None}, "Images need input_ids with their placeholders"),
 }
 
 

@@ -11,7 +11,7 @@ from host_reads import HostReads
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import reccomp_hf
-from reccomp_hf import MergedTokens, RecoveryMethod, TokenRecoveryConfig, TokenSelection, register_method
+from reccomp_hf import MergedTokens, RecoveryMethod, TokenRecoveryConfig, register_method
 from reccomp_hf.core.compat import clip_vision_model
 from reccomp_hf.core.methods.contract import METHOD_FIELDS
 from reccomp_hf.core.methods.registry import _METHODS, get_method, method_names
@@ -19,7 +19,7 @@ from reccomp_hf.measure.evaluation import parse_setting, parse_settings
 
 NAMES = tuple(method_names())
 WITH_BUDGET = [name for name in NAMES if get_method(name).budget != "none"]
-NEED_TEXT = [name for name in NAMES if get_method(name).needs_text]
+NEED_TEXT = [name for name in NAMES if get_method(name).text == "required"]
 PATCHES = 16
 each_name = pytest.mark.parametrize("name", NAMES)
 each_with_budget = pytest.mark.parametrize("name", WITH_BUDGET)
@@ -43,10 +43,10 @@ def select_every(features, config):
     """Every `step`-th valid patch is kept, and the one before it is what the rest is averaged around."""
     place = features.valid.cumsum(-1) - 1
     kept = features.valid & (place % config.options.step == 0)
-    none, rest = torch.zeros_like(kept), features.valid & ~kept
+    rest = features.valid & ~kept
     centre = rest & (rest.cumsum(-1) == 1)
     saliency = features.saliency(config.visual_heads)
-    return TokenSelection(none, none, kept, centre, centre.sum(-1), saliency)
+    return features.keep(coverage=kept, centres=centre, merged_counts=centre.sum(-1), saliency=saliency)
 
 
 def merge_every(features, selection, config, max_merged):

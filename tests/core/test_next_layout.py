@@ -14,7 +14,7 @@ from oracle_layout import PATCH, PATCHES, PINPOINTS, SIDE, Size, best_pinpoint, 
 from transformers import CLIPVisionConfig, LlavaNextProcessor
 
 import reccomp_hf
-from reccomp_hf.core.features import TokenRecoveryOutput, TokenSelection
+from reccomp_hf.core.features import Sizes, TokenRecoveryOutput
 from reccomp_hf.core.layout import NEWLINE, PADDING, ImageLayout
 
 sizes_strategy = st.lists(st.tuples(st.integers(1, 2500), st.integers(1, 2500)), min_size=1, max_size=3)
@@ -128,7 +128,7 @@ def test_one_tile_without_a_grid_has_one_newline() -> None:
 # --- what is kept of it ---------------------------------------------------------------------------------------------
 
 
-def random_choice(layout: ImageLayout, seed: int) -> tuple[TokenSelection, TokenRecoveryOutput]:
+def random_choice(layout: ImageLayout, seed: int) -> TokenRecoveryOutput:
     """Scattered kept patches and centres, tile by tile with a density of its own, and where the tokens stand."""
     rng = np.random.default_rng(seed)
     tiles, patches = layout.valid.shape
@@ -144,7 +144,6 @@ def random_choice(layout: ImageLayout, seed: int) -> tuple[TokenSelection, Token
     counts = torch.tensor([len(order) for order in places])
     padded = [order + [-1] * (int(counts.max()) - len(order)) for order in places]
     kept, centres = torch.from_numpy(kept), torch.from_numpy(centres)
-    selection = TokenSelection(kept, none, none, centres, centres.sum(-1), none.float())
     record = TokenRecoveryOutput(
         tokens=torch.zeros(tiles, int(counts.max()), 1),
         counts=counts,
@@ -157,12 +156,14 @@ def random_choice(layout: ImageLayout, seed: int) -> tuple[TokenSelection, Token
         saliency=none.float(),
         text_similarity=None,
     )
-    return selection, record
+    return record
 
 
-def sequence_oracle(
-    sizes: list[Size], selection: TokenSelection, record: TokenRecoveryOutput
-) -> list[tuple[list[int], list[int], int]]:
+def sizes_of(record: TokenRecoveryOutput) -> Sizes:
+    return Sizes(int(record.counts.max()), int(record.merged_counts.max()), int(record.counts.sum()))
+
+
+def sequence_oracle(sizes: list[Size], record: TokenRecoveryOutput) -> list[tuple[list[int], list[int], int]]:
     """Per image: token of every new slot (the total for a newline), its old slot, and the newlines."""
     total, first, expected = int(record.counts.sum()), 0, []
     starts = [0]
@@ -170,7 +171,7 @@ def sequence_oracle(
         starts.append(starts[-1] + count)
     for size in sizes:
         slots, rows, tiles = packed_oracle(size)
-        mine = selection.kept_mask[first : first + tiles].flatten().tolist()
+        mine = record.kept_mask[first : first + tiles].flatten().tolist()
         rows_that_keep = {row for slot, row in zip(slots, rows, strict=True) if slot != NEWLINE and mine[slot]}
         index, place, newlines = [], [], 0
         for position, (slot, row) in enumerate(zip(slots, rows, strict=True)):
@@ -184,7 +185,7 @@ def sequence_oracle(
                 place.append(position)
         for tile in range(tiles):
             kept = sum(mine[tile * PATCHES : (tile + 1) * PATCHES])
-            for seat, centre in enumerate(selection.centre_mask[first + tile].nonzero().flatten().tolist()):
+            for seat, centre in enumerate(record.centre_mask[first + tile].nonzero().flatten().tolist()):
                 index.append(starts[first + tile] + kept + seat)
                 place.append(slots.index(tile * PATCHES + centre))
         expected.append((index, place, newlines))
@@ -196,15 +197,15 @@ def sequence_oracle(
 @given(sizes=sizes_strategy, seed=st.integers(0, 10**6))
 def test_kept_slots_and_their_order(sizes: list[Size], seed: int, model: Any) -> None:
     layout = layout_of(model, sizes)
-    selection, record = random_choice(layout, seed)
-    expected = sequence_oracle(sizes, selection, record)
-    tokens, newlines = layout.counts(selection)
+    record = random_choice(layout, seed)
+    expected = sequence_oracle(sizes, record)
+    tokens, newlines = layout.counts(record.kept_mask, record.merged_counts)
     assert newlines.tolist() == [wanted[2] for wanted in expected]
     assert (tokens + newlines).tolist() == [len(wanted[0]) for wanted in expected]
     assert int(tokens.sum()) == int(record.counts.sum())
-    kept, kept_newlines = layout.kept(selection)
+    kept, kept_newlines = layout.kept(record.kept_mask)
     longest = max(len(wanted[0]) for wanted in expected)
-    index, place = layout.sequence(selection, record, selection.sizes.tolist(), longest)
+    index, place = layout.sequence(record, sizes_of(record), longest)
     assert index.shape == place.shape == (len(sizes), longest)
     for image, (wanted_index, wanted_place, count) in enumerate(expected):
         assert index[image, : len(wanted_index)].tolist() == wanted_index
@@ -216,10 +217,9 @@ def test_kept_slots_and_their_order(sizes: list[Size], seed: int, model: Any) ->
 
 def test_a_token_without_a_place_stands_at_the_start(model: Any) -> None:
     layout = layout_of(model, [(336, 672)])
-    selection, record = random_choice(layout, 0)
-    selection.merged_counts = torch.ones_like(selection.merged_counts)
-    record.counts = selection.counts
+    record = random_choice(layout, 0)
+    record.counts = record.kept_mask.sum(-1) + 1
     record.places = torch.full((len(record.counts), int(record.counts.max())), -1)
-    longest = int(sum(count.sum() for count in layout.counts(selection)))
-    _, place = layout.sequence(selection, record, selection.sizes.tolist(), longest)
+    longest = int(sum(count.sum() for count in layout.counts(record.kept_mask, record.merged_counts)))
+    _, place = layout.sequence(record, sizes_of(record), longest)
     assert place[0, -len(record.counts) :].tolist() == [0] * len(record.counts)

@@ -264,7 +264,7 @@ def test_base_tile(architecture):
 def test_image_sizes_that_do_not_fit_are_refused():
     model, batch = NEXT.compressed(), encode([("wide",)])
     for call in (model, model.compress_inputs, model.recover, model.generate):
-        with pytest.raises(ValueError, match="needs image_sizes beside pixel_values"):
+        with pytest.raises(ValueError, match="needs image_sizes with pixel_values"):
             call(**{**batch, "image_sizes": None})
     large, small = torch.tensor([[90, 90]]), torch.tensor([[40, 40]])
     for sizes in (large, batch["image_sizes"].repeat(2, 1)):

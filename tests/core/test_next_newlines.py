@@ -106,10 +106,8 @@ def test_the_layout_alone():
     layout, _ = layout_and_states(NEXT.compressed(), encode((("wide",),)))
     assert (layout.slots == NEWLINE).any()
     everything = torch.ones(sum(layout.tiles), layout.patches, dtype=torch.bool)
-    nothing = torch.zeros_like(everything)
-    selection = reccomp_hf.TokenSelection(everything, nothing, nothing, nothing, nothing.sum(-1), everything.float())
     for newlines in ("kept", "none"):
-        kept, rows = layout.keeping(newlines).kept(selection)
+        kept, rows = layout.with_newlines(newlines).kept(everything)
         assert torch.equal(kept, layout.slots >= 0)
         assert torch.equal(rows, (layout.slots == NEWLINE) & (newlines == "kept"))
 

@@ -18,7 +18,7 @@ from templates import (
 )
 from tiny import turn
 
-from reccomp_hf.core import processing
+from reccomp_hf.core import processing, questions
 from reccomp_hf.core.processing import LlavaNextRecCompProcessor
 
 PICTURE = tiny.pictures(1)
@@ -118,7 +118,7 @@ def test_rows_with_fewer_windows_get_empty_ones():
 @given(st.text(max_size=60), st.integers(3, 12))
 def test_windows_hold_every_token_once(question, length):
     processor = tiny.recovery_processor(recovery_max_length=length)
-    ids, mask = processor._encode_questions([question])
+    ids, mask = questions.encode_windows(processor.recovery_tokenizer, processor.recovery_max_length, [question])
     bodies = [row[: int(keep.sum())][1:-1] for row, keep in zip(ids[0], mask[0], strict=True)]
     whole = tiny.clip_tokenizer()(question, add_special_tokens=False)["input_ids"]
     assert [token for body in bodies for token in body] == whole
@@ -215,8 +215,8 @@ def test_template_for_plain_strings():
 
 def test_markers_are_found_once_per_template(monkeypatch):
     calls = []
-    find = processing._find_markers
-    monkeypatch.setattr(processing, "_find_markers", lambda render: calls.append(1) or find(render))
+    find = questions.find_turn_markers
+    monkeypatch.setattr(processing, "find_turn_markers", lambda render: calls.append(1) or find(render))
     processor = tiny.recovery_processor()
     processor(text=[PLAIN_PROMPT] * 3)
     assert len(calls) == 1
@@ -269,7 +269,7 @@ CHATS = {
         [[turn("user", QUESTION, PICTURE)], [turn("user", "Why is the sky blue?")]],
         [QUESTION, "Why is the sky blue?"],
     ),
-    "instruction": ([turn("user", f"{QUESTION} {processing.ANSWER_INSTRUCTIONS[0]}", PICTURE)], [QUESTION]),
+    "instruction": ([turn("user", f"{QUESTION} {questions.ANSWER_INSTRUCTIONS[0]}", PICTURE)], [QUESTION]),
     "answered": ([turn("user", QUESTION, PICTURE), turn("assistant", "Blue.")], [QUESTION]),
 }
 

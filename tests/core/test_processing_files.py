@@ -14,7 +14,7 @@ from tiny import turn
 from transformers import LlavaProcessor
 from transformers.utils import hub
 
-from reccomp_hf.core import processing
+from reccomp_hf.core import compat, processing
 from reccomp_hf.core.processing import LlavaNextRecCompProcessor, LlavaRecCompProcessor
 
 FIXTURES = ["processor_4x", "processor_5x"]
@@ -119,7 +119,7 @@ def test_tokenizer_config_is_readable_on_both_lines(tmp_path):
 def test_unnamed_special_tokens_are_renamed(tokens, tmp_path):
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps({"tokenizer_class": "TokenizersBackend", "extra_special_tokens": tokens}))
-    processing._mend_tokenizer_config(str(tmp_path))
+    compat.mend_tokenizer_config(str(tmp_path))
     expected = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **({"additional_special_tokens": tokens} if tokens else {}),

@@ -7,7 +7,7 @@ import tiny
 from templates import EACH, QUESTION, RECOVERY_NAMES, TEMPLATES, UNUSABLE_TEMPLATES, clip_windows
 from tiny import turn
 
-from reccomp_hf.core import processing
+from reccomp_hf.core import questions
 from reccomp_hf.core.processing import LlavaNextRecCompProcessor
 
 PICTURE = tiny.pictures(1)
@@ -16,7 +16,7 @@ CONVERSATION = [
     turn("system", "Be brief."),
     turn("user", FIRST, PICTURE),
     turn("assistant", "Yes, a red one."),
-    turn("user", f"{SECOND}\n{processing.ANSWER_INSTRUCTIONS[0]}"),
+    turn("user", f"{SECOND}\n{questions.ANSWER_INSTRUCTIONS[0]}"),
     turn("assistant", "Ears."),
     turn("user", QUESTION),
 ]
@@ -89,7 +89,7 @@ def test_a_long_question_shares_no_window_with_another():
     assert tiny.recovery_processor(recovery_tokenizer=None).encode_questions([QUESTION]) == {}
 
 
-@pytest.mark.parametrize("empty", ["", " ", processing.ANSWER_INSTRUCTIONS[1]])
+@pytest.mark.parametrize("empty", ["", " ", questions.ANSWER_INSTRUCTIONS[1]])
 def test_turns_without_a_question_are_left_out(empty):
     processor = tiny.recovery_processor(recovery_turns="all")
     messages = [turn("user", empty, PICTURE), turn("assistant", "Well?"), turn("user", QUESTION)]

@@ -135,7 +135,7 @@ def plan_conversion(
         raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))} or None, got {dtype!r}.")
     source = read_source(llava, "llava")
     family, vision = FAMILIES[source.config.model_type], source.config.vision_config
-    if clip is None and get_method(section.method).needs_text:
+    if clip is None and get_method(section.method).text == "required":
         raise ValueError(f"Method {section.method!r} needs the question, and so a CLIP: clip is None.")
     clip_source, guessed = None, clip == "auto"
     if clip is not None:

@@ -1,7 +1,7 @@
 """Method `authors`: the computation of the paper's released code, kept apart for reproduction.
 
-Written from the description of what that code computes (github.com/banjiuyufen/Recoverable-Compression), with what
-reads like slips in it, each named at its line. Nothing here is used by any other method.
+Written from a description of what that code computes (github.com/banjiuyufen/Recoverable-Compression), including what
+looks like slips in it, each named at its line. No other method uses anything here.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ NEIGHBORS_MERGED = 32
 TEXT_WEIGHT = 50
 
 
-def _select(features: VisualFeatures, config: Settings) -> TokenSelection:
+def _select(features: VisualFeatures, settings: Settings) -> TokenSelection:
     saliency = features.saliency("joint")
     valid, size = features.valid, features.valid.sum(-1)
-    visual_share = _outlier_share(saliency, config.outlier_neighbors, config, valid)
+    visual_share = _outlier_share(saliency, settings.outlier_neighbors, settings, valid)
     visual = top_mask(saliency, _floor(size * visual_share), valid)
     similarity = _without_chosen(features, visual)
-    text_share = _outlier_share(similarity, config.outlier_neighbors, config, valid)
+    text_share = _outlier_share(similarity, settings.outlier_neighbors, settings, valid)
     # Ranked among all patches: the chosen ones hold the lowest score, so they are not chosen again.
     text = top_mask(similarity, _floor((size - visual.sum(-1)) * text_share), valid) & ~visual
     rest = valid & ~visual & ~text
-    merge_share = _outlier_share(saliency, config.merge_neighbors, config, rest)
+    merge_share = _outlier_share(saliency, settings.merge_neighbors, settings, rest)
     # The released code multiplies by the channel width, not by a number of tokens: far more centres than intended.
     n_centres = torch.minimum(_floor(features.keys.shape[-1] * merge_share), rest.sum(-1))
     centres = top_mask(saliency, n_centres, rest)
     merged_counts = n_centres + (n_centres > 0)  # the extra token exists only beside centres
-    return TokenSelection(visual, text, torch.zeros_like(visual), centres, merged_counts, saliency)
+    return features.keep(visual=visual, text=text, centres=centres, merged_counts=merged_counts, saliency=saliency)
 
 
-def _merge(features: VisualFeatures, selection: TokenSelection, config: Settings, max_merged: int) -> MergedTokens:
+def _merge(features: VisualFeatures, selection: TokenSelection, settings: Settings, max_merged: int) -> MergedTokens:
     dropped = torch.full_like(features.valid, -1, dtype=torch.long)  # a patch can enter several tokens here
     centre_slots = max(max_merged - 1, 0)
     rest = features.valid & ~selection.kept_mask
@@ -62,7 +62,7 @@ def _merge(features: VisualFeatures, selection: TokenSelection, config: Settings
 
 
 def _neighbor_weights(features: VisualFeatures, selection: TokenSelection, rest: Tensor, centres: Tensor) -> Tensor:
-    """Weights over patches of each centre's token: 1 on itself, raw saliency on its nearest rest tokens."""
+    """(B, M, N): for each centre's token 1 on the centre and the raw saliency on its nearest remaining patches."""
     patches = rest.shape[1]
     rest_index = nonzero_first(rest, patches)  # (B, N): rest position -> patch
     position = rest.cumsum(-1) - 1  # (B, N): patch -> rest position
@@ -82,10 +82,10 @@ def _neighbor_weights(features: VisualFeatures, selection: TokenSelection, rest:
     return torch.zeros_like(weights).scatter_(2, rest_index.unsqueeze(1).expand_as(weights), weights)
 
 
-def _outlier_share(values: Tensor, k: int, config: Settings, valid: Tensor) -> Tensor:
+def _outlier_share(values: Tensor, k: int, settings: Settings, valid: Tensor) -> Tensor:
     """Share of outliers of both tails among a row's valid values; 0 for an empty row. (B, N) -> (B,)."""
     factor = local_outlier_factor(values, k, valid)
-    count = ((factor > config.outlier_threshold) & valid).sum(-1)
+    count = ((factor > settings.outlier_threshold) & valid).sum(-1)
     return count.to(factor.dtype) / valid.sum(-1).clamp(min=1)
 
 
@@ -105,8 +105,7 @@ def _floor(values: Tensor) -> Tensor:
 AUTHORS = RecoveryMethod(
     _select,
     _merge,
-    reads_text=True,
-    needs_text=True,
+    text="required",
     scales_similarity=True,
     budget="none",
     shares_patches=True,

@@ -1,4 +1,4 @@
-"""Comparison settings that look at no score: chance, average pooling of the grid, and LLaVA-NeXT's base tile alone."""
+"""Baselines that read no score: random patches, average pooling of the grid, and LLaVA-NeXT's base tile alone."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import functools
 import torch
 from torch import Tensor
 
-from ..features import MergedTokens, TokenSelection, VisualFeatures
+from ..features import MergedTokens, Sizes, TokenSelection, VisualFeatures
 from ..settings import Settings
 from ..tensors import cluster_means, nonzero_first, positions, top_mask
-from .budgets import count_of, count_table
-from .contract import Budget, RecoveryMethod, check_int
+from .budgets import budget_table, budget_tokens
+from .contract import BudgetUse, RecoveryMethod, check_int
 
 _FINGERPRINT_BITS = 48
 _LONGEST_CELL = 2  # of a pooled grid: length over width, in patches
@@ -25,7 +25,7 @@ class RandomOptions:
     """Options of `random`.
 
     Args:
-        seed: An int >= 0; another one draws other patches.
+        seed: An int >= 0; a different seed draws different patches.
     """
 
     seed: int = 0
@@ -35,32 +35,27 @@ class RandomOptions:
         check_int("seed", self.seed, 0)
 
 
-def _select_random(features: VisualFeatures, config: Settings) -> TokenSelection:
-    """So many patches as the budget says, drawn without regard to what they show."""
-    none = torch.zeros_like(features.valid)
+def _select_random(features: VisualFeatures, settings: Settings) -> TokenSelection:
+    """As many patches as the budget allows, drawn without regard to their content."""
     valid = features.per_image(features.valid, False)
-    uniform, most = features.all_valid and max(features.tiles) == 1, count_of(config.budget, valid.shape[1])
-    # How many patches are valid is known on the device alone.
-    counts = torch.tensor([most] * len(valid) if uniform else count_table(config.budget, valid.shape[1]))
+    most = budget_tokens(settings.budget, valid.shape[1])
+    # Only the device knows how many patches are valid.
+    counts = torch.tensor([most] * len(valid) if features.uniform else budget_table(settings.budget, valid.shape[1]))
     counts = counts.to(valid.device, non_blocking=True)
-    counts = counts if uniform else counts[valid.sum(-1)]
-    kept = features.per_tile(top_mask(features.per_image(_noise(features, config.options.seed), 0.0), counts, valid))
-    return TokenSelection(
-        visual_mask=kept,
-        text_mask=none,
-        coverage_mask=none,
-        centre_mask=none,
-        merged_counts=torch.zeros_like(kept.sum(-1)),
-        saliency=features.saliency(config.visual_heads),
-        known_sizes=[most, 0, most * len(none)] if uniform else None,
+    counts = counts if features.uniform else counts[valid.sum(-1)]
+    kept = features.per_tile(top_mask(features.per_image(_noise(features, settings.options.seed), 0.0), counts, valid))
+    return features.keep(
+        visual=kept,
+        saliency=features.saliency(settings.visual_heads),
+        known_sizes=Sizes(most, 0, most * len(kept)) if features.uniform else None,
     )
 
 
 def _noise(features: VisualFeatures, seed: int) -> Tensor:
     """(B, N) float32, uniform in [0, 1): a hash of the tile's features, of its place in the image, patch and seed.
 
-    The features enter by comparisons of two patches in a channel, which rounding does not turn round in float32: a
-    picture has the same noise in every batch. In half precision features, and so the noise, may depend on the batch.
+    The features enter through comparisons of two patches in a channel, which float32 rounding does not flip: an image
+    has the same noise in every batch. In half precision the features, and so the noise, may depend on the batch.
     """
     states, device = features.hidden_states.detach(), features.valid.device
     _, patches, width = states.shape
@@ -71,23 +66,23 @@ def _noise(features: VisualFeatures, seed: int) -> Tensor:
     weights = (torch.ones(_FINGERPRINT_BITS, dtype=torch.int64) << torch.arange(_FINGERPRINT_BITS)).to(
         device, non_blocking=True
     )
-    start = _start(seed)
+    start = _first_count(seed)
     place = torch.tensor([start + tile for size in features.tiles for tile in range(size)])
-    mixed = _scrambled((bits * weights).sum(-1) + _scrambled(place.to(device, non_blocking=True)))  # (B,)
-    mixed = _scrambled(mixed.unsqueeze(-1) + torch.arange(patches, device=device))
+    mixed = _hash((bits * weights).sum(-1) + _hash(place.to(device, non_blocking=True)))  # (B,)
+    mixed = _hash(mixed.unsqueeze(-1) + torch.arange(patches, device=device))
     return (mixed & 0xFFFFFF).float() / 2**24
 
 
-def _start(seed: int) -> int:
-    """Where a seed of any size begins to count: far from other seeds, below 2^56; 0 for seed 0."""
+def _first_count(seed: int) -> int:
+    """The number from which a seed of any size counts: far from other seeds, below 2^56; 0 for seed 0."""
     start = seed.bit_length()
     while seed:
         start, seed = (start + seed % 2**32) * 6364136223846793005 % 2**56, seed >> 32
     return start
 
 
-def _scrambled(values: Tensor) -> Tensor:
-    """Hash of every int64: two rounds of shift, exclusive or and multiplication, which wraps round."""
+def _hash(values: Tensor) -> Tensor:
+    """Hash of every int64: two rounds of shift, exclusive or and multiplication, which wraps around."""
     for factor in (-7046029254386353131, -4417276706812531889):  # odd, with irregular bits
         values = (values ^ ((values >> 31) & 0x1FFFFFFFF)) * factor
     return values ^ ((values >> 29) & 0x7FFFFFFFF)
@@ -96,29 +91,33 @@ def _scrambled(values: Tensor) -> Tensor:
 # ---- pooling -------------------------------------------------------------------------------------------------------
 
 
-def _select_pooling(side: int | None, features: VisualFeatures, config: Settings) -> TokenSelection:
-    """Every cell of the grid becomes its mean; its first patch stands for it."""
-    none = torch.zeros_like(features.valid)
-    cell = _cells(side, features, config)
+def _select_pooling(side: int | None, features: VisualFeatures, settings: Settings) -> TokenSelection:
+    """Every cell of the grid becomes its mean; the cell's first patch is its centre."""
+    cell = _cells(side, features, settings)
     index, beyond = positions(cell), cell.shape[1]
     lowest = index.new_full(index.shape, beyond)
     lowest = lowest.scatter_reduce(1, cell, index.masked_fill(~features.valid, beyond), "amin")
     centres = features.valid & (lowest.gather(1, cell) == index)
-    saliency, known = features.saliency(config.visual_heads), None
-    if features.all_valid and max(features.tiles) == 1:
-        rows, columns = _shape(side, features.grid, config.budget)
-        known = [rows * columns, rows * columns, rows * columns * len(none)]
-    return TokenSelection(none, none, none, centres, centres.sum(-1), saliency, known)
+    known = None
+    if features.uniform:
+        rows, columns = _shape(side, features.grid, settings.budget)
+        known = Sizes(rows * columns, rows * columns, rows * columns * len(cell))
+    return features.keep(
+        centres=centres,
+        merged_counts=centres.sum(-1),
+        saliency=features.saliency(settings.visual_heads),
+        known_sizes=known,
+    )
 
 
 def _merge_pooling(
     side: int | None,
     features: VisualFeatures,
     selection: TokenSelection,
-    config: Settings,
+    settings: Settings,
     max_merged: int,
 ) -> MergedTokens:
-    cell = _cells(side, features, config)
+    cell = _cells(side, features, settings)
     rank = selection.centre_mask.cumsum(-1) - 1
     of_cell = torch.zeros_like(rank)
     of_cell = of_cell.scatter_reduce(1, cell, rank.masked_fill(~selection.centre_mask, -1), "amax", include_self=False)
@@ -127,19 +126,19 @@ def _merge_pooling(
     return MergedTokens(tokens, nonzero_first(selection.centre_mask, max_merged), cluster)
 
 
-def _cells(side: int | None, features: VisualFeatures, config: Settings) -> Tensor:
+def _cells(side: int | None, features: VisualFeatures, settings: Settings) -> Tensor:
     """(B, N) int64, the cell that each patch belongs to; cells are counted row by row."""
     (rows, columns), device = features.grid, features.valid.device
     patch = torch.arange(rows * columns, device=device)
     row, column = patch // columns, patch % columns
     if side is not None:
         return (row // side * -(-columns // side) + column // side).expand_as(features.valid)
-    if isinstance(config.budget, float) or (max(features.tiles) == 1 and features.all_valid):
-        cell_rows, cell_columns = _shape(side, features.grid, config.budget)
+    if isinstance(settings.budget, float) or features.uniform:
+        cell_rows, cell_columns = _shape(side, features.grid, settings.budget)
         return (row * cell_rows // rows * cell_columns + column * cell_columns // columns).expand_as(features.valid)
-    # An int is spent evenly over all tiles of an image; how many patches those have is known on the device alone.
+    # An int is spent evenly over all tiles of an image; only the device knows how many patches those have.
     patches = features.per_image(features.valid, False).sum(-1, keepdim=True)  # (I, 1)
-    table = torch.tensor(_shape_table(features.grid, config.budget or 1, max(features.tiles)))
+    table = torch.tensor(_shape_table(features.grid, settings.budget or 1, max(features.tiles)))
     shape = table.to(device, non_blocking=True)[patches.expand(-1, max(features.tiles))]  # (I, S, 2)
     down, across = (features.per_tile(size) for size in shape.unbind(-1))  # (B, 1) each
     return row * down // rows * across + column * across // columns
@@ -149,16 +148,16 @@ def _shape(side: int | None, grid: tuple[int, int], budget: float | None) -> tup
     """Rows and columns of cells on a whole grid."""
     if side is not None:
         return -(-grid[0] // side), -(-grid[1] // side)
-    return cell_grid(grid, count_of(budget, grid[0] * grid[1]))
+    return cell_grid(grid, budget_tokens(budget, grid[0] * grid[1]))
 
 
 @functools.lru_cache(maxsize=4096)
 def cell_grid(grid: tuple[int, int], budget: int) -> tuple[int, int]:
-    """Rows and columns of the cells that a grid of patches is pooled to, as near to the budget as sensible cells come.
+    """Rows and columns of the cells that a grid of patches is pooled to: as close to the budget as cells allow.
 
-    A cell may be twice as long as it is wide (longer where a side of the grid stays as it is). Of those, the number
-    of cells next to the budget is taken, then the squarest cells, then the fewest rows: 16 of 12 x 12 patches become
-    4 x 4 cells, 8 become 2 x 4, and 14 become 3 x 5.
+    A cell is at most twice as long as wide (longer only if a side of the grid stays as it is). Among those shapes the
+    number of cells closest to the budget wins, then the squarest cells, then the fewest rows: on 12 x 12 patches a
+    budget of 16 gives 4 x 4 cells, 8 gives 2 x 4, and 14 gives 3 x 5.
 
     Args:
         grid: (rows, columns) of patches.
@@ -181,7 +180,7 @@ def cell_grid(grid: tuple[int, int], budget: int) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=16)
 def _shape_table(grid: tuple[int, int], budget: int, tiles: int) -> list[tuple[int, int]]:
-    """Cells of each tile for every number of patches that an image of up to so many tiles can have."""
+    """Cells of each tile for every number of patches that an image of up to `tiles` tiles can have."""
     area = grid[0] * grid[1]
     wanted = [
         min(area, max(1, (2 * budget * area // max(patches, 1) + 1) // 2)) for patches in range(tiles * area + 1)
@@ -192,18 +191,15 @@ def _shape_table(grid: tuple[int, int], budget: int, tiles: int) -> list[tuple[i
 # ---- the base tile -------------------------------------------------------------------------------------------------
 
 
-def _select_base_tile(features: VisualFeatures, config: Settings) -> TokenSelection:
+def _select_base_tile(features: VisualFeatures, settings: Settings) -> TokenSelection:
     """The first tile of each image as it is, the others dropped."""
-    none = torch.zeros_like(features.valid)
     is_base = torch.tensor([tile == 0 for size in features.tiles for tile in range(size)])
-    is_base = is_base.to(none.device, non_blocking=True)
+    is_base = is_base.to(features.valid.device, non_blocking=True)
     kept = features.valid & is_base.unsqueeze(-1)
-    return TokenSelection(
-        kept, none, none, none, torch.zeros_like(none.sum(-1)), features.saliency(config.visual_heads)
-    )
+    return features.keep(visual=kept, saliency=features.saliency(settings.visual_heads))
 
 
-def _pooling(side: int | None, budget: Budget) -> RecoveryMethod:
+def _pooling(side: int | None, budget: BudgetUse) -> RecoveryMethod:
     select, merge = functools.partial(_select_pooling, side), functools.partial(_merge_pooling, side)
     return RecoveryMethod(select, merge, budget=budget, fields=())
 

@@ -2,11 +2,11 @@
 
 CDPruner (Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs",
 arXiv 2506.10967): a determinantal point process over LLaVA's projected features, conditioned on CLIP's relevance; its
-likeliest set is found greedily (Chen, Zhang & Zhou, "Fast Greedy MAP Inference for Determinantal Point Process",
+most likely set is found greedily (Chen, Zhang & Zhou, "Fast Greedy MAP Inference for Determinantal Point Process",
 NeurIPS 2018).
 
-Deviation: the windows of a long question count by their maximum here, as everywhere in this package, not by their
-mean; for questions of one window there is no difference.
+Deviation: of a long question's windows the most similar one counts, as everywhere in this package, not their mean; for
+questions of one window there is no difference.
 """
 
 from __future__ import annotations
@@ -17,23 +17,22 @@ from torch.nn.functional import normalize
 
 from ..features import TokenSelection, VisualFeatures
 from ..settings import Settings
-from ..tensors import gather_rows, top_mask
-from .budgets import finest, select, spend
+from ..tensors import gather_rows, highest_precision, top_mask
+from .budgets import spend
 from .contract import RELEVANCE, RecoveryMethod
 
 _LEAST_RELEVANCE = 1e-6
 _NO_VOLUME = 1e-9
 
 
-def _select(features: VisualFeatures, config: Settings) -> TokenSelection:
-    spending, valid = spend(features, config), features.valid
+def _select(features: VisualFeatures, settings: Settings) -> TokenSelection:
+    spending, valid = spend(features, settings), features.valid
     assert features.projected is not None
     assert features.text_similarity is not None
     relevance = _relevance(features.text_similarity, valid)
     text = _largest_volume(features.projected, relevance, valid, spending.counts, spending.most)
-    return select(
-        features,
-        features.saliency(config.visual_heads),
+    return features.keep(
+        saliency=features.saliency(settings.visual_heads),
         visual=spending.whole,
         text=text | top_mask(relevance, spending.counts - text.sum(-1), valid & ~text),
         known_sizes=spending.sizes(),
@@ -41,20 +40,20 @@ def _select(features: VisualFeatures, config: Settings) -> TokenSelection:
 
 
 def _relevance(similarity: Tensor, valid: Tensor) -> Tensor:
-    """(B, N), stretched so that the valid patches reach from almost 0 to 1."""
-    similarity = finest(similarity)
+    """(B, N), scaled so that the valid patches range from almost 0 to 1."""
+    similarity = highest_precision(similarity)
     low = similarity.masked_fill(~valid, torch.inf).amin(-1, keepdim=True)
     high = similarity.masked_fill(~valid, -torch.inf).amax(-1, keepdim=True)
     return (similarity - low + _LEAST_RELEVANCE) / (high - low + _LEAST_RELEVANCE)
 
 
 def _largest_volume(projected: Tensor, relevance: Tensor, valid: Tensor, counts: Tensor, steps: int) -> Tensor:
-    """Greedily the patches that span the largest volume, `counts` of them or as many as add any: (B, N) bool.
+    """Greedily choose the patches that span the largest volume, `counts` of them or as many as add any: (B, N) bool.
 
     `factors` are the rows of an incomplete Cholesky factor of the kernel relevance_i cos_ij relevance_j, `volume` is
-    what is left of its diagonal.
+    the rest of its diagonal.
     """
-    scaled = normalize(finest(projected), dim=-1) * relevance.unsqueeze(-1)  # (B, N, D)
+    scaled = normalize(highest_precision(projected), dim=-1) * relevance.unsqueeze(-1)  # (B, N, D)
     volume = relevance.square().masked_fill(~valid, -torch.inf)  # the cosine of a patch with itself is 1
     factors = torch.zeros_like(volume).unsqueeze(1).repeat(1, steps, 1)  # (B, K, N)
     chosen = torch.zeros_like(valid)
@@ -76,13 +75,11 @@ def _largest_volume(projected: Tensor, relevance: Tensor, valid: Tensor, counts:
 
 CDPRUNER = RecoveryMethod(
     _select,
-    reads_text=True,
-    needs_text=True,
+    text="required",
     reads_projected=True,
     budget="required",
     defaults={"text_relevance": "penultimate", "text_relevance_sign": -1},
     fields=RELEVANCE,
-    compares="tokens",
     source="CDPruner (Zhang et al., arXiv 2506.10967)",
 )
 

@@ -13,25 +13,18 @@ from ..features import MergedTokens, TokenSelection, VisualFeatures
 from ..settings import Settings
 
 RELEVANCE = ("text_relevance", "text_relevance_sign")
-
-
 SALIENCY = ("visual_layer", "visual_heads")
-
-
 METHOD_FIELDS = (*RELEVANCE, *SALIENCY)
-"""Fields of the config section whose defaults are the method's own."""
+"""Fields of the config section whose defaults belong to the method."""
 
-
-Budget = Literal["optional", "required", "none"]
-
-
-_BUDGETS = ("optional", "required", "none")
+BudgetUse = Literal["optional", "required", "none"]
+TextUse = Literal["unused", "optional", "required"]
 
 
 def merge_nothing(
-    features: VisualFeatures, selection: TokenSelection, config: Settings, max_merged: int
+    features: VisualFeatures, selection: TokenSelection, settings: Settings, max_merged: int
 ) -> MergedTokens:
-    """No merged tokens: what is not kept is dropped."""
+    """No merged tokens: patches that are not kept are dropped."""
     dropped = torch.full_like(features.valid, -1, dtype=torch.long)
     return MergedTokens(features.hidden_states[:, :0], dropped[:, :0], dropped)
 
@@ -41,64 +34,63 @@ class RecoveryMethod:
     """A way to choose tokens.
 
     Args:
-        select: `select(features, config)` chooses patches without reading anything from the device.
-        merge: `merge(features, selection, config, max_merged)` makes the merged tokens, given the largest number of
-            them. The default makes none.
-        reads_text: Whether a question changes the choice. With a fixed budget and `text_share` 0 it is not read.
-        needs_text: Whether the method is undefined without a question; it is then read in any case.
+        select: `select(features, settings)` returns the choice, best made by `features.keep(...)`, and reads nothing
+            from the device.
+        merge: `merge(features, selection, settings, max_merged)` makes the merged tokens, given the largest number of
+            them in a row. The default makes none.
+        text: Whether the question changes the choice: `"unused"`, `"optional"` (without a question the method chooses
+            by the image alone; with a fixed budget and `text_share` 0 the question is not read), or `"required"`.
         reads_projected: Whether the choice reads LLaVA's projected features of all patches
             (`VisualFeatures.projected`); they are computed only then.
         scales_similarity: Whether the text similarity is divided by the root of the projection width.
         budget: Whether `budget` may be given (`"optional"`), must be (`"required"`), or must not (`"none"`).
-        compact_only: Whether a token may have no place in the picture, so that `position_ids` must be `"compact"`.
+        compact_only: Whether a token may have no place in the image, so that `position_ids` must be `"compact"`.
         shares_patches: Whether a patch may enter several merged tokens; its `cluster` is -1 then.
-        defaults: Values of `text_relevance`, `text_relevance_sign`, `visual_layer` and `visual_heads` where the config
+        defaults: Values of `text_relevance`, `text_relevance_sign`, `visual_layer` and `visual_heads` if the config
             does not give them: those of the published method.
-        fields: Which fields of the config section it reads beyond `method`, `method_options`, `budget` and
-            `position_ids`; `None`: perhaps any. Model cards show these, and costs are estimated by them.
-        compares: What it compares with all patches of a tile, for the estimate of its cost: `"nothing"`, the
-            `"tokens"` that come out, or all `"patches"`.
-        source: Whose method it is, with the arXiv number of its paper, for model cards; empty for a baseline.
+        fields: Fields of the config section that the method reads besides `method`, `method_options`, `budget` and
+            `position_ids`, for model cards; `None` if unknown.
+        source: The method's name and its paper with arXiv number, for model cards; empty for a baseline.
         options: A frozen dataclass of the method's own settings, all with defaults, whose `__post_init__` raises
-            ValueError for a bad value; `config.options` is an instance made from `method_options`.
+            ValueError for a bad value; `settings.options` is an instance made from `method_options`.
 
     Raises:
-        ValueError: A default of another field, an unknown kind of budget, or options that are no dataclass.
+        ValueError: A default of another field, an unknown use of text or budget, or options that are not a dataclass.
     """
 
     select: Callable[[VisualFeatures, Settings], TokenSelection]
     merge: Callable[[VisualFeatures, TokenSelection, Settings, int], MergedTokens] = merge_nothing
-    reads_text: bool = False
-    needs_text: bool = False
+    text: TextUse = "unused"
     reads_projected: bool = False
     scales_similarity: bool = False
-    budget: Budget = "optional"
+    budget: BudgetUse = "optional"
     compact_only: bool = False
     shares_patches: bool = False
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     options: type | None = None
     fields: tuple[str, ...] | None = None
-    compares: Literal["nothing", "tokens", "patches"] = "nothing"
     source: str = ""
 
     def __post_init__(self) -> None:
         """Check what can be checked before the method runs."""
-        if self.budget not in _BUDGETS:
-            raise ValueError(f"budget must be {' or '.join(map(repr, _BUDGETS))}, got {self.budget!r}.")
+        for name, allowed in (("text", TextUse), ("budget", BudgetUse)):
+            if (value := getattr(self, name)) not in (values := allowed.__args__):  # type: ignore[attr-defined]
+                raise ValueError(f"{name} must be {' or '.join(map(repr, values))}, got {value!r}.")
         if other := [name for name in self.defaults if name not in METHOD_FIELDS]:
             raise ValueError(f"defaults may name {', '.join(METHOD_FIELDS)}, got {other[0]!r}.")
         if self.options is not None and not dataclasses.is_dataclass(self.options):
             raise ValueError(f"options must be a dataclass with defaults, got {self.options!r}.")
 
-    def reads_question(self, config: Settings) -> bool:
+    def reads_question(self, settings: Settings) -> bool:
         """Whether the question changes the choice under these settings."""
-        return self.needs_text or (self.reads_text and (config.budget is None or config.text_share > 0))
+        can_use = self.text == "optional" and (settings.budget is None or settings.text_share > 0)
+        return self.text == "required" or can_use
 
     def read_options(self, name: str, values: Mapping[str, Any]) -> Any:
         """The options of method `name` as its own dataclass; `None` for a method without options.
 
         Raises:
-            ValueError: An unknown option or a value that the method refuses.
+            ValueError: An unknown option, or a value that the method refuses.
         """
         known = [] if self.options is None else [field.name for field in dataclasses.fields(self.options)]
         for option in values:
@@ -113,13 +105,21 @@ class RecoveryMethod:
 
 
 def check_int(name: str, value: Any, least: int) -> None:
-    """Refuse an option that is no int of at least so much."""
+    """Refuse an option that is not an int >= `least`.
+
+    Raises:
+        ValueError: It is not.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an int >= {least}, got {value!r}.")
 
 
 def check_share(name: str, value: Any) -> None:
-    """Refuse an option that is no number in [0, 1]."""
+    """Refuse an option that is not a number in [0, 1].
+
+    Raises:
+        ValueError: It is not.
+    """
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
         raise ValueError(f"{name} must be a number in [0, 1], got {value!r}.")
 
@@ -128,8 +128,9 @@ __all__ = [
     "METHOD_FIELDS",
     "RELEVANCE",
     "SALIENCY",
-    "Budget",
+    "BudgetUse",
     "RecoveryMethod",
+    "TextUse",
     "check_int",
     "check_share",
     "merge_nothing",

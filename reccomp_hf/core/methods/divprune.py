@@ -1,4 +1,4 @@
-"""Method `divprune`: patches as far from each other as can be, whatever they show.
+"""Method `divprune`: patches as far from each other as possible, whatever they show.
 
 DivPrune (Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025, arXiv
 2503.02175): the max-min diversity problem over cosine distances of LLaVA's projected features, solved greedily.
@@ -12,29 +12,28 @@ from torch.nn.functional import normalize
 
 from ..features import TokenSelection, VisualFeatures
 from ..settings import Settings
-from ..tensors import gather_rows
-from .budgets import finest, select, spend
+from ..tensors import gather_rows, highest_precision
+from .budgets import spend
 from .contract import RecoveryMethod
 
 
-def _select(features: VisualFeatures, config: Settings) -> TokenSelection:
-    spending = spend(features, config)
+def _select(features: VisualFeatures, settings: Settings) -> TokenSelection:
+    spending = spend(features, settings)
     assert features.projected is not None
-    return select(
-        features,
-        features.saliency(config.visual_heads),
+    return features.keep(
+        saliency=features.saliency(settings.visual_heads),
         visual=spending.whole,
-        coverage=_farthest_apart(features.projected, features.valid, spending.counts, spending.most),
+        coverage=_diverse_patches(features.projected, features.valid, spending.counts, spending.most),
         known_sizes=spending.sizes(),
     )
 
 
-def _farthest_apart(projected: Tensor, valid: Tensor, counts: Tensor, steps: int) -> Tensor:
-    """First the patch farthest from its nearest other one, then always the one farthest from all chosen: (B, N)."""
+def _diverse_patches(projected: Tensor, valid: Tensor, counts: Tensor, steps: int) -> Tensor:
+    """(B, N) bool: the patch farthest from its nearest neighbour, then each time the one farthest from all chosen."""
     chosen = torch.zeros_like(valid)
     if steps == 0:
         return chosen
-    unit = normalize(finest(projected), dim=-1)
+    unit = normalize(highest_precision(projected), dim=-1)
     cosine = unit @ unit.transpose(1, 2)  # (B, N, N), alike both ways but for rounding
     distance = (cosine + cosine.transpose(1, 2)).div_(-2).add_(1)
     distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
@@ -53,7 +52,6 @@ DIVPRUNE = RecoveryMethod(
     budget="required",
     reads_projected=True,
     fields=(),
-    compares="patches",
     source="DivPrune (Alvar et al., CVPR 2025, arXiv 2503.02175)",
 )
 

@@ -1,7 +1,7 @@
 """Methods `prumerge` and `prumerge_plus`: salient patches, each with its nearest neighbours added to it.
 
 LLaVA-PruMerge (Shang et al., "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models", arXiv
-2403.15388). How many patches become centres is said by the box plot's fence over the class token's attention, or by a
+2403.15388). The number of centres follows from the box plot's fence over the class token's attention, or from a
 budget. `prumerge_plus` adds evenly spread centres.
 """
 
@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from ..features import MergedTokens, TokenSelection, VisualFeatures
 from ..settings import Settings
 from ..tensors import gather_rows, nonzero_first, positions, top_mask
-from .budgets import Spending, at_places, count_above_fence, select, spend, weighted_sums
+from .budgets import Spending, at_places, count_above_fence, spend, weighted_sums
 from .contract import SALIENCY, RecoveryMethod, check_int, check_share
 
 
@@ -32,7 +32,7 @@ class PruMergeOptions:
     neighbors: int = 32
 
     def __post_init__(self) -> None:
-        """Check the neighbours."""
+        """Check the number of neighbours."""
         check_int("neighbors", self.neighbors, 1)
 
 
@@ -53,24 +53,24 @@ class PruMergePlusOptions(PruMergeOptions):
         check_share("uniform_share", self.uniform_share)
 
 
-def _select(features: VisualFeatures, config: Settings) -> TokenSelection:
-    saliency, valid = features.saliency(config.visual_heads), features.valid
-    if config.budget is None:
+def _select(features: VisualFeatures, settings: Settings) -> TokenSelection:
+    saliency, valid = features.saliency(settings.visual_heads), features.valid
+    if settings.budget is None:
         return _with_extra(features, saliency, top_mask(saliency, _outliers(saliency, valid), valid))
-    spending = spend(features, config)
+    spending = spend(features, settings)
     return _with_extra(features, saliency, top_mask(saliency, spending.split(_centres), valid), spending)
 
 
-def _select_plus(features: VisualFeatures, config: Settings) -> TokenSelection:
-    saliency, valid = features.saliency(config.visual_heads), features.valid
-    if config.budget is None:
+def _select_plus(features: VisualFeatures, settings: Settings) -> TokenSelection:
+    saliency, valid = features.saliency(settings.visual_heads), features.valid
+    if settings.budget is None:
         counts = _outliers(saliency, valid)
         step = (valid.sum(-1) // counts.clamp(min=1)).clamp(min=1).unsqueeze(-1)
         spread = valid & ((valid.cumsum(-1) - 1) % step == 0)
         return _with_extra(features, saliency, spread | top_mask(saliency, counts, valid))
-    spending, share = spend(features, config), config.options.uniform_share
-    # Deviation: the paper adds as many spread centres as come out of its outliers and fixes no split of a given total;
-    # half of the centres each way is a guess. More spread ones cover more and follow the attention less.
+    spending, share = spend(features, settings), settings.options.uniform_share
+    # Deviation: the paper derives the number of spread centres from its outliers and does not split a given total;
+    # half of the centres each way is a guess. More spread centres cover more and follow the attention less.
     spread_counts = spending.split(lambda count: math.floor(share * _centres(count)))
     salient = top_mask(saliency, spending.split(_centres) - spread_counts, valid)
     rest, counts = valid & ~salient, spread_counts.unsqueeze(-1)
@@ -86,20 +86,19 @@ def _outliers(saliency: Tensor, valid: Tensor) -> Tensor:
 
 
 def _centres(count: int) -> int:
-    """Centres of a budget of so many tokens; the extra token is one of them where there are several."""
+    """Number of centres among `count` tokens; one of several tokens is the extra one."""
     return count - 1 if count > 1 else count
 
 
 def _with_extra(
     features: VisualFeatures, saliency: Tensor, centres: Tensor, spending: Spending | None = None
 ) -> TokenSelection:
-    """The selection with the extra token's place, the most salient patch that is no centre."""
+    """The selection with the extra token's place, the most salient patch that is not a centre."""
     rest, counts = features.valid & ~centres, centres.sum(-1)
     has_extra = rest.any(-1) if spending is None else spending.counts > 1
     extra = top_mask(saliency, has_extra.long(), rest)
-    return select(
-        features,
-        saliency,
+    return features.keep(
+        saliency=saliency,
         visual=None if spending is None else spending.whole,
         centres=centres | extra,
         extra=extra,
@@ -108,8 +107,8 @@ def _with_extra(
     )
 
 
-def _merge(features: VisualFeatures, selection: TokenSelection, config: Settings, max_merged: int) -> MergedTokens:
-    """Each centre plus its neighbours, weighted by their raw attention; then everything that is no centre."""
+def _merge(features: VisualFeatures, selection: TokenSelection, settings: Settings, max_merged: int) -> MergedTokens:
+    """Each centre plus its neighbours, weighted by their raw attention; then the sum of all other patches."""
     extra = selection.extra_mask
     assert extra is not None
     centre = selection.centre_mask & ~extra
@@ -122,7 +121,7 @@ def _merge(features: VisualFeatures, selection: TokenSelection, config: Settings
         keys = normalize(features.keys[:, 1:].float(), dim=-1)
         score = gather_rows(keys, places) @ keys.transpose(1, 2)  # (B, M, N)
         others = (features.valid.unsqueeze(1) & ~itself).flatten(0, 1)
-        neighbors = torch.full_like(others[:, 0], config.options.neighbors, dtype=torch.long)
+        neighbors = torch.full_like(others[:, 0], settings.options.neighbors, dtype=torch.long)
         near = top_mask(score.flatten(0, 1), neighbors, others).view_as(score)
         rest = (features.valid & ~centre).unsqueeze(1)  # (B, 1, N)
         is_centre = (positions(places) < counts).unsqueeze(-1)  # (B, M, 1)
@@ -141,7 +140,6 @@ PRUMERGE = RecoveryMethod(
     options=PruMergeOptions,
     shares_patches=True,
     fields=SALIENCY,
-    compares="tokens",
     source="LLaVA-PruMerge (Shang et al., arXiv 2403.15388)",
 )
 PRUMERGE_PLUS = dataclasses.replace(

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
 from torch import Tensor
 
-from ..features import MergedTokens, TokenSelection, VisualFeatures
+from ..features import MergedTokens, Sizes, TokenSelection, VisualFeatures
 from ..outliers import upper_outliers
 from ..settings import Settings
-from ..tensors import cluster_means, farthest_points, gather_rows, herded, nonzero_first, squared_distances, top_mask
-from .budgets import budget_split
+from ..tensors import (
+    cluster_means,
+    farthest_points,
+    gather_rows,
+    herd_patches,
+    nonzero_first,
+    squared_distances,
+    top_mask,
+)
+from .budgets import BudgetSplit, budget_split
 from .contract import RecoveryMethod
 
 
-def _select(features: VisualFeatures, config: Settings) -> TokenSelection:
-    select = _select_dynamic if config.budget is None else _select_budget
-    return select(features, features.saliency(config.visual_heads), config)
+def _select(features: VisualFeatures, settings: Settings) -> TokenSelection:
+    select = _select_dynamic if settings.budget is None else _select_budget
+    return select(features, features.saliency(settings.visual_heads), settings)
 
 
-def _select_dynamic(features: VisualFeatures, saliency: Tensor, config: Settings) -> TokenSelection:
+def _select_dynamic(features: VisualFeatures, saliency: Tensor, settings: Settings) -> TokenSelection:
     """Outliers decide how many tokens each stage keeps, tile by tile (the paper's dynamic scale filter)."""
-    k, threshold, valid = config.outlier_neighbors, config.outlier_threshold, features.valid
+    k, threshold, valid = settings.outlier_neighbors, settings.outlier_threshold, features.valid
     similarity = features.text_similarity
     visual = top_mask(saliency, upper_outliers(saliency, k, threshold, valid).sum(-1), valid)
     rest = valid & ~visual
@@ -30,64 +39,112 @@ def _select_dynamic(features: VisualFeatures, saliency: Tensor, config: Settings
     if similarity is not None:
         text = top_mask(similarity, upper_outliers(similarity, k, threshold, rest).sum(-1), rest)
         rest = rest & ~text
-    centres = upper_outliers(saliency, config.merge_neighbors, threshold, rest)
+    centres = upper_outliers(saliency, settings.merge_neighbors, threshold, rest)
     highest = top_mask(saliency, torch.ones_like(valid[:, 0], dtype=torch.long), rest)
     centres = torch.where(centres.any(-1, keepdim=True), centres, highest)
-    return TokenSelection(visual, text, torch.zeros_like(visual), centres, centres.sum(-1), saliency)
+    return features.keep(visual=visual, text=text, centres=centres, merged_counts=centres.sum(-1), saliency=saliency)
 
 
-def _select_budget(features: VisualFeatures, saliency: Tensor, config: Settings) -> TokenSelection:
+@dataclasses.dataclass
+class _Shares:
+    """The tokens of a fixed budget by stage, for each image.
+
+    Args:
+        visual: (I,) int64.
+        text: (I,) int64.
+        coverage: (I,) int64.
+        merged: (I,) int64.
+        most: The largest number of tokens of each stage.
+        most_chosen: The largest number of tokens for text and coverage together.
+        total: Tokens of an image with all patches.
+    """
+
+    visual: Tensor
+    text: Tensor
+    coverage: Tensor
+    merged: Tensor
+    most: BudgetSplit
+    most_chosen: int
+    total: int
+
+
+def _select_budget(features: VisualFeatures, saliency: Tensor, settings: Settings) -> TokenSelection:
     """Exactly `budget` tokens per image, chosen in the order visual, text, coverage, centres.
 
     An image's tiles compete: saliency counts relative to the mean of its tile.
     """
-    has_text, patches = features.text_similarity is not None, features.valid.shape[1] * max(features.tiles)
     valid = features.per_image(features.valid, False)
-    scores = features.per_image(_relative(saliency, features.valid) if max(features.tiles) > 1 else saliency, 0.0)
-    similarity = scores if features.text_similarity is None else features.per_image(features.text_similarity, 0.0)
-    shares = (config.text_share if has_text else 0.0, config.coverage_share, config.merged_tokens)
-    uniform = features.all_valid and max(features.tiles) == 1
-    assert config.budget is not None
-    splits = (
-        [budget_split(patches, config.budget, *shares)] if uniform else _split_table(patches, config.budget, *shares)
-    )
-    row = torch.zeros_like(valid[:, 0], dtype=torch.long) if uniform else valid.sum(-1)
-    table = torch.tensor(splits).to(scores.device, non_blocking=True)
-    n_visual, n_text, n_coverage, n_merged = table[row].unbind(-1)
-    visual = top_mask(scores, n_visual, valid)
+    scores = saliency if max(features.tiles) == 1 else _relative(saliency, features.valid)
+    scores, shares = features.per_image(scores, 0.0), _shares(features, settings)
+    visual = top_mask(scores, shares.visual, valid)
     rest = valid & ~visual
-    steps = max(split[2] for split in splits)
-    if has_text and config.text_limit == "outliers":
-        outliers = upper_outliers(similarity, config.outlier_neighbors, config.outlier_threshold, rest).sum(-1)
-        n_coverage = n_coverage + (n_text - outliers).clamp(min=0)
-        n_text, steps = torch.minimum(n_text, outliers), max(split[1] + split[2] for split in splits)
-    text = top_mask(similarity, n_text, rest)
+    text, shares = _recover_text(features, rest, shares, settings)
     rest = rest & ~text
-    coverage = torch.zeros_like(rest)
-    if steps and config.coverage_by == "content":
-        units = torch.nn.functional.normalize(features.hidden_states.detach().float(), dim=-1)
-        coverage = herded(features.per_image(units, 0.0), valid, rest, n_coverage, steps)
-    elif steps:
-        distance = squared_distances(features.per_tile(visual | text), features.grid)
-        coverage = farthest_points(features.per_image(distance, 0), rest, n_coverage, features.grid, steps)
+    coverage = _cover(features, visual | text, rest, shares, settings)
     rest = rest & ~coverage
-    most_merged = max(split[3] for split in splits)
-    merged = _centres_per_tile(scores, valid, rest, n_merged, most_merged, features)
-    rest = features.per_tile(rest)
-    most = sum(splits[-1])
-    return TokenSelection(
-        visual_mask=features.per_tile(visual),
-        text_mask=features.per_tile(text),
-        coverage_mask=features.per_tile(coverage),
-        centre_mask=top_mask(saliency, merged, rest),
+    merged = _centres_per_tile(scores, valid, rest, shares.merged, shares.most.merged, features)
+    return features.keep(
+        visual=features.per_tile(visual),
+        text=features.per_tile(text),
+        coverage=features.per_tile(coverage),
+        centres=top_mask(saliency, merged, features.per_tile(rest)),
         merged_counts=merged,
         saliency=saliency,
-        known_sizes=[most, most_merged, most * len(saliency)] if uniform else None,
+        known_sizes=Sizes(shares.total, shares.most.merged, shares.total * len(saliency))
+        if features.uniform
+        else None,
     )
+
+
+def _shares(features: VisualFeatures, settings: Settings) -> _Shares:
+    """Split the budget of every image, by its number of valid patches."""
+    assert settings.budget is not None
+    patches = features.valid.shape[1] * max(features.tiles)
+    text_share = 0.0 if features.text_similarity is None else settings.text_share
+    arguments = (patches, settings.budget, text_share, settings.coverage_share, settings.merged_tokens)
+    splits = [budget_split(*arguments)] if features.uniform else _split_table(*arguments)
+    valid = features.per_image(features.valid, False)
+    row = torch.zeros_like(valid[:, 0], dtype=torch.long) if features.uniform else valid.sum(-1)
+    table = torch.tensor(splits).to(valid.device, non_blocking=True)
+    most = BudgetSplit(*map(max, zip(*splits, strict=True)))
+    most_chosen = max(split.text + split.coverage for split in splits)
+    visual, text, coverage, merged = table[row].unbind(-1)
+    return _Shares(visual, text, coverage, merged, most, most_chosen, sum(splits[-1]))
+
+
+def _recover_text(
+    features: VisualFeatures, rest: Tensor, shares: _Shares, settings: Settings
+) -> tuple[Tensor, _Shares]:
+    """The patches that the question chooses, (I, S * N) bool, and the shares if it leaves some of its to coverage."""
+    if features.text_similarity is None:
+        return torch.zeros_like(rest), shares
+    similarity = features.per_image(features.text_similarity, 0.0)
+    if settings.text_limit == "outliers":
+        k, threshold = settings.outlier_neighbors, settings.outlier_threshold
+        outliers = upper_outliers(similarity, k, threshold, rest).sum(-1)
+        most = shares.most._replace(coverage=shares.most_chosen)
+        left = (shares.text - outliers).clamp(min=0)
+        shares = dataclasses.replace(
+            shares, text=torch.minimum(shares.text, outliers), coverage=shares.coverage + left, most=most
+        )
+    return top_mask(similarity, shares.text, rest), shares
+
+
+def _cover(features: VisualFeatures, kept: Tensor, rest: Tensor, shares: _Shares, settings: Settings) -> Tensor:
+    """Patches that cover the image, by place or by content: (I, S * N) bool."""
+    steps = shares.most.coverage
+    if not steps:
+        return torch.zeros_like(rest)
+    if settings.coverage_by == "content":
+        units = torch.nn.functional.normalize(features.hidden_states.detach().float(), dim=-1)
+        members = features.per_image(features.valid, False)
+        return herd_patches(features.per_image(units, 0.0), members, rest, shares.coverage, steps)
+    distance = squared_distances(features.per_tile(kept), features.grid)
+    return farthest_points(features.per_image(distance, 0), rest, shares.coverage, features.grid, steps)
 
 
 def _relative(saliency: Tensor, valid: Tensor) -> Tensor:
-    """Saliency over the mean of a tile's valid patches."""
+    """Saliency divided by the mean of its tile's valid patches."""
     total = saliency.masked_fill(~valid, 0).sum(-1, keepdim=True)
     return saliency / total.clamp(min=torch.finfo(saliency.dtype).tiny) * valid.sum(-1, keepdim=True)
 
@@ -95,10 +152,10 @@ def _relative(saliency: Tensor, valid: Tensor) -> Tensor:
 def _centres_per_tile(
     scores: Tensor, valid: Tensor, rest: Tensor, counts: Tensor, most: int, features: VisualFeatures
 ) -> Tensor:
-    """How many of an image's merged tokens each tile gets: (T,) int64.
+    """Number of an image's merged tokens that each tile gets: (T,) int64.
 
-    In proportion to the saliency that remains in it, by highest averages (D'Hondt), and no more than its remaining
-    patches.
+    In proportion to the saliency that remains in the tile, by highest averages (D'Hondt), and no more than its
+    remaining patches.
     """
     tiles = max(features.tiles)
     if tiles == 1:
@@ -113,16 +170,16 @@ def _centres_per_tile(
     return features.per_tile(given).sum(-1)
 
 
-@functools.lru_cache(maxsize=64, typed=True)  # a budget of 1 is a token, one of 1.0 is all of them
+@functools.lru_cache(maxsize=64, typed=True)  # a budget of 1 is one token, one of 1.0 is all of them
 def _split_table(
     patches: int, budget: float, text_share: float, coverage_share: float, merged: int
-) -> list[list[int]]:
+) -> list[BudgetSplit]:
     """`budget_split` for every number of valid patches, 0 to `patches`."""
     return [budget_split(count, budget, text_share, coverage_share, merged) for count in range(patches + 1)]
 
 
-def _merge(features: VisualFeatures, selection: TokenSelection, config: Settings, max_merged: int) -> MergedTokens:
-    """Every patch that was not kept joins the centre of most similar key; a cluster becomes its weighted mean."""
+def _merge(features: VisualFeatures, selection: TokenSelection, settings: Settings, max_merged: int) -> MergedTokens:
+    """Every other patch joins the centre with the most similar key; a cluster becomes its weighted mean."""
     centres = nonzero_first(selection.centre_mask, max_merged)  # (B, M)
     cluster = torch.full_like(features.valid, -1, dtype=torch.long)
     if max_merged == 0:
@@ -133,7 +190,7 @@ def _merge(features: VisualFeatures, selection: TokenSelection, config: Settings
         # Which centre is nearest does not depend on the length of a patch's own key.
         similarity = torch.nn.functional.normalize(gather_rows(keys, centres), dim=-1) @ keys.transpose(1, 2)
         unused = (slot >= selection.merged_counts.unsqueeze(-1)).unsqueeze(-1)
-        nearest = similarity.masked_fill(unused, -torch.inf).max(1).indices  # (B, N), first of equals
+        nearest = similarity.masked_fill(unused, -torch.inf).max(1).indices  # (B, N), the first among equals
         nearest = torch.where(selection.centre_mask, selection.centre_mask.cumsum(-1) - 1, nearest)
         member = features.valid & ~selection.kept_mask & (selection.merged_counts > 0).unsqueeze(-1)
         cluster = torch.where(member, nearest, cluster)
@@ -144,7 +201,7 @@ def _merge(features: VisualFeatures, selection: TokenSelection, config: Settings
 RECOVERABLE = RecoveryMethod(
     _select,
     _merge,
-    reads_text=True,
+    text="optional",
     source="Recoverable Compression (Chen et al., AAAI 2025, arXiv 2409.01179)",
 )
 

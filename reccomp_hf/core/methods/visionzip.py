@@ -1,4 +1,4 @@
-"""Method `visionzip`: the most attended patches as they are, the others averaged into evenly spaced ones of them.
+"""Method `visionzip`: the patches with the most class attention, the others averaged into evenly spaced targets.
 
 VisionZip (Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", arXiv 2412.04467):
 dominant tokens by the class token's attention, contextual tokens by the similarity of keys.
@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from ..features import MergedTokens, TokenSelection, VisualFeatures
 from ..settings import Settings
 from ..tensors import gather_rows, nonzero_first, positions, top_mask
-from .budgets import at_places, select, spend, weighted_sums
+from .budgets import at_places, spend, weighted_sums
 from .contract import SALIENCY, RecoveryMethod, check_share
 
 
@@ -24,8 +24,8 @@ class VisionZipOptions:
     """Options of `visionzip`.
 
     Args:
-        contextual_share: A number in [0, 1], the share of the tokens that are merged ones; at least one is not. The
-            paper's 10 of 64.
+        contextual_share: A number in [0, 1], the share of the tokens that are merged ones, except for one token at
+            least; the paper's 10 of 64.
     """
 
     contextual_share: float = 10 / 64
@@ -35,29 +35,28 @@ class VisionZipOptions:
         check_share("contextual_share", self.contextual_share)
 
     def contextual(self, count: int) -> int:
-        """Merged tokens among so many."""
+        """Number of merged tokens among `count`."""
         return max(0, min(math.floor(self.contextual_share * count), count - 1))
 
 
-def _select(features: VisualFeatures, config: Settings) -> TokenSelection:
-    saliency, spending = features.saliency(config.visual_heads), spend(features, config)
-    contextual = spending.split(config.options.contextual)
+def _select(features: VisualFeatures, settings: Settings) -> TokenSelection:
+    saliency, spending = features.saliency(settings.visual_heads), spend(features, settings)
+    contextual = spending.split(settings.options.contextual)
     dominant = top_mask(saliency, spending.counts - contextual, features.valid)
     rest = features.valid & ~dominant & ~spending.whole
     step = (rest.sum(-1) // contextual.clamp(min=1)).clamp(min=1).unsqueeze(-1)
     places = torch.arange(spending.most, device=rest.device) * step  # (B, M)
-    return select(
-        features,
-        saliency,
+    return features.keep(
+        saliency=saliency,
         visual=dominant | spending.whole,
         centres=at_places(rest, places, contextual),
         merged_counts=contextual,
-        known_sizes=spending.sizes(config.options.contextual),
+        known_sizes=spending.sizes(settings.options.contextual),
     )
 
 
-def _merge(features: VisualFeatures, selection: TokenSelection, config: Settings, max_merged: int) -> MergedTokens:
-    """Every other patch joins the target of most similar key; a token is its target plus the mean of what joined."""
+def _merge(features: VisualFeatures, selection: TokenSelection, settings: Settings, max_merged: int) -> MergedTokens:
+    """Every other patch joins the target with the most similar key; a token is its target plus their mean."""
     targets = selection.centre_mask
     places = nonzero_first(targets, max_merged)  # (B, M)
     cluster = torch.full_like(targets, -1, dtype=torch.long)
@@ -68,7 +67,7 @@ def _merge(features: VisualFeatures, selection: TokenSelection, config: Settings
         keys = normalize(keys, dim=-1)  # (B, N, C / H)
         score = gather_rows(keys, places) @ keys.transpose(1, 2)  # (B, M, N)
         exists = (positions(places) < selection.merged_counts.unsqueeze(-1)).unsqueeze(-1)  # (B, M, 1)
-        nearest = score.masked_fill(~exists, -torch.inf).max(1).indices  # (B, N), the first of equals
+        nearest = score.masked_fill(~exists, -torch.inf).max(1).indices  # (B, N), the first among equals
         joins = features.valid & ~selection.kept_mask & (selection.merged_counts > 0).unsqueeze(-1)
         cluster = torch.where(targets, targets.cumsum(-1) - 1, torch.where(joins, nearest, -1))
         itself = targets.unsqueeze(1) & (positions(targets).unsqueeze(1) == places.unsqueeze(-1))  # (B, M, N)
@@ -84,7 +83,6 @@ VISIONZIP = RecoveryMethod(
     defaults={"visual_layer": -2, "visual_heads": "mean"},
     options=VisionZipOptions,
     fields=SALIENCY,
-    compares="tokens",
     source="VisionZip (Yang et al., arXiv 2412.04467)",
 )
 

@@ -1,4 +1,4 @@
-"""Method `vispruner`: the most attended patches, and of the others those that resemble each other least.
+"""Method `vispruner`: the patches with the most class attention, and those of the others that are least alike.
 
 VisPruner (Zhang et al., "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs",
 ICCV 2025, arXiv 2412.01818): important tokens by the class token's attention, diverse ones by dropping near
@@ -16,8 +16,8 @@ from torch.nn.functional import normalize
 
 from ..features import TokenSelection, VisualFeatures
 from ..settings import Settings
-from ..tensors import top_mask
-from .budgets import finest, select, spend
+from ..tensors import highest_precision, top_mask
+from .budgets import spend
 from .contract import SALIENCY, RecoveryMethod, check_int, check_share
 
 
@@ -26,7 +26,8 @@ class VisPrunerOptions:
     """Options of `vispruner`.
 
     Args:
-        important_share: A number in [0, 1], the share of the tokens that attention chooses; at least one is not.
+        important_share: A number in [0, 1], the share of the tokens that attention chooses; at least one token is left
+            for the others.
         step: An int >= 1, near duplicates that are dropped at a time.
     """
 
@@ -39,11 +40,11 @@ class VisPrunerOptions:
         check_int("step", self.step, 1)
 
     def important(self, count: int) -> int:
-        """Tokens that attention chooses among so many."""
+        """Number of tokens that attention chooses among `count`."""
         return max(0, min(math.floor(self.important_share * count), count - 1))
 
     def rounds(self, alive: int, wanted: int) -> int:
-        """How often near duplicates are dropped until so many patches have become as few as wanted."""
+        """Number of times that near duplicates are dropped until `wanted` of `alive` patches are left."""
         rounds = 0
         while alive > wanted:
             alive -= min(self.step, alive - wanted, (alive + 1) // 2)
@@ -51,20 +52,19 @@ class VisPrunerOptions:
         return rounds
 
 
-def _select(features: VisualFeatures, config: Settings) -> TokenSelection:
-    saliency, spending, options = features.saliency(config.visual_heads), spend(features, config), config.options
+def _select(features: VisualFeatures, settings: Settings) -> TokenSelection:
+    saliency, spending, options = features.saliency(settings.visual_heads), spend(features, settings), settings.options
     important = spending.split(options.important)
     visual = top_mask(saliency, important, features.valid)
     wanted, patches = spending.counts - important, features.valid.shape[1]
     alive = features.valid & ~visual & (wanted > 0).unsqueeze(-1)
-    if spending.known is None:  # how many are alive is known on the device alone; a round too many drops nothing
+    if spending.known is None:  # only the device knows how many are alive; an extra round drops nothing
         rounds = max(options.rounds(count, 1) for count in range(1, patches + 1))
     else:
         chosen = options.important(spending.most)
         rounds = options.rounds(patches - chosen, spending.most - chosen) if spending.most else 0
-    return select(
-        features,
-        saliency,
+    return features.keep(
+        saliency=saliency,
         visual=visual | spending.whole,
         coverage=_least_alike(features.hidden_states, alive, wanted, options.step, rounds),
         known_sizes=spending.sizes(),
@@ -72,12 +72,12 @@ def _select(features: VisualFeatures, config: Settings) -> TokenSelection:
 
 
 def _least_alike(states: Tensor, alive: Tensor, wanted: Tensor, step: int, rounds: int) -> Tensor:
-    """Drop, a few at a time, the patches at even places that most resemble one at an odd place, until few are left.
+    """Drop, a few at a time, the patches at even places that most resemble one at an odd place.
 
     Deviation: the published code appends the survivors of the even places before the odd ones and so shuffles later
-    rounds; ours stay in raster order, so that neighbours are compared throughout. Other near duplicates may survive.
+    rounds; here they stay in raster order, so that neighbours are always compared. Other near duplicates may survive.
     """
-    unit = normalize(finest(states.detach()), dim=-1)
+    unit = normalize(highest_precision(states.detach()), dim=-1)
     likeness = unit @ unit.transpose(1, 2) if rounds else states.new_zeros(0)  # (B, N, N)
     for _ in range(rounds):
         is_even = (alive.cumsum(-1) - 1) % 2 == 0
@@ -94,7 +94,6 @@ VISPRUNER = RecoveryMethod(
     defaults={"visual_layer": -2, "visual_heads": "mean"},
     options=VisPrunerOptions,
     fields=SALIENCY,
-    compares="patches",
     source="VisPruner (Zhang et al., ICCV 2025, arXiv 2412.01818)",
 )
 

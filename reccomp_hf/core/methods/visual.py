@@ -9,14 +9,14 @@ from __future__ import annotations
 from ..features import TokenSelection, VisualFeatures
 from ..settings import Settings
 from ..tensors import top_mask
-from .budgets import select, spend
+from .budgets import spend
 from .contract import SALIENCY, RecoveryMethod
 
 
-def _select(features: VisualFeatures, config: Settings) -> TokenSelection:
-    saliency, spending = features.saliency(config.visual_heads), spend(features, config)
+def _select(features: VisualFeatures, settings: Settings) -> TokenSelection:
+    saliency, spending = features.saliency(settings.visual_heads), spend(features, settings)
     visual = spending.whole | top_mask(saliency, spending.counts, features.valid)
-    return select(features, saliency, visual=visual, known_sizes=spending.sizes())
+    return features.keep(visual=visual, saliency=saliency, known_sizes=spending.sizes())
 
 
 VISUAL = RecoveryMethod(

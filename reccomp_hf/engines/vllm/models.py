@@ -17,11 +17,10 @@ from vllm.model_executor.models.llava_next import LlavaNextForConditionalGenerat
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from ...core.choosing import assemble_tokens, select_tokens
 from ...core.counting import picture_tokens
 from ...core.layout import ImageLayout
 from ...core.modeling_llava_next import tiled_layout
-from ...core.picture_tokens import Question, projected_tokens, visual_features, window_mask
+from ...core.picture_tokens import Question, choose_tokens, window_mask
 from ...core.text_encoder import TokenRecoveryModules
 from ...core.vision import EncodedImages, needed_states, vision_states
 from .checks import count_tokens, request_section
@@ -170,8 +169,8 @@ class RecoveryModelMixin:
         tower, tiles = clip_tower(self.vision_tower.vision_model), torch.cat([picture.tiles for picture in pictures])
         asked = pictures[0].question is not None
         states = vision_states(tower, tiles, needed_states(section, layer, len(tower.encoder.layers), asked))
-        layout = self._layout(tiles, pictures).to(tiles.device).keeping(section.newlines)
-        features = visual_features(
+        layout = self._layout(tiles, pictures)
+        choice = choose_tokens(
             tower,
             self.token_recovery,
             EncodedImages(states, layout, (self._side, self._side)),
@@ -181,25 +180,16 @@ class RecoveryModelMixin:
             num_heads=config.vision_config.num_attention_heads,
             projector=self.multi_modal_projector,
         )
-        selection = select_tokens(features, section)
-        sizes = selection.known_sizes or selection.sizes.tolist()
-        record = assemble_tokens(features, selection, section, sizes)
-        tokens, newlines = layout.counts(selection)
-        lengths, expected = tokens + newlines, [count_tokens(config, budget, picture.size) for picture in pictures]
-        if selection.known_sizes != [expected[0], sizes[1], sum(expected)] and lengths.tolist() != expected:
-            raise RuntimeError(f"Method {section.method!r} gave {lengths.tolist()} tokens, the budget {expected}.")
+        choice.sync()
+        expected = [count_tokens(config, budget, picture.size) for picture in pictures]
+        known = choice.selection.known_sizes
+        is_certain = known is not None and (known.longest, known.total) == (expected[0], sum(expected))
+        if not is_certain and choice.lengths.tolist() != expected:
+            raise RuntimeError(
+                f"Method {section.method!r} gave {choice.lengths.tolist()} tokens, the budget {expected}."
+            )
         newline = getattr(self, "image_newline", None)
-        flat, _ = projected_tokens(
-            self.multi_modal_projector,
-            newline,
-            layout,
-            selection,
-            record,
-            lengths,
-            sizes=sizes,
-            longest=max(expected),
-            total=sum(expected),
-        )
+        flat, _ = choice.projected_tokens(choice.record(), self.multi_modal_projector, newline)
         return flat.split(expected)
 
 

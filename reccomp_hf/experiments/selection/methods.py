@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.choosing import assemble_tokens, check_features, select_tokens
+from ...core.choosing import assemble_tokens, select_tokens
 from ...core.configuration import TokenRecoveryConfig
 from ...core.features import VisualFeatures
 from ...core.methods.registry import get_method, method_names
@@ -82,7 +82,7 @@ class _Turn:
         image = self.images % len(self.projected)
         found, config = self._image(slice(image, image + 1)), self.config
         choosing, selection = self.stopwatch.time(lambda: select_tokens(found, config))
-        sizes = selection.known_sizes or selection.sizes.tolist()
+        sizes = selection.read_sizes()
         merging, record = self.stopwatch.time(lambda: assemble_tokens(found, selection, config, sizes))
         self.tokens, self.images = self.tokens + int(record.counts.sum()), self.images + 1
         return {"choosing": choosing, "all": choosing + merging}
@@ -91,7 +91,7 @@ class _Turn:
         arguments = self.features[rows].arguments()
         width = arguments[0].shape[-1]
         heads = width // HEAD if width % HEAD == 0 else 1
-        return check_features(*arguments, self.config, num_heads=heads, projected=self.projected[rows])
+        return VisualFeatures(*arguments, num_heads=heads, projected=self.projected[rows])
 
 
 __all__ = ["BUDGET", "count_methods", "time_methods"]

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...core.choosing import assemble_tokens, check_features, select_tokens
+from ...core.choosing import assemble_tokens, select_tokens
 from ...core.configuration import TokenRecoveryConfig
+from ...core.features import VisualFeatures
 from ...core.outliers import upper_outliers
 from ...data.progress import progress_bar
 from ...measure.benchmark.comparing import check_counts
@@ -106,12 +107,12 @@ def _turn(
     """`recover_tokens` step by step on an input of that size."""
     rows = size if axis in ("batch", "tiles") else 1
     arguments = make_features(rows, size if axis == "patches" else patches, width, seed).arguments()
-    tiles = [size] if axis == "tiles" else None
+    tiles = [size] if axis == "tiles" else [1] * rows
 
     def turn() -> Measures:
-        features = check_features(*arguments, config, tiles=tiles)
+        features = VisualFeatures(*arguments, tiles=tiles)
         choosing, selection = stopwatch.time(lambda: select_tokens(features, config))
-        sizes = selection.known_sizes or selection.sizes.tolist()
+        sizes = selection.read_sizes()
         merging, _ = stopwatch.time(lambda: assemble_tokens(features, selection, config, sizes))
         outliers, _ = stopwatch.time(
             lambda: upper_outliers(

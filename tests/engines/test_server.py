@@ -1,4 +1,4 @@
-"""`reccomp-hf serve` as its clients meet it: OpenAI's client, a server in a thread, and the trained demo model."""
+"""The server as clients see it: OpenAI's client, a server in a thread, and the trained demo model."""
 
 import concurrent.futures
 import copy
@@ -6,24 +6,17 @@ import http.server
 import json
 import threading
 import urllib.request
-from types import SimpleNamespace
 
 import conftest
 import demo_model
+import openai
 import pytest
-import torch
 from chat_client import ask, base64_of, chat, client_of, data_url, expected, raw_events, running
 from PIL import Image
 
-from reccomp_hf.core.compat import IS_V5
 from reccomp_hf.demo import draw_scene, questions
-from reccomp_hf.serving import server as server_module
-from reccomp_hf.serving.answering import Service, _ManagerOfCall, _ModelOfCall
-
-if not IS_V5:
-    pytest.skip("transformers 4.57 has no server parts; see test_server_requests.py", allow_module_level=True)
-
-openai = pytest.importorskip("openai")
+from reccomp_hf.engines.server import app as app_module
+from reccomp_hf.engines.server.answering import Service
 
 SEEDS = (1_000_000, 1_000_001, 1_000_003, 1_000_006)
 SCENES = [draw_scene(seed).image for seed in SEEDS]
@@ -43,7 +36,7 @@ def client(server):
 
 
 def post(server, body):
-    """Status and body of a request that no client would send."""
+    """Status and body of the response to a request that no client would send."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     address = f"http://127.0.0.1:{server.port}/v1/chat/completions"
     try:
@@ -91,14 +84,14 @@ def test_streams_are_those_of_generate(client):
         assert chunks[-1].choices[0].finish_reason == "stop" and chunks[-1].usage.completion_tokens == 2
 
 
-def test_a_stream_says_that_it_is_done(server):
+def test_a_stream_ends_with_done(server):
     events = raw_events(server, chat(QUESTION, data_url(SCENES[0])))
     chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
     assert events[-1] == "data: [DONE]" and len(chunks) > 2
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop" and chunks[-1]["usage"]["completion_tokens"] == 2
 
 
-def test_a_picture_needs_no_question_where_none_is_read():
+def test_an_image_needs_no_question_if_none_is_read():
     model, processor = demo_model.demo_model()
     blind = copy.copy(processor)
     blind._recovery_tokenizer = None
@@ -122,7 +115,7 @@ def test_a_request_overrides_settings_for_itself(client, fields):
     assert ask(client, chat(QUESTION, data_url(SCENES[0])))[1]["x-visual-tokens"] == "16"
 
 
-def test_dynamic_counts_differ_between_pictures(client):
+def test_dynamic_counts_differ_between_images(client):
     fields = {"token_recovery": {"budget": None}}
     counts = {
         ask(client, chat(QUESTION, data_url(image)), extra_body=fields)[1]["x-visual-tokens"] for image in SCENES
@@ -130,7 +123,7 @@ def test_dynamic_counts_differ_between_pictures(client):
     assert len(counts) > 1
 
 
-def test_conversations_and_prompts_without_pictures(client):
+def test_conversations_and_prompts_without_images(client):
     turns = [
         *chat("What color is the square?", data_url(SCENES[0])),
         {"role": "assistant", "content": "red"},
@@ -178,23 +171,26 @@ def test_sampling_and_lengths(client):
     word = greedy.choices[0].message.content.strip()
     stopped, _ = ask(client, messages, stop=[word[:2]])
     assert stopped.choices[0].message.content.strip().startswith(word[:2])
+    narrow = {**hot, "top_p": 1e-6}  # the likeliest token alone
+    texts = {ask(client, messages, seed=seed, **narrow)[0].choices[0].message.content for seed in (1, 2, 3, 4)}
+    assert texts == {ask(client, messages, **{**hot, "temperature": 0})[0].choices[0].message.content}
 
 
-def test_any_picture_that_browsers_show(client):
+def test_every_image_format_of_browsers(client):
     assert ask(client, chat(QUESTION, data_url(Image.new("RGB", (1, 1)))))[1]["x-visual-tokens"] == "16"
     turned = Image.new("L", (30, 9))
     assert ask(client, chat(QUESTION, data_url(turned, "gif"), data_url(turned, "webp")))[1]["x-visual-tokens"] == "32"
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------------------------
 
 
 def test_one_model_is_served(client):
     assert [model.id for model in client.models.list()] == ["demo"]
     assert client.models.retrieve("demo").id == "demo"
-    with pytest.raises(openai.NotFoundError, match="serves 'demo' alone, got model 'org/other'"):
+    with pytest.raises(openai.NotFoundError, match="serves only 'demo', got model 'org/other'"):
         client.models.retrieve("org/other")
-    with pytest.raises(openai.NotFoundError, match="serves 'demo' alone, got model 'org/other'"):
+    with pytest.raises(openai.NotFoundError, match="serves only 'demo', got model 'org/other'"):
         client.chat.completions.create(model="org/other", messages=chat(QUESTION, data_url(SCENES[0])))
     with pytest.raises(openai.NotFoundError, match="There is no POST /v1/responses here"):
         client.responses.create(model="demo", input="?")
@@ -206,17 +202,17 @@ def test_a_model_may_have_several_names():
         for name in ("ck", "./ck/", "./ck"):
             answer = client.chat.completions.create(model=name, messages=chat(QUESTION), max_tokens=1)
             assert answer.model == "ck"
-        with pytest.raises(openai.NotFoundError, match="serves 'ck' alone, got model 'c'"):
+        with pytest.raises(openai.NotFoundError, match="serves only 'ck', got model 'c'"):
             client.chat.completions.create(model="c", messages=chat(QUESTION))
 
 
 def later(*content):
-    """A picture with its question, and a second user turn."""
+    """An image with its question, and a second user turn."""
     first = chat(QUESTION, data_url(SCENES[0]))
     return [*first, {"role": "assistant", "content": "N"}, {"role": "user", "content": list(content)}]
 
 
-NO_QUESTION = "The picture has no question: add a text part to the last user message."
+NO_QUESTION = "The image has no question: add a text part to the last user message."
 LONG, HUGE = "word " * 600, {"budget": None, "outlier_threshold": 2**70}
 MALFORMED = {
     "not JSON": (b"{", "not JSON"),
@@ -224,7 +220,7 @@ MALFORMED = {
     "no object": ([1], "must be a JSON object"),
     "unknown field": ({"messages": chat("?"), "budget": 3}, "Unknown field 'budget'"),
     "no question": ({"messages": chat(" ", data_url(SCENES[0]))}, NO_QUESTION),
-    "a picture alone": (
+    "an image alone": (
         {"messages": [{"role": "user", "content": chat("", data_url(SCENES[0]))[0]["content"][:1]}]},
         NO_QUESTION,
     ),
@@ -233,14 +229,14 @@ MALFORMED = {
     "large budget": ({"messages": chat("?", data_url(SCENES[0])), "token_recovery": {"budget": 145}}, "144"),
     "huge setting": ({"messages": chat("?", data_url(SCENES[0])), "token_recovery": HUGE}, "int too big"),
     "too long": ({"messages": chat(LONG)}, "leaves none for an answer"),
-    "a placeholder": ({"messages": chat("<image> what?", data_url(SCENES[0]))}, "send the picture instead"),
-    "no picture": ({"messages": chat("?", "data:image/png;base64,aGVsbG8=")}, "no picture that can be read"),
+    "a placeholder": ({"messages": chat("<image> what?", data_url(SCENES[0]))}, "send the image instead"),
+    "not an image": ({"messages": chat("?", "data:image/png;base64,aGVsbG8=")}, "not an image that can be read"),
 }
 
 
 @pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize(("body", "message"), MALFORMED.values(), ids=MALFORMED)
-def test_malformed_requests_are_told_what_is_wrong(server, body, message, streams):
+def test_malformed_requests_are_refused_with_a_reason(server, body, message, streams):
     body = {**body, "stream": streams} if isinstance(body, dict) else body
     status, answer = post(server, body)
     assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
@@ -248,7 +244,7 @@ def test_malformed_requests_are_told_what_is_wrong(server, body, message, stream
 
 
 def test_a_large_request_is_refused(server, monkeypatch):
-    monkeypatch.setattr(server_module, "_MOST_BYTES", 1000)
+    monkeypatch.setattr(app_module, "_MAX_BYTES", 1000)
     status, answer = post(server, {"messages": chat(LONG)})
     assert status == 413 and "larger than 1,000 bytes" in answer["error"]["message"]
 
@@ -257,12 +253,12 @@ def test_files_of_the_server_are_never_read(client, tmp_path):
     file = tmp_path / "AAAA"  # its name is good base64
     SCENES[0].save(file, "PNG")
     for url in (str(file), f"file://{file}", f"FILE:{file}", str(file.relative_to("/")), "/etc/passwd"):
-        with pytest.raises(openai.BadRequestError, match=r"never read|no picture that can be read"):
+        with pytest.raises(openai.BadRequestError, match=r"never read|not an image that can be read"):
             ask(client, chat(QUESTION, url))
 
 
 class _Hosts(http.server.BaseHTTPRequestHandler):
-    """/picture is one; everything else leads there."""
+    """Serves an image at /picture; everything else redirects there."""
 
     def do_GET(self):
         self.server.asked.append(self.path)
@@ -287,52 +283,13 @@ def host():
         server.shutdown()
 
 
-def test_urls_are_fetched_from_allowed_hosts_alone(client, host):
+def test_urls_are_fetched_only_from_allowed_hosts(client, host):
     port = host.server_port
     assert ask(client, chat(QUESTION, f"http://127.0.0.1:{port}/picture"))[0].choices[0].message.content.strip() == "N"
     with pytest.raises(openai.BadRequestError, match=r"127\.0\.0\.1 answers 302"):
         ask(client, chat(QUESTION, f"http://127.0.0.1:{port}/elsewhere"))
     assert host.asked == ["/picture", "/elsewhere"]
     for address in ("localhost", "127.0.0.1@localhost", "localhost\\@127.0.0.1", "[::1]"):
-        with pytest.raises(openai.BadRequestError, match=r"fetches from 127\.0\.0\.1 alone"):
+        with pytest.raises(openai.BadRequestError, match=r"fetches only from 127\.0\.0\.1"):
             ask(client, chat(QUESTION, f"http://{address}:{port}/picture"))
     assert len(host.asked) == 2
-
-
-# ---- what is used of transformers ----------------------------------------------------------------------------------
-
-
-def test_transformers_asks_for_what_it_asked_before(monkeypatch):
-    """The handler is theirs, and what it is given stands in for their classes: see `_ManagerOfCall`."""
-    seen: dict[str, set[str]] = {"manager": set(), "model": set(), "processor": set()}
-
-    def watch(name, class_):
-        original = class_.__getattribute__
-
-        def look_up(self, attribute):
-            if not attribute.startswith("__"):
-                seen[name].add(attribute)
-            return original(self, attribute)
-
-        monkeypatch.setattr(class_, "__getattribute__", look_up, raising=False)
-
-    class Processor(SimpleNamespace):
-        pass
-
-    monkeypatch.setattr("reccomp_hf.serving.answering.SimpleNamespace", Processor)
-    for name, class_ in (("manager", _ManagerOfCall), ("model", _ModelOfCall), ("processor", Processor)):
-        watch(name, class_)
-    with running(Service("demo", *demo_model.demo_model())) as server, client_of(server) as client:
-        for stream in (False, True):
-            answer, _ = ask(client, chat(QUESTION, data_url(SCENES[0])), stream=stream)
-            assert not stream or [chunk.choices for chunk in answer]
-    known = {
-        "manager": {"force_model", "process_model_name", "load_model_and_processor", "get_model_modality"},
-        "model": {"config", "device", "generation_config", "generate", "has_talker"},
-        "processor": {"apply_chat_template", "decode", "tokenizer"},
-    }
-    for name, names in known.items():
-        ours = {"_service", "_request", "_gone", "_model", "_processor", "_modality"}
-        new = seen[name] - names - ours
-        assert not new, f"transformers' server asks the {name} for {sorted(new)}: add it in serving/answering.py"
-    assert torch.is_grad_enabled()

@@ -1,4 +1,4 @@
-"""How answers of `reccomp-hf serve` end early: clients that leave, a server that is stopped, a model that fails."""
+"""Answers that end early: clients that leave, a server that is stopped, a model that fails."""
 
 import concurrent.futures
 import copy
@@ -7,25 +7,20 @@ import signal
 import time
 
 import demo_model
+import openai
 import pytest
 from chat_client import ask, chat, client_of, data_url, raw_events, running
 
-from reccomp_hf.core.compat import IS_V5
 from reccomp_hf.demo import draw_scene
-from reccomp_hf.serving import server as server_module
-from reccomp_hf.serving.answering import Service
-
-if not IS_V5:
-    pytest.skip("transformers 4.57 has no server parts; see test_server_requests.py", allow_module_level=True)
-
-openai = pytest.importorskip("openai")
+from reccomp_hf.engines.server import listening
+from reccomp_hf.engines.server.answering import Service
 
 SCENE = draw_scene(1_000_000).image
 QUESTION = "What letter is on the cyan sign?"
 
 
 class _Talkative(Service):
-    """A model that never ends by itself, and counts its steps, each of them slow."""
+    """A model that never ends by itself; it counts its steps, each of them slow."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -34,20 +29,20 @@ class _Talkative(Service):
         self.model.generation_config.eos_token_id = None
         self.steps = 0
 
-    def check_waited_for(self, gone):
+    def check_wanted(self, client_left):
         self.steps += 1
         time.sleep(0.01)
-        super().check_waited_for(gone)
+        super().check_wanted(client_left)
 
     def settled(self, seconds=10):
-        """The number of steps once it does not grow any more."""
+        """The number of steps, once it stays the same."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             before = self.steps
             time.sleep(0.2)
             if self.steps == before:
                 return before
-        raise AssertionError("it goes on")
+        raise AssertionError("the generation continues")
 
 
 STEPS = 400  # at .01 s and more each
@@ -70,8 +65,23 @@ def test_a_client_that_leaves_ends_its_answer():
         assert service.steps == 5 + 1  # one before
 
 
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
+def test_a_stop_string_ends_an_answer_and_is_part_of_it(streams):
+    service = _Talkative("demo", *demo_model.demo_model())
+    service.model.generation_config.suppress_tokens = [service.processor.tokenizer.eos_token_id]
+    messages = chat(QUESTION, data_url(SCENE))
+    with running(service) as server, client_of(server) as client:
+        whole = ask(client, messages, max_tokens=12)[0].choices[0].message.content
+        stop = " ".join(whole.split()[1:3])
+        answer, _ = ask(client, messages, max_tokens=12, stop=stop, stream=streams)
+        chunks = list(answer) if streams else [answer]
+    texts = [chunk.choices[0].delta.content for chunk in chunks] if streams else [answer.choices[0].message.content]
+    assert "".join(text or "" for text in texts) == whole[: whole.index(stop) + len(stop)]
+    assert chunks[-1].choices[0].finish_reason == "stop" and chunks[-1].usage.completion_tokens < 12
+
+
 def test_a_server_that_is_stopped_ends_its_answers(monkeypatch):
-    monkeypatch.setattr(server_module, "SECONDS_TO_FINISH", 0.2)
+    monkeypatch.setattr(listening, "SECONDS_TO_FINISH", 0.2)
     service = _Talkative("demo", *demo_model.demo_model())
     messages = chat(QUESTION, data_url(SCENE))
     with running(service) as server, client_of(server) as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -88,7 +98,7 @@ def test_a_server_that_is_stopped_ends_its_answers(monkeypatch):
 
 
 @pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
-def test_a_failure_is_told_and_the_next_request_answered(caplog, streams):
+def test_a_failure_is_reported_and_the_next_request_answered(caplog, streams):
     service = Service("demo", *demo_model.demo_model())
     service.model = copy.copy(service.model)
     works = service.model.generate

@@ -1,4 +1,4 @@
-"""A server in a thread of the test, and what is asked of it."""
+"""A server in a thread of the test, its clients and the answers to expect."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from typing import Any
 
 import conftest
 import demo_model
+import openai
 import torch
 from PIL import Image
 
-from reccomp_hf.serving.answering import Service
-from reccomp_hf.serving.pictures import PictureReader
-from reccomp_hf.serving.server import build_app, http_server, listen
+from reccomp_hf.engines.server.answering import Service
+from reccomp_hf.engines.server.app import build_app
+from reccomp_hf.engines.server.images import ImageReader
+from reccomp_hf.engines.server.listening import Server, listen
 
 
 @contextlib.contextmanager
 def running(service: Service, *hosts: str) -> Iterator[Any]:
     """The server of a service while it runs, with its `port`."""
     listener = listen("127.0.0.1", 0)
-    server = http_server(build_app(service, PictureReader(hosts)), service)
+    server: Any = Server(build_app(service, ImageReader(hosts)), service)
     server.port = listener.getsockname()[1]
     server.thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     conftest.OPEN_PORTS.add(server.port)
@@ -42,14 +44,12 @@ def running(service: Service, *hosts: str) -> Iterator[Any]:
 
 def client_of(server: Any, **settings: Any) -> Any:
     """The official client."""
-    import openai
-
     address = f"http://127.0.0.1:{server.port}/v1"
     return openai.OpenAI(base_url=address, api_key="none", max_retries=0, **{"timeout": 60, **settings})
 
 
 def raw_events(server: Any, messages: list[dict[str, Any]], **settings: Any) -> list[str]:
-    """A stream as it comes over the wire: its events, which end by an empty line each."""
+    """The events of a stream as they come over the wire, each ended by an empty line."""
     body = json.dumps({"messages": messages, "stream": True, "max_tokens": 16, **settings}).encode()
     request = urllib.request.Request(f"http://127.0.0.1:{server.port}/v1/chat/completions", body, method="POST")
     with urllib.request.urlopen(request, timeout=60) as response:
@@ -59,14 +59,14 @@ def raw_events(server: Any, messages: list[dict[str, Any]], **settings: Any) -> 
 
 
 def base64_of(image: Image.Image, kind: str = "PNG") -> str:
-    """A picture file as base64."""
+    """An image file as base64."""
     file = io.BytesIO()
     image.save(file, kind)
     return base64.b64encode(file.getvalue()).decode()
 
 
 def data_url(image: Image.Image, kind: str = "png") -> str:
-    """A picture as clients send it."""
+    """An image as clients send it."""
     return f"data:image/{kind};base64,{base64_of(image, kind.upper())}"
 
 
@@ -80,13 +80,13 @@ def ask(client: Any, messages: list[dict[str, Any]], **settings: Any) -> tuple[A
 
 def chat(question: str, *urls: str) -> list[dict[str, Any]]:
     """Messages of one turn."""
-    pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-    return [{"role": "user", "content": [*pictures, {"type": "text", "text": question}]}]
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": question}]}]
 
 
 @torch.no_grad()
 def expected(question: str, image: Image.Image | None, **kwargs: Any) -> tuple[str, list[int]]:
-    """What `model.generate` says, and how many visual tokens it read."""
+    """The answer of `model.generate`, and the number of visual tokens of each image."""
     model, processor = demo_model.demo_model()
     content = [{"type": "image", "image": image}] if image is not None else []
     inputs = processor.apply_chat_template(

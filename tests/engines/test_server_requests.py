@@ -1,33 +1,40 @@
-"""Requests before anything is computed, the server's addresses, and transformers without server parts."""
+"""Validation of requests, the text of streams, the server's addresses, and the command."""
 
+import ast
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import conftest
+import demo_model
+import hypothesis
+import openai
 import pytest
+import torch
 from chat_client import base64_of, chat
+from hypothesis import strategies
 from PIL import Image
 from torchao_noise import without_torchao
 
+from reccomp_hf.cli import serve
 from reccomp_hf.cli.serve import names_of
-from reccomp_hf.core.compat import IS_V5
-from reccomp_hf.serving import answering
-from reccomp_hf.serving.errors import RequestError
-from reccomp_hf.serving.pictures import PictureReader
-from reccomp_hf.serving.requests import read_request
-from reccomp_hf.serving.server import listen, url_of
+from reccomp_hf.engines.server import answering, images
+from reccomp_hf.engines.server.errors import RequestError
+from reccomp_hf.engines.server.images import ImageReader
+from reccomp_hf.engines.server.listening import Server, listen, url_of
+from reccomp_hf.engines.server.requests import read_request
 
 pytest_plugins = ("command_line",)
 
-needs_parts = pytest.mark.skipif(not IS_V5, reason="transformers 4.57 has no server parts")
 URL = f"data:image/png;base64,{base64_of(Image.new('RGB', (20, 10), 'red'))}"
 
 
 def read(**body):
-    return read_request({"model": "demo", "messages": chat("What?", URL), **body}, ("demo",), PictureReader())
+    return read_request({"model": "demo", "messages": chat("What?", URL), **body}, ("demo",), ImageReader())
 
 
 def user(content):
@@ -37,13 +44,13 @@ def user(content):
 def test_a_request_is_read():
     request = read(max_tokens=7, temperature=0, top_p=1, seed=3, stop="x", stream=True, token_recovery={"budget": 3})
     assert (request.max_tokens, request.temperature, request.top_p, request.seed) == (7, 0.0, 1.0, 3)
-    assert (request.stop, request.stream, request.token_recovery, request.pictures) == (["x"], True, {"budget": 3}, 1)
+    assert (request.stop, request.stream, request.token_recovery, request.images) == (["x"], True, {"budget": 3}, 1)
     image, text = request.messages[0]["content"]
     assert image["image"].size == (20, 10) and image["image"].getpixel((3, 3)) == (255, 0, 0)
     assert text == {"type": "text", "text": "What?"}
 
 
-def test_what_changes_nothing_is_taken():
+def test_fields_that_change_nothing_are_accepted():
     neutral = {"n": 1, "logprobs": False, "frequency_penalty": 0, "tools": None, "response_format": {"type": "text"}}
     request = read(**neutral, user="me", stream_options={"include_usage": True}, max_completion_tokens=9, max_tokens=3)
     assert request.max_tokens == 9
@@ -73,7 +80,7 @@ WRONG = [
     ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "tools are not supported"),
     (
         {"messages": [{"role": "system", "content": chat("", URL)[0]["content"]}]},
-        "pictures belong into messages of the u",
+        "images belong in user messages, this one has the role system",
     ),
     (user(None), "content must be a string or a list of parts, got None"),
     (user([]), "list of parts"),
@@ -85,14 +92,14 @@ WRONG = [
     (user([{"type": "image_url"}]), "image_url must be .*got None"),
     (user([{"type": "image_url", "image_url": {"url": 3}}]), "got {'url': 3}"),
     (user([{"type": "image_url", "image_url": ""}]), "got ''"),
-    ({"messages": chat("?", "data:image/png;base64,%%%")}, "which is no base64"),
+    ({"messages": chat("?", "data:image/png;base64,%%%")}, "which is not valid base64"),
     ({"messages": chat("?", "data:image/png,abc")}, "expected data:image/png;base64"),
     ({"messages": chat("?", "data:text/plain;base64,aGVsbG8=")}, "got 'data:text/plain;base64'"),
-    ({"messages": chat("?", URL[:-40])}, "no base64|no picture that can be read"),
+    ({"messages": chat("?", URL[:-40])}, "not valid base64|not an image that can be read"),
     ({"messages": chat("?", "https://example.com/a.png")}, "started without --allow-urls HOST"),
     ({"messages": chat("?", "ftp://example.com/a.png")}, "starts with 'ftp:'"),
-    ({"messages": chat("?", *[URL] * 33)}, "may hold 32 pictures, got 33"),
-    ({"model": 3}, "alone, got model 3"),
+    ({"messages": chat("?", *[URL] * 33)}, "may hold 32 images, got 33"),
+    ({"model": 3}, "serves only 'demo', got model 3"),
     ({"max_tokens": -1}, "max_tokens must be an integer from 1 .* got -1"),
     ({"max_completion_tokens": 0}, "max_completion_tokens must be an integer from 1"),
     ({"max_tokens": 1.5}, "got 1.5"),
@@ -115,13 +122,13 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("body", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
-def test_what_is_wrong_is_said(body, message):
+def test_refusals_say_what_is_wrong(body, message):
     with pytest.raises(RequestError, match=message) as caught:
         read(**body)
     assert caught.value.status in (400, 404) and len(str(caught.value)) < 400
 
 
-def test_known_fields_are_those_that_work():
+def test_known_fields_are_the_supported_ones():
     with pytest.raises(RequestError, match="Unknown field 'top_k'; known ones are ") as caught:
         read(top_k=3)
     known = str(caught.value).partition("known ones are ")[2].rstrip(".").split(", ")
@@ -141,17 +148,69 @@ def test_names_of_a_model(tmp_path, monkeypatch):
     assert names_of(".") == ["ck", "."]
 
 
-def test_pictures_that_are_too_large_are_not_decoded(monkeypatch):
-    monkeypatch.setattr("reccomp_hf.serving.pictures._MOST_PIXELS", 199)
-    with pytest.raises(RequestError, match="no picture that can be read") as caught:
+def test_images_that_are_too_large_are_not_decoded(monkeypatch):
+    monkeypatch.setattr(images, "_MAX_PIXELS", 199)
+    with pytest.raises(RequestError, match="not an image that can be read") as caught:
         read()
     assert "20 x 10 pixels" in str(caught.value.__cause__)
 
 
-def test_only_picture_formats_of_the_web_are_read(tmp_path):
+def test_only_image_formats_of_the_web_are_read(tmp_path):
     text = base64_of(Image.new("RGB", (9, 9)), "TIFF")
     with pytest.raises(RequestError, match=r"PNG, JPEG, WEBP, GIF, BMP"):
         read(messages=chat("?", text))
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_its_images_are_read(monkeypatch):
+    service = answering.Service("demo", *demo_model.demo_model())
+    monkeypatch.setattr(service.model, "compress_inputs", None)
+    with pytest.raises(RequestError, match="leaves none for an answer") as caught:
+        service.prepare(read(messages=chat("word " * 600, URL)), threading.Event())
+    assert caught.value.code == "context_length_exceeded"
+
+
+# ---- the text of a stream ------------------------------------------------------------------------------------------
+
+
+def pieces_of(decode, ids):
+    """The pieces sent for each token, and those at the end."""
+    sent = []
+    streamer = answering._PieceStreamer(decode, sent.append)
+    streamer.put(torch.tensor([[7, 8, 9]]))  # the prompt
+    for token in ids:
+        streamer.put(torch.tensor([token]))
+    before = len(sent)
+    streamer.end()
+    return sent[:before], sent[before:]
+
+
+def from_bytes(ids):
+    return bytes(ids).decode(errors="replace")
+
+
+def from_words(ids):
+    """As Llama's tokenizer: every token brings a space, which the first of a text loses."""
+    return " ".join(["a", "bc", ",", "d"][token] for token in ids)
+
+
+def test_a_character_of_several_tokens_comes_with_its_last_one():
+    assert pieces_of(from_bytes, "aé€b".encode()) == (["a", "é", "€", "b"], [])
+    assert pieces_of(from_bytes, "a€".encode()[:-1]) == (["a"], ["\ufffd"])
+
+
+def test_words_keep_the_spaces_between_them():
+    assert pieces_of(from_words, [0, 1, 3]) == (["a", " bc", " d"], [])
+
+
+@hypothesis.given(strategies.binary(max_size=40))
+def test_pieces_make_up_the_text(data):
+    """Of bytes, valid or not, and of the demo model's tokens."""
+    first, last = pieces_of(from_bytes, data)
+    assert "".join(first + last) == from_bytes(data) and all(first + last)
+    tokenizer = demo_model.demo_model()[1].tokenizer
+    ids = [byte % len(tokenizer) for byte in data]
+    first, last = pieces_of(lambda ids: tokenizer.decode(ids, skip_special_tokens=True), ids)
+    assert "".join(first + last) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 # ---- addresses -----------------------------------------------------------------------------------------------------
@@ -167,7 +226,7 @@ def test_addresses():
             listen("127.0.0.1", port)
     with pytest.raises(ValueError, match=r"--port must be from 0 .* got 70000"):
         listen("127.0.0.1", 70000)
-    with pytest.raises(OSError, match=r"192\.0\.2\.1 is no address of this machine"):
+    with pytest.raises(OSError, match=r"192\.0\.2\.1 is not an address of this machine"):
         listen("192.0.2.1", 0)
 
 
@@ -176,41 +235,35 @@ def test_an_unknown_host(monkeypatch):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    with pytest.raises(OSError, match=r"nowhere\.example is no known host"):
+    with pytest.raises(OSError, match=r"nowhere\.example is not a known host"):
         listen("nowhere.example", 0)
 
 
-# ---- transformers' parts, and the command --------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(IS_V5, reason="transformers 5 has server parts")
-def test_without_server_parts_one_line_says_which_version_has_them(error):
-    said = error("serve", "demo")
-    assert (
-        "5.12 or newer" in said
-        and re.search(r"this is transformers 4\.57\.\d", said)
-        and "vLLM is another way" in said
-    )
+@pytest.mark.parametrize("missing", [["starlette"], ["starlette", "uvicorn"]], ids=" and ".join)
+def test_missing_packages_are_one_line(error, monkeypatch, missing):
+    find = serve.importlib.util.find_spec
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None if name in missing else find(name))
+    expected = f"reccomp-hf serve needs {' and '.join(missing)}: pip install 'reccomp_hf[serve]'."
+    assert error("serve", "demo") == expected
 
 
-@needs_parts
-def test_server_parts_that_differ_are_one_line(error, monkeypatch):
-    from transformers.cli.serving import chat_completion, utils
-
-    with monkeypatch.context() as patch:
-        patch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
-        assert "pip install 'reccomp_hf[serve]'" in error("serve", "demo")
-    with monkeypatch.context() as patch:
-        patch.setattr(utils.GenerationState, "get_manager", lambda self, name: None)
-        assert "differ from those that are known" in error("serve", "demo")
-    with monkeypatch.context() as patch:
-        patch.delattr(chat_completion, "ChatCompletionHandler")
-        assert "Install transformers 5.24" in error("serve", "demo")
-    parts = answering.server_parts()
-    assert parts.handler is chat_completion.ChatCompletionHandler and parts.modality.value == "VLM"
+def test_the_server_needs_nothing_of_transformers_own():
+    """Its server is private and differs between releases: only public parts of transformers are imported."""
+    third_party = set()
+    for file in Path(answering.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                third_party.add(node.module)
+            elif isinstance(node, ast.Import):
+                third_party |= {alias.name for alias in node.names}
+    third_party = {name for name in third_party if name.partition(".")[0] not in sys.stdlib_module_names}
+    allowed = {"torch", "transformers", "transformers.generation.streamers", "jinja2", "PIL", "uvicorn"}
+    assert {name for name in third_party if not name.startswith("starlette.")} == allowed
 
 
-@needs_parts
 def test_errors_before_anything_is_loaded(error):
     with listen("127.0.0.1", 0) as taken:
         assert "is in use" in error("serve", "demo", "--port", taken.getsockname()[1])
@@ -219,11 +272,8 @@ def test_errors_before_anything_is_loaded(error):
     assert "only 144 patches" in error("serve", "demo", "--port", "0", "--budget", "145")
 
 
-@needs_parts
 def test_the_command_serves_until_it_is_interrupted():
-    import openai
-
-    command = [sys.executable, "-m", "reccomp_hf.cli.main", "serve", "--port", "0", "--budget", "20"]
+    command = [sys.executable, "-m", "reccomp_hf", "serve", "--port", "0", "--budget", "20"]
     command += ["--allow-urls", "b.example", "--allow-urls", "a.example", "demo"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -233,7 +283,7 @@ def test_the_command_serves_until_it_is_interrupted():
             with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
                 answer = client.chat.completions.with_raw_response.create(model="demo", messages=chat("What?", URL))
                 assert answer.headers["x-visual-tokens"] == "20"
-                with pytest.raises(openai.BadRequestError, match=r"fetches from a\.example, b\.example alone"):
+                with pytest.raises(openai.BadRequestError, match=r"fetches only from a\.example, b\.example"):
                     client.chat.completions.create(model="demo", messages=chat("What?", "http://c.example/a.png"))
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=30)
@@ -242,4 +292,13 @@ def test_the_command_serves_until_it_is_interrupted():
     conftest.OPEN_PORTS.discard(port)
     assert (process.returncode, out) == (0, "Stopped.\n")
     answered = r"[\d:]+ chatcmpl-\w+: 20 of 144 visual tokens, prompt of \d+ tokens, after [\d.]+ s\n"
-    assert re.fullmatch(answered + r"[\d:]+ 400: .* alone\.\n", without_torchao(err))
+    assert re.fullmatch(answered + r"[\d:]+ 400: .* only from a\.example, b\.example\.\n", without_torchao(err))
+
+
+def test_an_address_beyond_this_machine_is_announced(run, monkeypatch):
+    monkeypatch.setattr(serve, "load", lambda *arguments: demo_model.demo_model())
+    monkeypatch.setattr(Server, "run", lambda self, sockets: None)
+    code, out, _ = run("serve", "demo", "--host", "0.0.0.0", "--port", "0")
+    warning = "No API key is required: anyone who can reach this address can use it."
+    assert code == 0 and out.splitlines()[1:] == [warning, "Stopped."]
+    assert warning not in run("serve", "demo", "--port", "0")[1]

@@ -1,4 +1,4 @@
-"""What a client is told."""
+"""Errors returned to HTTP clients."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class RequestError(ValueError):
 
     Args:
         message: A sentence: what is wrong, what was received, what to do.
-        status: Of HTTP.
-        code: OpenAI's word for it, where there is one.
+        status: HTTP status code.
+        code: OpenAI's error code, if there is one.
     """
 
     def __init__(self, message: str, status: int = 400, code: str | None = None) -> None:
@@ -20,11 +20,11 @@ class RequestError(ValueError):
 
 
 class CallEnded(RuntimeError):
-    """The client is gone, or the server is being stopped: nobody waits for the rest of the answer."""
+    """The client has left or the server is stopping: nobody waits for the rest of the answer."""
 
 
 def error_body(message: str, status: int, code: str | None = None) -> dict[str, Any]:
-    """The body of an error in OpenAI's form."""
+    """The body of an error in OpenAI's format."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 

@@ -1,0 +1,163 @@
+"""Finding the question in prompts and chat messages, and encoding it for CLIP's text encoder."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+ANSWER_INSTRUCTIONS = (
+    "Answer the question using a single word or phrase.",
+    "Answer with the option's letter from the given choices directly.",
+)
+"""Instructions after a question that are not part of it."""
+TURNS = ("last", "all")
+"""Which user turns of a conversation choose its visual tokens."""
+
+_TAG = r"<[^<>\s]+>"
+_FIRST_TEXT, _ANSWER_TEXT, _SECOND_TEXT = "firstquestionsentinel", "answersentinel", "secondquestionsentinel"
+
+
+def check_turns(turns: str) -> str:
+    """Return `turns` if it is `"last"` or `"all"`.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if turns not in TURNS:
+        raise ValueError(f"recovery_turns must be 'last' or 'all', got {turns!r}.")
+    return turns
+
+
+def message_text(message: Any) -> str:
+    """The text of a chat message, without its images."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return " ".join(part.get("text") or "" for part in content if part.get("type") == "text")
+
+
+def split_user_turns(prompt: str, markers: tuple[str, str] | None) -> list[str]:
+    """The texts of the user turns of a rendered prompt; the whole prompt if it has no opening of one.
+
+    Args:
+        prompt: A prompt as the chat template renders it.
+        markers: Opening and closing of a user turn, from `find_turn_markers`.
+    """
+    opening, closing = markers or ("", "")
+    if not opening or opening not in prompt:
+        return [prompt]
+    turns = prompt.split(opening)[1:]
+    return [turn.partition(closing)[0] for turn in turns] if closing else turns
+
+
+def choose_questions(texts: Sequence[str], turns: str, image_token: str) -> list[str]:
+    """The questions of the `"last"` or of `"all"` user turns, without image tokens and answer instructions.
+
+    Args:
+        texts: The texts of the user turns, at least one.
+        turns: `"last"` or `"all"`.
+        image_token: The placeholder in the texts.
+
+    Returns:
+        The questions that are not empty.
+    """
+    questions = [_clean(text, image_token) for text in (texts if turns == "all" else texts[-1:])]
+    return [question for question in questions if question]
+
+
+def encode_windows(
+    tokenizer: Any, length: int, questions: Sequence[str | Sequence[str]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and mask of questions in windows, each wrapped in the start and end token.
+
+    Several questions of a row share no window: the text encoder reads each by itself.
+
+    Args:
+        tokenizer: The text encoder's tokenizer.
+        length: Number of tokens of a window.
+        questions: One question, or a list of them, per row.
+
+    Returns:
+        Two int64 arrays (rows, windows, length).
+    """
+    rows = [[row] if isinstance(row, str) else list(row) for row in questions]
+    texts = [text for row in rows for text in row]
+    # verbose: no warning about questions longer than the text encoder reads
+    options = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
+    encoded = iter(tokenizer(texts, **options).input_ids if texts else [])
+    windows = [
+        [
+            tokens[at : at + length - 2]
+            for tokens in itertools.islice(encoded, len(row))
+            for at in range(0, len(tokens), length - 2)
+        ]
+        for row in rows
+    ]
+    shape = (len(rows), max(1, *map(len, windows)), length)
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids, mask = np.full(shape, padding, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    for row, pieces in enumerate(windows):
+        for column, piece in enumerate(pieces):
+            wrapped = [tokenizer.bos_token_id, *piece, tokenizer.eos_token_id]
+            ids[row, column, : len(wrapped)] = wrapped
+            mask[row, column, : len(wrapped)] = 1
+    return ids, mask
+
+
+def _clean(question: str, image_token: str) -> str:
+    """Remove image tokens, surrounding white space and known answer instructions."""
+    question = question.replace(image_token, "").strip()
+    for instruction in ANSWER_INSTRUCTIONS:
+        question = question.removesuffix(instruction).rstrip()
+    return question
+
+
+def find_turn_markers(render: Callable[[list[dict[str, Any]]], str]) -> tuple[str, str] | None:
+    """Opening and closing of a user turn in a chat template; `None` if it has no usable ones.
+
+    Args:
+        render: Renders chat messages by the template; it is given two questions and an answer.
+    """
+    for as_content in (lambda text: [{"type": "text", "text": text}], lambda text: text):
+        texts = (("user", _FIRST_TEXT), ("assistant", _ANSWER_TEXT), ("user", _SECOND_TEXT))
+        try:
+            rendered = render([{"role": role, "content": as_content(text)} for role, text in texts])
+        except Exception:  # a template may raise anything
+            continue
+        pieces = re.split(f"{_FIRST_TEXT}|{_ANSWER_TEXT}|{_SECOND_TEXT}", rendered)
+        # A template made for plain strings may print the list itself.
+        if len(pieces) == 4 and "'type':" not in rendered:
+            before, to_answer, to_second, after = (_atoms(piece) for piece in pieces)
+            opening = "".join(_common_prefix(before[::-1], to_second[::-1])[::-1]).strip()
+            # A template that ends right after a question still has an answer's opening after an earlier one.
+            closing = "".join(_common_prefix(to_answer, after)).strip() or "".join(to_answer).strip()
+            if opening:
+                # A tag ends the turn by itself, even if no answer is to follow.
+                return opening, closing if not re.match(_TAG, closing) else _atoms(closing)[0]
+    return None
+
+
+def _atoms(text: str) -> list[str]:
+    """The characters of a text, tags such as <s> or <|im_end|> in one piece: no marker starts inside a tag."""
+    return re.findall(f"{_TAG}|.", text, flags=re.DOTALL)
+
+
+def _common_prefix(left: list[str], right: list[str]) -> list[str]:
+    """The longest list that both lists start with."""
+    return [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False))]
+
+
+__all__ = [
+    "ANSWER_INSTRUCTIONS",
+    "TURNS",
+    "check_turns",
+    "choose_questions",
+    "encode_windows",
+    "find_turn_markers",
+    "message_text",
+    "split_user_turns",
+]
