@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from architectures import LLAVA, prompt_of
-from paths import ROOT, SUPPORT
+from paths import INSTALLED, SUPPORT
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from reccomp_hf.cli import main as cli
@@ -39,7 +39,7 @@ def sources(hub, folders):
 
 def run(hub, home, *arguments):
     """A process that knows of the Hub by its environment alone."""
-    environment = hub_client.environment(hub.url, home, PYTHONPATH=f"{ROOT}:{SUPPORT}")
+    environment = hub_client.environment(hub.url, home, PYTHONPATH=f"{INSTALLED}:{SUPPORT}")
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=home.parent, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

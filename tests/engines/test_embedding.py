@@ -17,13 +17,13 @@ from reccomp_hf.demo import checkpoint_folder, draw_scene
 pytest_plugins = ("command_line",)
 
 QUESTIONS = tiny.SENTENCES[:3]
-SETTINGS = {
+EMBEDDING_SETTINGS = {
     "dynamic": {"outlier_neighbors": 8},
     "budget": {"budget": 20, "text_relevance": "value"},
     "original": {"budget": 20, "position_ids": "original"},
     "none merged": {"budget": 0.3, "merged_tokens": 0, "position_ids": "original"},
 }
-each_setting = pytest.mark.parametrize("fields", SETTINGS.values(), ids=SETTINGS)
+each_setting = pytest.mark.parametrize("fields", EMBEDDING_SETTINGS.values(), ids=EMBEDDING_SETTINGS)
 
 
 def stock_logits(architecture, ids, result):

@@ -156,7 +156,7 @@ def test_patches_of_an_object_are_those_whose_middle_is_in_its_box():
 
 # ---- a run ---------------------------------------------------------------------------------------------------------
 
-SETTINGS = "text:16,visual:16,random:16,pool:16,balanced:16,paper"
+EVALUATED = "text:16,visual:16,random:16,pool:16,balanced:16,paper"
 PINNED = 200
 
 
@@ -167,11 +167,11 @@ def samples():
 
 @pytest.fixture(scope="module")
 def report(samples):
-    return evaluate(*demo_model(), samples, SETTINGS, progress=False)
+    return evaluate(*demo_model(), samples, EVALUATED, progress=False)
 
 
 def test_true_counts_and_times(report, samples):
-    assert list(report.results) == ["off", *SETTINGS.split(",")]
+    assert list(report.results) == ["off", *EVALUATED.split(",")]
     tokens = {name: result.tokens for name, result in report.results.items()}
     assert all(len(of) == len(samples) for of in tokens.values())
     assert set(tokens.pop("off")) == {144}
