@@ -153,7 +153,7 @@ class TokenRecoveryConfig(Settings):
         """Check every field and their combination.
 
         Raises:
-            ValueError: What is wrong, what was received, and what to write instead.
+            ValueError: A field or a combination is not valid; the message says what to write instead.
         """
         if self.version != 1 or isinstance(self.version, bool):
             raise ValueError(

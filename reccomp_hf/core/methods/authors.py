@@ -34,7 +34,7 @@ def _select(features: VisualFeatures, settings: Settings) -> TokenSelection:
     # The released code multiplies by the channel width, not by a number of tokens: far more centres than intended.
     n_centres = torch.minimum(_floor(features.keys.shape[-1] * merge_share), rest.sum(-1))
     centres = top_mask(saliency, n_centres, rest)
-    merged_counts = n_centres + (n_centres > 0)  # the extra token exists only beside centres
+    merged_counts = n_centres + (n_centres > 0)  # the extra token exists only with centres
     return features.keep(visual=visual, text=text, centres=centres, merged_counts=merged_counts, saliency=saliency)
 
 

@@ -6,7 +6,7 @@ most likely set is found greedily (Chen, Zhang & Zhou, "Fast Greedy MAP Inferenc
 NeurIPS 2018).
 
 Deviation: of a long question's windows the most similar one counts, as everywhere in this package, not their mean; for
-questions of one window there is no difference.
+questions of one window both are the same.
 """
 
 from __future__ import annotations

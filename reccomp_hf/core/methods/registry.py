@@ -34,7 +34,7 @@ _METHODS: dict[str, RecoveryMethod] = {
 
 
 def method_names() -> list[str]:
-    """The names that `token_recovery.method` may have, the built-in ones first."""
+    """Names that `token_recovery.method` accepts, the built-in ones first."""
     return list(_METHODS)
 
 
@@ -57,16 +57,16 @@ def get_method(name: str) -> RecoveryMethod:
 def register_method(name: str, method: RecoveryMethod, *, overwrite: bool = False) -> None:
     """Make a method of your own usable as `token_recovery.method`, in this process.
 
-    A config.json that names it loads wherever it was registered before; the code of such a method is not saved with a
+    A config.json that names it loads wherever the method was registered before; its code is not saved with a
     checkpoint.
 
     Args:
-        name: What config.json says.
+        name: The value of `token_recovery.method` in config.json.
         method: The method.
-        overwrite: Replace a method of that name.
+        overwrite: Whether to replace a method of that name.
 
     Raises:
-        ValueError: A name that is taken or no name, or no [`RecoveryMethod`].
+        ValueError: A name that is taken or not a non-empty string, or `method` is not a [`RecoveryMethod`].
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"A method's name must be a non-empty string, got {name!r}.")
