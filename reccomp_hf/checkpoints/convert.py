@@ -1,4 +1,4 @@
-"""From a stock LLaVA and the CLIP that its vision tower came from to a checkpoint of ours. Nothing is trained."""
+"""Converting a stock LLaVA and the CLIP of its vision tower into a compressed LLaVA; nothing is trained."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 from transformers import AutoProcessor, AutoTokenizer, CLIPModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -18,26 +18,16 @@ from ..core.configuration import TokenRecoveryConfig
 from ..core.remote_code import write_remote_code
 from .cards import license_of, write_card
 from .conversion import shards
-from .conversion.checks import check_keys, check_same_tower, check_text_side
+from .conversion.compatibility import check_keys, check_same_tower, check_text_side
 from .conversion.plan import FAMILIES, Plan, Source, check_model_type, plan_conversion
 from .conversion.proof import prove, prove_processor
 from .conversion.shards import DTYPES
+from .conversion_record import ConversionRecord
+from .weight_files import NO_WEIGHTS, WeightFiles, shard_names
 
 logger = logging.getLogger(__name__)
 
 AnySource: TypeAlias = str | os.PathLike[str] | PreTrainedModel
-
-
-class Conversion(NamedTuple):
-    """What a conversion did.
-
-    Attributes:
-        folder: The new checkpoint.
-        proof: What was proven of it before it got its name, as a sentence.
-    """
-
-    folder: Path
-    proof: str
 
 
 def convert(
@@ -50,60 +40,46 @@ def convert(
     clip_tokenizer: Any = None,
     dtype: str | None = None,
     force: bool = False,
+    repo: str | None = None,
     **overrides: Any,
 ) -> Path:
     """Write a folder that `AutoModelForImageTextToText` and `AutoProcessor` load as a compressed LLaVA.
 
-    LLaVA's weight files are copied as they are, shard by shard, and one more file holds what comes from the CLIP, so
-    that a model of any size needs the memory of about one shard.
+    LLaVA's weight files are copied one by one, and one more file holds the weights from the CLIP, so that a model of
+    any size needs the memory of about one shard. The result is verified before the folder is created: its keys, shapes
+    and bytes, and the outputs of its vision tower, projector, text side and choice of tokens are compared with the
+    sources.
 
     Args:
         llava: A stock LLaVA-1.5 or LLaVA-NeXT: a folder, a Hub id, `org/name@revision`, or the loaded model with its
             head.
         clip: The CLIP whose vision tower LLaVA uses, as a folder, a Hub id or a loaded `CLIPModel`; `"auto"` takes
-            the one of OpenAI's that has the tower's sizes. `None` makes a visual-only checkpoint.
-        output: Folder to write; it must not exist, or be empty.
+            OpenAI's CLIP with the tower's sizes. `None` makes a visual-only checkpoint.
+        output: Folder to write; it must be empty or not exist.
         preset: Name of a preset, see [`TokenRecoveryConfig.from_preset`].
         processor: LLaVA's processor; by default it is loaded from where `llava` came from.
         clip_tokenizer: CLIP's tokenizer; by default it is loaded from where `clip` came from. A model that was built
-            in memory came from nowhere: without these two the folder holds the model alone, and a warning says so.
-        dtype: `"float32"`, `"float16"` or `"bfloat16"` to cast the weights; by default they stay as they are.
-        force: Take a CLIP whose vision tower has nothing in common with LLaVA's.
+            in memory did not come from anywhere: without these two the folder holds the model alone, and a warning
+            says so.
+        dtype: `"float32"`, `"float16"` or `"bfloat16"` to cast the weights; by default they keep their dtypes.
+        force: Accept a CLIP whose vision tower is unrelated to LLaVA's.
+        repo: Hub id that the model card names, for a checkpoint that will be pushed there.
         **overrides: Fields of the `token_recovery` section.
 
     Returns:
-        The folder. It appears whole and proven or not at all: before it gets its name, its keys and shapes, its bytes,
-        and what its vision tower, projector, text side and choice of tokens compute are compared with the sources.
+        The folder. After an error nothing is left of it.
 
     Raises:
-        ValueError: A CLIP or a LLaVA that does not fit or is not whole, an unknown field.
-        FileExistsError: The output folder holds something.
-        OSError: A source cannot be had, or the disk is full.
-        RuntimeError: The new checkpoint is not what its sources are.
+        ValueError: A CLIP or a LLaVA that does not fit or is incomplete, an unknown field.
+        FileExistsError: The output folder is not empty.
+        OSError: A source is missing or cannot be downloaded, or the disk is full.
+        RuntimeError: The new checkpoint differs from its sources.
     """
-    settings = {"processor": processor, "clip_tokenizer": clip_tokenizer, "dtype": dtype, "force": force}
-    return convert_and_prove(llava, clip, output, preset, **settings, **overrides).folder
-
-
-def convert_and_prove(
-    llava: AnySource,
-    clip: AnySource | None,
-    output: str | os.PathLike[str],
-    preset: str = "paper",
-    *,
-    processor: Any = None,
-    clip_tokenizer: Any = None,
-    dtype: str | None = None,
-    force: bool = False,
-    repo: str | None = None,
-    **overrides: Any,
-) -> Conversion:
-    """As [`convert`], and say what was proven; `repo` is the Hub id that the model card names."""
     output = Path(output).expanduser()
     check_output(output)
     section = section_of(preset, overrides)
-    processor = processor or _beside_model(llava, AutoProcessor)
-    clip_tokenizer = clip_tokenizer or _beside_model(clip, AutoTokenizer)
+    processor = processor or _saved_with_model(llava, AutoProcessor)
+    clip_tokenizer = clip_tokenizer or _saved_with_model(clip, AutoTokenizer)
     with _work_folder(output) as work:
         clip_name = None if clip is None else _on_disk(clip, "clip", work)
         plan = plan_conversion(_on_disk(llava, "llava", work), clip_name, section, dtype=dtype)
@@ -122,20 +98,22 @@ def convert_and_prove(
             processor = build_processor(plan, processor, clip_tokenizer)
         staging = work / "new" / output.name  # the card takes its title from the folder's name
         proof = _write(plan, staging, work, processor, force)
-        # Only a Hub id's first place is the LLaVA's.
+        given = {name: value for name, value in section.to_dict().items() if name in overrides}
+        _record(plan, preset, given, force, proof).write(staging)
+        # The first id of a card is taken for the LLaVA's.
         base_model = plan.hub_ids if plan.llava.hub_id else None
         write_card(staging, base_model=base_model, license=license_of(plan.llava.folder), repo=repo)
         if output.exists():
             output.rmdir()
         staging.rename(output)
-    return Conversion(output, proof)
+    return output
 
 
 def check_output(output: Path) -> None:
-    """Refuse an output folder that holds something.
+    """Check that an output folder is empty or does not exist.
 
     Raises:
-        FileExistsError: It does.
+        FileExistsError: It holds something, or cannot be replaced by a rename.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder; name a new one or remove it.")
@@ -144,7 +122,7 @@ def check_output(output: Path) -> None:
 
 
 def section_of(preset: str, overrides: dict[str, Any]) -> TokenRecoveryConfig:
-    """The preset with single fields overridden; the text encoder is the CLIP's.
+    """The preset with some fields overridden, still without the text encoder, which the CLIP brings.
 
     Raises:
         ValueError: An unknown preset or field, a value that is impossible.
@@ -172,11 +150,13 @@ def build_processor(plan: Plan, stock: Any, clip_tokenizer: Any) -> Any:
 
 @contextlib.contextmanager
 def _work_folder(output: Path) -> Iterator[Path]:
-    """A folder beside the output, so that a rename publishes; it is gone afterwards, come what may."""
+    """A temporary folder next to the output, so that a rename publishes the result."""
     output.parent.mkdir(parents=True, exist_ok=True)
     prefix, suffix = f".{output.name}-", ".converting"
-    for left in output.parent.glob(f"{prefix}*{suffix}"):
-        logger.warning(f"{left} is of another conversion, killed or still running. Nothing of it is used; remove it.")
+    for leftover in output.parent.glob(f"{prefix}*{suffix}"):
+        logger.warning(
+            f"{leftover} belongs to another conversion, killed or still running. It is not used; remove it."
+        )
     work = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=output.parent))
     try:
         yield work
@@ -185,7 +165,7 @@ def _work_folder(output: Path) -> Iterator[Path]:
 
 
 def _on_disk(source: AnySource, argument: str, work: Path) -> str | os.PathLike[str]:
-    """A source as a name; a model in memory is saved first."""
+    """The name of a source; a model in memory is saved first."""
     if not isinstance(source, PreTrainedModel):
         return source
     check_model_type(source.config, argument)
@@ -196,15 +176,15 @@ def _on_disk(source: AnySource, argument: str, work: Path) -> str | os.PathLike[
     return work / argument
 
 
-def _beside_model(source: AnySource | None, auto: Any) -> Any:
-    """The processor or tokenizer of the folder that a loaded model came from, `None` where it came from none."""
+def _saved_with_model(source: AnySource | None, auto: Any) -> Any:
+    """The processor or tokenizer in the folder that a loaded model came from, `None` for any other source."""
     if isinstance(source, PreTrainedModel) and source.name_or_path:
         return auto.from_pretrained(source.name_or_path)
     return None
 
 
 def _write(plan: Plan, staging: Path, work: Path, processor: Any, force: bool) -> str:
-    """Write the checkpoint and prove it; returns what was proven."""
+    """Write the checkpoint and verify it; returns what was verified."""
     llava = _fetch(plan.llava, plan.family.stock_class, work / "llava_safetensors")
     clip = None if plan.clip is None else _fetch(plan.clip, CLIPModel, work / "clip_safetensors")
     llava_weights = llava.folder, llava.known_headers
@@ -229,17 +209,25 @@ def _write(plan: Plan, staging: Path, work: Path, processor: Any, force: bool) -
     return proof
 
 
+def _record(plan: Plan, preset: str, fields: dict[str, Any], force: bool, proof: str) -> ConversionRecord:
+    """The record of a conversion; sources that are not on the Hub have no name there that means anything to others."""
+    llava, clip = (
+        None if source is None or source.hub_id is None else source.name for source in (plan.llava, plan.clip)
+    )
+    return ConversionRecord(preset, fields, llava, clip, plan.clip is None, plan.dtype, force, proof)
+
+
 def _fetch(source: Source, model_class: Any, scratch: Path) -> Source:
-    """A source whose weights are safetensors on this disk; PyTorch's own files are read into memory for it."""
+    """A source with its weights as safetensors on this disk; PyTorch's own files are loaded and saved again."""
     source = source.downloaded()
     if source.headers is not None:
         return source
-    if not any(source.folder.glob("pytorch_model*.bin")):
-        raise ValueError(f"{source.name} has no weights: neither model*.safetensors nor pytorch_model*.bin.")
+    if not WeightFiles.find(source.folder).names:
+        raise ValueError(f"{NO_WEIGHTS.format(source.name)}.")
     model, info = model_class.from_pretrained(source.folder, dtype="auto", output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
-            f"{source.name} is no complete {model_class.__name__}: {len(missing)} weights are missing, "
+            f"{source.name} is not a complete {model_class.__name__}: {len(missing)} weights are missing, "
             f"{', '.join(missing[:3])} among them."
         )
     model.save_pretrained(scratch)
@@ -250,14 +238,14 @@ def _write_weights(plan: Plan, llava: Source, clip: Source | None, staging: Path
     """Copy LLaVA's shards, write CLIP's text side into one more, and compare the copies."""
     dtype = None if plan.dtype is None else DTYPES[plan.dtype]
     sources = [llava.folder / name for name in sorted({header.file for header in llava.known_headers.values()})]
-    names = shards.shard_names(len(sources) + (clip is not None))
+    targets = [staging / name for name in shard_names(len(sources) + (clip is not None))]
     size, free = sum(path.stat().st_size for path in sources), shutil.disk_usage(staging).free
     needed = llava.nbytes(plan.dtype) + (0 if clip is None else clip.nbytes(plan.dtype))
     if needed > free:
         raise OSError(
             f"The disk of {staging} has {free / 1e9:.1f} GB free; the checkpoint needs {needed / 1e9:.1f} GB."
         )
-    pairs = [(source, staging / name) for source, name in zip(sources, names, strict=False)]
+    pairs = list(zip(sources, targets, strict=False))
     with transformers_logging.tqdm(total=2 * size, unit="B", unit_scale=True, desc="Copying weights") as bar:
         for source, target in pairs:
             shards.copy_shard(source, target, dtype, bar.update)
@@ -266,10 +254,10 @@ def _write_weights(plan: Plan, llava: Source, clip: Source | None, staging: Path
             shards.check_copy(source, target, dtype, bar.update)
     if clip is not None:
         text_side = shards.text_side_tensors(clip.folder, clip.known_headers, dtype)
-        shards.write_shard(text_side, staging / names[-1])
-    shards.write_index(staging)
+        shards.write_shard(text_side, targets[-1])
+    shards.write_index(targets)
     files = f"{len(sources)} weight file{'s' if len(sources) > 1 else ''} of LLaVA"
     return f"{files} {'byte for byte' if dtype is None else f'cast to {plan.dtype}, tensor by tensor'}"
 
 
-__all__ = ["Conversion", "convert", "convert_and_prove"]
+__all__ = ["convert"]

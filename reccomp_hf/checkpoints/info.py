@@ -1,4 +1,4 @@
-"""What a compressed checkpoint is, from its config and the headers of its weights."""
+"""Describing a compressed checkpoint by its config and the headers of its weights."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from ..core.configuration import LlavaNextRecCompConfig, TokenRecoveryConfig
-from ..core.counting import blank_selection
+from ..core.checks import is_tiled
+from ..core.configuration import TokenRecoveryConfig
+from ..core.counting import fixed_tokens, patches_per_side
 from ..core.methods.registry import get_method
 from ..demo import CHECKPOINTS, checkpoint_folder
 from .hub import resolve
+from .weight_files import WeightFiles
 
-# Where a weight belongs, by a piece of its name; what has none of these is the language model's.
+# Piece of a weight's name -> part of the model; all other weights belong to the language model.
 PARTS = {
     "token_recovery.": "token_recovery",
     "vision_tower.": "vision_tower",
@@ -26,10 +28,10 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 
 def folder_of(name: str) -> Path:
-    """The folder of that name, a shipped checkpoint's, or what the Hub's repository holds besides weights.
+    """The folder of a name: a shipped checkpoint's, the one that it names, or a download from the Hub without weights.
 
     Raises:
-        OSError: It is neither, or the Hub cannot be reached.
+        OSError: There is no such checkpoint, or the Hub cannot be reached.
     """
     if name in CHECKPOINTS and not Path(name).is_dir():
         return checkpoint_folder(name)
@@ -37,9 +39,14 @@ def folder_of(name: str) -> Path:
 
 
 def describe(folder: Path, name: str) -> dict[str, Any]:
-    """What a checkpoint is, from its config and the headers of its weights; `name` is what the user calls it."""
+    """Settings, visual tokens, parameters and files of a checkpoint; `name` is the user's name of it, for messages.
+
+    Raises:
+        FileNotFoundError: There is no config.json.
+        ValueError: The checkpoint is not a compressed LLaVA.
+    """
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{name} is no checkpoint: it has no config.json.")
+        raise FileNotFoundError(f"{name} is not a checkpoint: it has no config.json.")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     section = getattr(config, "token_recovery", None)
     if not isinstance(section, TokenRecoveryConfig):
@@ -48,8 +55,9 @@ def describe(folder: Path, name: str) -> dict[str, Any]:
                 f"{name} is a stock LLaVA (model_type {config.model_type!r}) without token recovery: "
                 f"`reccomp-hf convert {name} CLIP OUTPUT` makes a compressed model of it."
             )
-        raise ValueError(f"{name} is no compressed LLaVA: its model_type is {config.model_type!r}.")
-    weights = sorted(folder.glob("model*.safetensors"))
+        raise ValueError(f"{name} is not a compressed LLaVA: its model_type is {config.model_type!r}.")
+    found = WeightFiles.find(folder)
+    weights = found.present if found.safetensors else []
     parameters, dtypes = _count_parameters(weights)
     return {
         "name": name,
@@ -68,18 +76,19 @@ def describe(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _settings(section: TokenRecoveryConfig) -> dict[str, Any]:
-    """The method, and every field that differs from its default, but for the text encoder's config."""
-    usual, values = TokenRecoveryConfig().to_dict(), section.to_dict()
-    names = [name for name in usual if name == "method" or values[name] != usual[name]]
-    return {name: values[name] for name in names if name != "text_encoder_config"}
+    """The method, and every overridable field that differs from its default."""
+    defaults = TokenRecoveryConfig().overridable()
+    return {
+        name: value for name, value in section.overridable().items() if name == "method" or value != defaults[name]
+    }
 
 
 def _count_parameters(weights: list[Path]) -> tuple[dict[str, int], list[str]]:
-    """Parameters by part, and the dtypes, out of the headers of safetensors files; empty without files."""
+    """Number of parameters by part, and the dtypes, from the headers of safetensors files; empty without files."""
     counts, dtypes = dict.fromkeys(("vision_tower", "projector", "language_model", "token_recovery"), 0), set()
     for path in weights:
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 it is no dict
+            for key in file.keys():  # noqa: SIM118 not a dict
                 tensor = file.get_slice(key)
                 part = next((part for piece, part in PARTS.items() if piece in key), "language_model")
                 counts[part] += math.prod(tensor.get_shape())
@@ -88,33 +97,23 @@ def _count_parameters(weights: list[Path]) -> tuple[dict[str, int], list[str]]:
 
 
 def _tokens_per_image(config: Any, section: TokenRecoveryConfig) -> dict[str, Any]:
-    """Visual tokens of a picture before and after, `None` where the picture decides, and a sentence about it."""
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    tiled = config.model_type == LlavaNextRecCompConfig.model_type
-    before = None if tiled else side * side
-    all_of_them = f"{side * side}{' per tile' if tiled else ''}"
-    newlines = " per picture, and a newline for each of its rows that keeps one" if tiled else ""
+    """Visual tokens of an image before and after, `None` if they depend on the image, and a sentence about it."""
+    patches, tiled = patches_per_side(config) ** 2, is_tiled(config)
+    before = None if tiled else patches
+    stock = f"{patches}{' per tile' if tiled else ''}"
+    newlines = " per image, and a newline for each of its rows that keeps a token" if tiled else ""
     if not section.enabled:
-        return {"before": before, "after": before, "note": f"{all_of_them} remain: enabled is false, the stock model"}
-    after = section.budget if tiled else _fixed_count(side, section)
+        return {"before": before, "after": before, "note": f"{stock} remain: enabled is false, the stock model"}
+    after = section.budget if tiled else fixed_tokens(config, section)
     if isinstance(after, float):
-        return {"before": before, "after": None, "note": f"{all_of_them} become {after:.0%} of them{newlines}"}
+        return {"before": before, "after": None, "note": f"{stock} become {after:.0%} of them{newlines}"}
     if after is not None:
-        number = str(after) if tiled else f"{after} ({after / side**2:.0%})"
-        return {"before": before, "after": after, "note": f"{all_of_them} become {number}{newlines}"}
+        number = str(after) if tiled else f"{after} ({after / patches:.0%})"
+        return {"before": before, "after": after, "note": f"{stock} become {number}{newlines}"}
     reads_question = get_method(section.method).reads_question(section) and section.text_encoder_config is not None
-    asking = "the picture and the question ask" if reads_question else "the picture asks"
-    note = f"{all_of_them} become as many as {asking} for; model.recover(**inputs) counts them"
+    deciding = "the image and the question" if reads_question else "the image"
+    note = f"{stock} become a number that depends on {deciding}; model.recover(**inputs) counts them"
     return {"before": before, "after": None, "note": note}
-
-
-def _fixed_count(side: int, section: TokenRecoveryConfig) -> int | None:
-    """How many tokens a grid of side x side patches always becomes, `None` if it depends on the picture.
-
-    The method is run on a blank picture of width 1: it knows by itself what is fixed.
-    """
-    sizes = blank_selection(section, 1, side).known_sizes
-    return None if sizes is None else sizes.longest
 
 
 __all__ = ["describe", "folder_of"]

@@ -1,4 +1,4 @@
-"""Silence where transformers would speak."""
+"""Silencing transformers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 @contextlib.contextmanager
 def quiet(progress_bars: bool = False) -> Iterator[None]:
-    """Keep transformers' remarks, and its progress bars unless they are wanted, out of what a command says."""
+    """Suppress transformers' log lines below errors, and its progress bars unless `progress_bars` is true."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     if not progress_bars:

@@ -15,7 +15,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..checkpoints.conversion.plan import Plan, Source, plan_conversion
 from ..checkpoints.conversion.shards import DTYPES
-from ..checkpoints.convert import check_output, convert_and_prove, section_of
+from ..checkpoints.conversion_record import ConversionRecord
+from ..checkpoints.convert import check_output, convert, section_of
 from ..checkpoints.hub import Pushed, push
 from ..checkpoints.info import describe
 from ..core.settings import PRESETS
@@ -40,9 +41,14 @@ def run(arguments: argparse.Namespace) -> None:
             say(*_plan_lines(plan, output, arguments))
             return
         settings = {"dtype": arguments.dtype, "force": arguments.force, "repo": arguments.push}
-        folder, proof = convert_and_prove(arguments.llava, clip, output, arguments.preset, **settings, **overrides)
-        facts = describe(folder, str(folder))
-    say(f"Wrote {folder} (preset {arguments.preset}).", *section_lines(facts), line("proven", proof), "")
+        folder = convert(arguments.llava, clip, output, arguments.preset, **settings, **overrides)
+        facts, record = describe(folder, str(folder)), ConversionRecord.read(folder)
+    say(
+        f"Wrote {folder} (preset {arguments.preset}).",
+        *section_lines(facts),
+        *([] if record is None else [line("proven", record.proof)]),
+        "",
+    )
     name, place = str(folder), repr(str(folder))
     if arguments.push is not None:
         pushed = _push(folder, arguments)

@@ -101,8 +101,7 @@ def settings(preset: str, budget: Budget | None = None) -> dict[str, Any]:
     if budget is None and preset == "balanced":
         budget = (DEFAULT_BUDGET,)
     overrides = {} if budget is None else {"budget": budget[0]}
-    fields = TokenRecoveryConfig.from_preset(preset, **overrides).to_dict()
-    return {name: value for name, value in fields.items() if name != "text_encoder_config"}  # it is the weights'
+    return TokenRecoveryConfig.from_preset(preset, **overrides).overridable()
 
 
 @torch.no_grad()

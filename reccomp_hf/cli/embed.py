@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..checkpoints.convert import check_output
-from ..checkpoints.loading import load
-from ..data.rows import Picture, Rows, open_rows, picture_of, question_of, shown
+from ..checkpoints.loading import load_encoder
+from ..data.rows import Picture, Rows, check_unique_id, id_of, open_rows, picture_of, question_of
 from ..engines.embedding import ImageEmbeds, embed_images
 from .common import add_command, check_counts, quiet, say
 from .models import add_model_options, fields_of
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_output(output)
     rows = _read(open_rows(arguments.data, arguments.limit))
     with quiet(progress_bars=sys.stderr.isatty()):
-        model, processor = load(arguments.model, fields_of(arguments), arguments.device, arguments.dtype, encoder=True)
+        model, processor = load_encoder(arguments.model, fields_of(arguments), arguments.device, arguments.dtype)
         parent = output.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=parent) as work:
@@ -76,24 +76,20 @@ def _read(rows: Rows) -> list[_Row]:
     """
     rows.require("image", "question")
     read: list[_Row] = []
-    places: dict[str | int, str] = {}
+    first: dict[str | int, int] = {}
     for number in range(len(rows)):
         where = rows.where(number)
         try:
             row = rows[number]
-            question, name = question_of(row.get("question")), row.get("id")
-            name = number if name is None else name
-            if not isinstance(name, str | int):
-                raise ValueError(f"id must be a string or an integer, got {shown(name)}.")
+            question = question_of(row.get("question"))
+            row_id = number if row.get("id") is None else id_of(row["id"])
             picture = picture_of(row.get("image"), rows.base)
             if picture.size() is None:
                 picture.open()  # says what is wrong
+            check_unique_id(row_id, number, first, rows)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        if name in places:
-            raise ValueError(f"{where}: the id {shown(name)} is that of {places[name]} too.")
-        places[name] = where
-        read.append(_Row(where, name, question, picture))
+        read.append(_Row(where, row_id, question, picture))
     return read
 
 

@@ -33,8 +33,7 @@ def fields_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The fields of `token_recovery` that the options override."""
     fields: dict[str, Any] = {}
     if arguments.preset:
-        fields = TokenRecoveryConfig.from_preset(arguments.preset).to_dict()
-        del fields["text_encoder_config"]  # it is the weights'
+        fields = TokenRecoveryConfig.from_preset(arguments.preset).overridable()
     fields |= {"budget": arguments.budget[0]} if arguments.budget else {}
     return fields | dict(arguments.set)
 

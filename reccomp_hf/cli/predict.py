@@ -11,14 +11,14 @@ from typing import Any
 from ..checkpoints.loading import load
 from ..engines.predict import (
     DEFAULT_BATCH_SIZE,
+    DEFAULT_ID_COLUMN,
     DEFAULT_NEW_TOKENS,
     Columns,
     Prediction,
-    checked_rows,
+    open_data,
     predict,
     process_state,
 )
-from ..engines.predict.questions import DEFAULT_ID_COLUMN
 from .common import add_command, quiet, say
 from .models import add_model_options, check_file, fields_of
 
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
     state = process_state(arguments.device)
     columns = Columns(arguments.image_column, arguments.question_column, arguments.id_column, arguments.question)
     options = {name: getattr(arguments, name) for name in ("limit", "overwrite", "batch_size", "max_new_tokens")}
-    checked_rows(arguments.data, arguments.output, columns, **options)
+    open_data(arguments.data, arguments.output, columns, **options)
     with quiet():
         model, processor = load(arguments.model, fields_of(arguments), _device(state, arguments), arguments.dtype)
         what = (model, processor, arguments.data, arguments.output)

@@ -25,8 +25,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         say(json.dumps(dataclasses.asdict(pushed), indent=2))
         return
+    removed = f", {len(pushed.removed)} code files of an older layout removed" if pushed.removed else ""
     done = (
-        f"{pushed.files} files in one commit" if pushed.changed else "nothing had changed, so there is no new commit"
+        f"{pushed.files} files in one commit{removed}"
+        if pushed.changed
+        else "nothing had changed, so there is no new commit"
     )
     source = pushed.repo if arguments.revision is None else f"{pushed.repo}@{pushed.branch}"
     say(f"Pushed {arguments.folder}: {done}.", f"  {pushed.url}", "", f"Next: reccomp-hf info {source}")
@@ -39,7 +42,8 @@ def register(commands: Any) -> None:
         run,
         "publish a compressed checkpoint on the Hugging Face Hub",
         "Publishes weights, config, tokenizers, code and model card in one commit. The folder is checked\n"
-        "first; a card is written where README.md is missing. Nothing on the Hub is deleted.",
+        "first; a card is written if README.md is missing. Code that an older version of this package pushed\n"
+        "is replaced; no other file on the Hub is deleted.",
         " ./llava-reccomp me/llava-reccomp",
         " ./llava-reccomp me/llava-reccomp --private --revision budget-64",
     )

@@ -1,4 +1,4 @@
-"""What a conversation's key-value cache holds: which ids it stands for, and which visual tokens."""
+"""The key-value cache of a conversation, with the ids and the visual tokens that its entries stand for."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class VisualToken:
     """A visual token of a conversation.
 
     Attributes:
-        image: Its picture, counted over the conversation.
-        place: Which of the picture's placeholders in the uncut prompt it stands for; -1 for a merged one.
-        row: Row of the picture that the placeholder belongs to; -1 for a merged one.
+        image: Number of the image in the conversation, from 0.
+        place: Index of its placeholder among the image's placeholders in the uncut prompt; -1 for a merged token.
+        row: Row of the image that the placeholder belongs to; -1 for a merged token.
         kind: `"patch"`, `"newline"` or `"merged"`.
-        turn: The last question whose choice has it, from 0.
-        entry: Where it stands in the cache.
+        turn: The last question that chose it, from 0.
+        entry: Index of its entry in the cache.
     """
 
     image: int
@@ -36,94 +36,94 @@ class VisualToken:
 
 
 class ConversationCache:
-    """A `DynamicCache` of one sequence, and what its entries are.
+    """A `DynamicCache` of one sequence, with an account of its entries.
 
     Attributes:
-        cache: What `generate` takes as `cache`.
-        ids: Ids of the uncut conversation that the cache stands for, all placeholders of its pictures among them.
-        prompt: How many of them were read up to the last question; the rest is of the answer.
+        key_values: The cache that `generate` takes.
+        ids: Ids of the uncut conversation that the cache stands for, with all placeholders of its images.
+        prompt_length: Number of ids up to the end of the last question; the others are the answer's.
         visual: The visual tokens.
     """
 
     def __init__(self) -> None:
-        self.cache = DynamicCache()
+        self.key_values = DynamicCache()
         self.ids: list[int] = []
-        self.prompt = 0
+        self.prompt_length = 0
         self.visual: list[VisualToken] = []
 
     def __len__(self) -> int:
-        return cache_length(self.cache)
+        return cache_length(self.key_values)
 
-    def go_back(self, ids: Sequence[int]) -> int:
-        """Forget the end of the last answer as far as the conversation, written anew, has other ids there.
+    def rewind(self, ids: Sequence[int]) -> int:
+        """Drop the end of the last answer from where the conversation now has other ids.
 
         Args:
-            ids: Of the whole conversation with its next question.
+            ids: Ids of the whole conversation with its next question.
 
         Returns:
-            How many of the ids the cache holds.
+            The number of leading ids that the cache holds.
 
         Raises:
-            ValueError: What differs stands before the answer.
+            ValueError: The ids differ before the answer.
         """
         pairs = enumerate(zip(self.ids, ids, strict=False))
-        same = next((place for place, (held, new) in pairs if held != new), min(len(self.ids), len(ids)))
-        if same < self.prompt:
+        same = next((place for place, (cached, new) in pairs if cached != new), min(len(self.ids), len(ids)))
+        if same < self.prompt_length:
             raise ValueError(
-                f"The chat template now writes an earlier turn otherwise, from its token {same} on, so that the cache "
-                "does not fit the conversation any more: use mode='rebuild'."
+                f"The chat template now writes an earlier turn differently, from token {same} of the conversation, so "
+                "the cache no longer matches it: use mode='rebuild'."
             )
         self.drop_end(len(self.ids) - same)
         self.ids = self.ids[:same]
         return same
 
     def drop_end(self, entries: int) -> None:
-        """Take so many entries off the end."""
+        """Remove entries from the end."""
         if entries > 0:
-            self.cache.crop(-entries)
+            self.key_values.crop(-entries)
 
-    def take(self, ids: list[int], prompt: int, visual: Sequence[VisualToken]) -> None:
-        """Keep account of what was read."""
-        self.ids, self.prompt = ids, prompt
+    def record(self, ids: list[int], prompt_length: int, visual: Sequence[VisualToken]) -> None:
+        """Record the ids that the cache now stands for, and its new visual tokens."""
+        self.ids, self.prompt_length = ids, prompt_length
         self.visual += visual
 
     def refresh(self, chosen: Sequence[VisualToken], turn: int) -> list[VisualToken]:
-        """Mark the patches and newlines of a choice that are here as chosen again.
+        """Mark the patches and newlines of a choice that the cache holds as chosen again.
 
         Returns:
-            The patches and newlines that are not here.
+            The patches and newlines that the cache does not hold.
         """
-        here = {(token.image, token.place): token for token in self.visual if token.kind != "merged"}
+        cached = {(token.image, token.place): token for token in self.visual if token.kind != "merged"}
         missing = []
         for token in chosen:
-            held = here.get((token.image, token.place))
-            if held is not None:
-                held.turn = turn
+            same = cached.get((token.image, token.place))
+            if same is not None:
+                same.turn = turn
             elif token.kind != "merged":
                 missing.append(token)
         return missing
 
-    def make_room(self, joining: Sequence[VisualToken], most: int, turn: int) -> None:
-        """Drop what was not chosen for the longest time, until the joining tokens fit.
+    def make_room(self, new: Sequence[VisualToken], most: int, turn: int) -> None:
+        """Remove the tokens that were not chosen for the longest time, until the new ones fit.
 
-        Patches go by the last question whose choice had them, oldest first, then in the order in which they came; a
-        newline goes with the last patch of its row; merged tokens, which stand for a whole region, go last.
+        Patches leave by the last question that chose them, oldest first, then in the order of the cache; a newline
+        leaves with the last patch of its row; merged tokens, which stand for a whole region, leave last.
 
         Raises:
-            ValueError: The choice for this question alone has more tokens than may be held.
+            ValueError: The choice for this question alone has more tokens than `most`.
         """
-        chosen = sum(token.turn == turn for token in self.visual) + len(joining)
+        chosen = sum(token.turn == turn for token in self.visual) + len(new)
         if chosen > most:
             raise ValueError(
                 f"max_visual_tokens is {most}, but the choice for this question has {chosen} visual tokens, newlines "
                 f"included: raise it to at least {chosen}, or set a lower token_recovery budget."
             )
-        patches = Counter((token.image, token.row) for token in [*self.visual, *joining] if token.kind == "patch")
+        patches = Counter((token.image, token.row) for token in [*self.visual, *new] if token.kind == "patch")
         newlines = {(token.image, token.row): token for token in self.visual if token.kind == "newline"}
         old = [token for token in self.visual if token.turn < turn and token.kind != "newline"]
         old.sort(key=lambda token: (token.kind == "merged", token.turn, token.entry), reverse=True)
         leaving: list[VisualToken] = []
-        while old and len(self.visual) + len(joining) - len(leaving) > most:
+        while old and len(self.visual) + len(new) - len(leaving) > most:
             token = old.pop()
             leaving.append(token)
             row = (token.image, token.row)
@@ -138,7 +138,7 @@ class ConversationCache:
             return
         stays = torch.ones(len(self), dtype=torch.bool)
         stays[[token.entry for token in leaving]] = False
-        for layer in self.cache.layers:
+        for layer in self.key_values.layers:
             index = stays.nonzero().flatten().to(layer.keys.device)
             layer.keys, layer.values = layer.keys.index_select(-2, index), layer.values.index_select(-2, index)
         entries = (stays.cumsum(0) - 1).tolist()
@@ -148,13 +148,13 @@ class ConversationCache:
 
 
 def visual_tokens(layout: ImageLayout, record: TokenRecoveryOutput, first: int, turn: int) -> list[VisualToken]:
-    """The tokens of a layout's pictures in the order in which they enter the prompt.
+    """The tokens of a layout's images in the order in which they enter the prompt.
 
     Args:
-        layout: Which placeholder stands for what.
-        record: How the tokens of all its pictures were chosen.
-        first: The first picture's number in the conversation.
-        turn: The question that they were chosen for.
+        layout: The placeholders of the images.
+        record: The record of the choice for all of them.
+        first: Number of the first image in the conversation.
+        turn: The question that the tokens were chosen for.
     """
     kept = record.kept_mask
     layout = layout.to(kept.device)

@@ -149,6 +149,12 @@ class TokenRecoveryConfig(Settings):
         self.validate()
         return _as_json({name: getattr(self, name) for name in FIELDS})
 
+    def overridable(self) -> dict[str, Any]:
+        """The fields that a user may override, as plain JSON values: all but the text encoder's, which is loaded."""
+        fields = self.to_dict()
+        del fields["text_encoder_config"]
+        return fields
+
     def validate(self) -> None:
         """Check every field and their combination.
 

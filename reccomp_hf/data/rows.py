@@ -252,14 +252,52 @@ def picture_of(value: Any, base: Path) -> Picture:
 
 
 def question_of(value: Any) -> str:
-    """The question that a row's value is, without space around it.
+    """Check a row's question, and strip white space around it.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not a non-empty string of valid Unicode.
     """
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"the question is missing or empty, got {shown(value)}.")
+    if not _is_unicode(value):
+        raise ValueError(f"the question is not valid Unicode, got {shown(value)}.")
     return value.strip()
+
+
+def id_of(value: Any, column: str = "id") -> str | int:
+    """Check a row's id.
+
+    Raises:
+        ValueError: It is not a string of valid Unicode or an integer.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int) or not _is_unicode(str(value)):
+        raise ValueError(f"{column} must be a string or an integer, got {shown(value)}.")
+    return value
+
+
+def check_unique_id(row_id: str | int, number: int, first: dict[str | int, int], rows: Rows) -> None:
+    """Refuse an id that an earlier row has.
+
+    Args:
+        row_id: The id of a row.
+        number: The row's number.
+        first: Numbers of earlier rows by their ids; the row is added.
+        rows: The data, which names rows in messages.
+
+    Raises:
+        ValueError: An earlier row has the id.
+    """
+    if (earlier := first.setdefault(row_id, number)) != number:
+        raise ValueError(f"the id {shown(row_id)} is already the id of {rows.where(earlier)}.")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the text can be encoded: a JSON string may contain half a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def shown(value: Any) -> str:
@@ -268,4 +306,4 @@ def shown(value: Any) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
-__all__ = ["Picture", "Rows", "open_rows", "picture_of", "question_of", "shown"]
+__all__ = ["Picture", "Rows", "check_unique_id", "id_of", "open_rows", "picture_of", "question_of", "shown"]

@@ -1,4 +1,4 @@
-"""The encoder side alone: what a picture and a question become before the language model reads them, for engines."""
+"""Compressed images as embeddings for the language model of another engine."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ..core.splicing import counted_positions
 
 @dataclasses.dataclass(frozen=True)
 class ImageEmbeds:
-    """A picture for the language model.
+    """The embeddings of an image.
 
     Attributes:
-        embeds: (K, D) in the model's dtype, as wide as the language model, in the order of the prompt: kept tokens
-            (LLaVA-NeXT's with the newlines of rows that keep one), then merged ones.
-        placeholders: How many placeholders the uncompressed picture has, in place of which these K stand.
-        places: (K,) int64, which of these placeholders each token stands for, where the settings say
-            `position_ids: "original"`: a token's position is its place's there. `None` where tokens are counted on.
+        embeds: (K, D) in the model's dtype and the language model's width, in the order of the prompt: kept tokens
+            (with LLaVA-NeXT's newlines of rows that keep one), then merged tokens.
+        placeholders: Number of placeholders of the uncompressed image, which the K tokens replace.
+        places: (K,) int64, the index of the placeholder that each token stands for, and whose position it has, with
+            `position_ids: "original"`; `None` if positions are consecutive.
     """
 
     embeds: Tensor
@@ -40,23 +40,25 @@ def embed_images(
     questions: Sequence[str],
     token_recovery: Mapping[str, Any] | None = None,
 ) -> list[ImageEmbeds]:
-    """Compress pictures, each by its question, as `generate` would before its prefill.
+    """Compress images, each for its question, as `generate` does before its prefill.
 
     Args:
         model: A compressed LLaVA, whole or from `load_image_encoder`.
-        processor: Its processor.
-        images: One for each question.
-        questions: What is asked of each, without answer instructions; a visual-only model does not read them.
+        processor: The processor of the model.
+        images: One image per question.
+        questions: One question per image, without answer instructions; a visual-only model does not read them.
         token_recovery: Fields of the config section to override for this call.
 
     Returns:
-        One [`ImageEmbeds`] per picture.
+        One [`ImageEmbeds`] per image.
 
     Raises:
-        ValueError: No pictures, not one question for each, an empty question, or `enabled: false`.
+        ValueError: No images, another number of questions than of images, an empty question, or `enabled: false`.
     """
     if not images or len(images) != len(questions):
-        raise ValueError(f"There must be a question for each picture, got {len(images)} and {len(questions)}.")
+        raise ValueError(
+            f"There must be one question per image, got {len(images)} images and {len(questions)} questions."
+        )
     section = model.config.token_recovery.replace(token_recovery)
     if not section.enabled:
         raise ValueError("token_recovery.enabled is false: the stock model's get_image_features gives all tokens.")
@@ -71,8 +73,8 @@ def embed_images(
     image_token, original = model.config.image_token_id, section.position_ids == "original"
     was_image = inputs["input_ids"] == image_token
     positions = counted_positions(inputs["attention_mask"])
-    given = {"position_ids": positions} if original else {}
-    short, _ = model.compress_inputs(**inputs, **given, token_recovery=token_recovery)
+    optional = {"position_ids": positions} if original else {}
+    short, _ = model.compress_inputs(**inputs, **optional, token_recovery=token_recovery)
     is_image = short["input_ids"] == image_token
     before, after = torch.stack([was_image.sum(-1), is_image.sum(-1)]).tolist()
     embeds = short["inputs_embeds"][is_image].split(after)
@@ -84,21 +86,21 @@ def embed_images(
 
 
 def image_embeds_part(embeds: Tensor) -> dict[str, str]:
-    """The part of a chat message's content by which vLLM's server takes embeddings in place of a picture.
+    """Embeddings in place of an image: a part of a chat message's content for vLLM's server.
 
-    The server must be started with `--enable-mm-embeds`, which is for clients that are trusted: it loads what
-    `torch.save` wrote, here as base64.
+    The server must be started with `--enable-mm-embeds`, which is for trusted clients only: it loads files written by
+    `torch.save`, sent as base64.
 
     Args:
         embeds: (K, D).
 
     Raises:
-        ValueError: Another shape.
+        ValueError: `embeds` has another shape.
     """
     if embeds.ndim != 2:
-        raise ValueError(f"The embeddings of one picture have the shape (tokens, width), got {tuple(embeds.shape)}.")
+        raise ValueError(f"The embeddings of one image have the shape (tokens, width), got {tuple(embeds.shape)}.")
     file = io.BytesIO()
-    torch.save(embeds.detach().cpu().clone(), file)  # a copy: of a view the whole storage would be written
+    torch.save(embeds.detach().cpu().clone(), file)  # a copy: for a view, the whole storage would be written
     return {"type": "image_embeds", "image_embeds": base64.b64encode(file.getvalue()).decode()}
 
 

@@ -1,7 +1,8 @@
-"""lmms-eval's `--model reccomp_hf`: its benchmarks on a compressed model, with the tokens that were really read.
+"""lmms-eval's `--model reccomp_hf`: its benchmarks on a compressed model, with counts of the tokens that were read.
 
-Found by the entry point group `lmms_eval.models`. Tasks come as chat messages, or with `--force_simple` as text and
-pictures, which is what lmms-eval needs for tasks that compare likelihoods. Written against lmms-eval 0.7.3.
+lmms-eval finds the model through the entry point group `lmms_eval.models`. Tasks come as chat messages, or with
+`--force_simple` as text and images, which lmms-eval needs for tasks that compare likelihoods. Written for lmms-eval
+0.7.3.
 """
 
 from __future__ import annotations
@@ -35,33 +36,32 @@ MODEL = "reccomp_hf"
 
 
 def manifest() -> ModelManifest:
-    """What the entry point tells lmms-eval."""
-    here = f"{__name__}.{{}}".format
-    return ModelManifest(MODEL, simple_class_path=here("RecCompSimple"), chat_class_path=here("RecComp"))
+    """The entry point: the names of the model's classes."""
+    return ModelManifest(MODEL, simple_class_path=f"{__name__}.RecCompSimple", chat_class_path=f"{__name__}.RecComp")
 
 
 @dataclasses.dataclass
 class VisualTokenCounts(TokenCounts):
-    """What a sample's log says about its tokens, under `token_counts`.
+    """Token counts in a sample's log, under `token_counts`.
 
     Attributes:
-        input_tokens: What the language model read: text and visual tokens, without padding.
-        output_tokens: What it wrote, the end token included.
-        visual_tokens: Of the read ones those that stand for pictures, LLaVA-NeXT's newlines included.
-        images: How many pictures they stand for.
+        input_tokens: Text and visual tokens that the language model read, without padding.
+        output_tokens: Tokens that it generated, the end token included.
+        visual_tokens: Input tokens that stand for images, LLaVA-NeXT's newlines included.
+        images: Number of images.
     """
 
     visual_tokens: int = 0
     images: int = 0
 
     def to_dict(self) -> dict[str, int | None]:
-        """For the log."""
+        """The counts as lmms-eval logs them."""
         return {**super().to_dict(), "visual_tokens": self.visual_tokens, "images": self.images}
 
 
 @dataclasses.dataclass
 class _Row:
-    """A question: its chat messages and their pictures, in reading order."""
+    """A question: its chat messages and their images, in reading order."""
 
     messages: list[dict[str, Any]]
     images: list[Image.Image]
@@ -72,18 +72,18 @@ class RecComp(lmms):
 
     Args:
         pretrained: `demo`, `demo-global`, a folder, or a Hub id (`org/name@revision`).
-        device: For torch; by default a GPU if there is one. Of several processes each has its own.
-        dtype: By default float32 on a CPU and the weights' own elsewhere.
-        batch_size: Questions read at once.
+        device: A torch device; by default a GPU if there is one. Each of several processes gets its own.
+        dtype: Dtype of the weights; by default float32 on a CPU, and the checkpoint's own elsewhere.
+        batch_size: Questions per batch.
         preset: A setting as `reccomp-hf eval` writes it (`balanced`, `balanced:0.1`, `cdpruner:16`, `off`) in place of
             the checkpoint's own.
-        token_recovery: Fields that override it, as JSON (`{"budget":64,"enabled":false}`).
+        token_recovery: Fields that override the setting, as JSON (`{"budget":64,"enabled":false}`).
         attn_implementation: As in `from_pretrained`.
-        device_map: As in `from_pretrained`, for a model that is spread over several GPUs.
+        device_map: As in `from_pretrained`, to spread the model over several GPUs.
         **fields: The same fields one by one (`budget=64,enabled=False`).
 
     Raises:
-        ValueError: No compressed checkpoint, or arguments that do not fit.
+        ValueError: The checkpoint is not a compressed LLaVA, or the arguments do not fit it.
     """
 
     is_simple = False
@@ -110,24 +110,24 @@ class RecComp(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self._world_size > 1:
             if device_map is not None:
-                raise ValueError("device_map spreads one model over GPUs: start one process, or leave it out.")
+                raise ValueError("device_map spreads one model over GPUs: start a single process, or leave it out.")
             device = str(self.accelerator.device)
-        given = {"attn_implementation": attn_implementation, "device_map": device_map}
-        options: dict[str, Any] = {name: value for name, value in given.items() if value}
+        optional = {"attn_implementation": attn_implementation, "device_map": device_map}
+        options: dict[str, Any] = {name: value for name, value in optional.items() if value}
         self.fields = _fields(preset, token_recovery, fields)
         self._model, self.processor = load(pretrained, self.fields, device, dtype, **options)
         self.device = self._model.device
         if self.processor.chat_template is None:
-            raise ValueError(f"{pretrained} has no chat template, which lmms-eval's messages need: save one with it.")
+            raise ValueError(f"{pretrained} has no chat template, which lmms-eval's messages need: save it with one.")
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answer greedily, or by the task's `generation_kwargs`.
 
         As in lmms-eval's own `llava_hf`, 1024 new tokens are allowed unless the task says otherwise, and an answer
-        ends where the model ends it: `until` is not read. An error ends the run; it is no empty answer.
+        ends where the model ends it: `until` is not read. An error ends the run instead of giving an empty answer.
 
         Raises:
-            ValueError: A picture that cannot be read, or anything that is no picture.
+            ValueError: An image that cannot be read, or media other than images.
         """
         began, results = time.perf_counter(), []
         batches, original = self._batches(requests, self._generation_kwargs)
@@ -140,23 +140,24 @@ class RecComp(lmms):
         """Compare answers by the loss of their tokens, as the chat template writes them behind the question.
 
         The question alone chooses the visual tokens, so that all answers are compared on the same ones. lmms-eval
-        takes the *smallest* number for the likeliest answer (its own models return the loss, too), so this is the mean
-        loss in nats per token, the closing of the answer's turn included, and whether each token was the likeliest
-        one. lmms-eval 0.7.3 turns a plain pair into a string, hence the pair stands inside a result.
+        takes the *smallest* number for the likeliest answer (its own models return the loss, too), so a result is the
+        mean loss in nats per token, the end of the answer's turn included, and whether each token is the argmax.
+        lmms-eval 0.7.3 turns a plain pair into a string, hence the pair is wrapped in a `GenerationResult`.
 
         Raises:
-            ValueError: An answer without a question (`acc_mutual_info`), or a template that writes it elsewhere.
+            ValueError: An answer without a question (`acc_mutual_info`), or a template that does not write the answer
+                after the prompt.
         """
         began, results = time.perf_counter(), []
         for request in requests:
             if len(request.args) != 6:
                 raise ValueError(
-                    f"Expected a question, an answer and pictures, got {request.args!r}: likelihoods without a "
+                    f"Expected a question, an answer and images, got {request.args!r}: likelihoods without a "
                     "question (acc_mutual_info) are not supported."
                 )
         batches, original = self._batches(requests, None)
         for batch in batches:
-            results += self._compare(*zip(*map(self._choice, batch), strict=True))
+            results += self._compare(*zip(*map(self._row_and_answer, batch), strict=True))
         self._report([result.token_counts for result in results], time.perf_counter() - began)
         return original(results)
 
@@ -167,7 +168,7 @@ class RecComp(lmms):
             NotImplementedError: Always.
         """
         raise NotImplementedError(
-            f"--model {MODEL} answers tasks of one round. For conversations of several rounds use "
+            f"--model {MODEL} answers tasks of one round only. For conversations of several rounds use "
             "reccomp_hf.Conversation, or leave out tasks whose output_type is generate_until_multi_round."
         )
 
@@ -176,25 +177,25 @@ class RecComp(lmms):
         return args[2]
 
     def _row(self, args: Sequence[Any]) -> _Row:
-        """What a request asks a chat model."""
+        """The question of a request."""
         _, messages, _, doc_id, task, split = args
         chat = ChatMessages(messages=messages(self.task_dict[task][split][doc_id]))
         images, videos, sounds = chat.extract_media()
         if videos or sounds:
-            raise ValueError(f"Task {task!r} shows videos or plays sounds: these models read pictures alone.")
-        return _Row(chat.to_hf_messages(), [_opened(image, task) for image in images])
+            raise ValueError(f"Task {task!r} contains videos or audio, but these models read only images.")
+        return _Row(chat.to_hf_messages(), [_open_image(image, task) for image in images])
 
-    def _choice(self, args: Sequence[Any]) -> tuple[_Row, str]:
+    def _row_and_answer(self, args: Sequence[Any]) -> tuple[_Row, str]:
         """The question and the answer of a request for a likelihood."""
         context, answer, visuals, doc_id, task, split = args
         document = self.task_dict[task][split][doc_id]
         answer = str(answer if isinstance(answer, str) else answer(document)).strip()
-        return _asked(context, visuals(document), task), answer
+        return _row_from_text(context, visuals(document), task), answer
 
     def _batches(
         self, requests: list[Instance], grouped_by: Callable[[Sequence[Any]], Any] | None
     ) -> tuple[Iterator[list[tuple[Any, ...]]], Callable[[list[Any]], list[Any]]]:
-        """Arguments of requests in batches, the longest first, and what brings results into the requests' order."""
+        """Arguments of requests in batches, the longest first, and a function that restores the original order."""
         group = {"group_fn": grouped_by, "grouping": True} if grouped_by else {}
         order = utils.Collator([request.args for request in requests], lambda args: -len(args[0]), **group)
         batches = order.get_batched(n=self.batch_size)
@@ -202,7 +203,7 @@ class RecComp(lmms):
         return tqdm(batches, total=total, desc="batches", disable=self.rank != 0), order.get_original
 
     def _encode(self, rows: Sequence[_Row], texts: list[str], side: str) -> Any:
-        """The processor's tensors; what CLIP reads is the question, whatever else stands in the text."""
+        """The processor's tensors; CLIP reads only the question, whatever else the text contains."""
         images = [image for row in rows for image in row.images]
         questions = [self.processor.questions_of(row.messages) for row in rows]
         options = {"padding": True, "padding_side": side, "return_tensors": "pt"}
@@ -210,7 +211,7 @@ class RecComp(lmms):
         return encoded.to(self.device, self._model.dtype)
 
     def _prompt(self, row: _Row, answer: str | None = None) -> str:
-        """A row as the chat template writes it, up to where the answer begins, or with one."""
+        """A row as the chat template writes it, up to the beginning of the answer, or with an answer."""
         turn = [] if answer is None else [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         return self.processor.apply_chat_template([*row.messages, *turn], add_generation_prompt=answer is None)
 
@@ -234,12 +235,12 @@ class RecComp(lmms):
         texts = [self._prompt(row, answer) for row, answer in zip(rows, answers, strict=True)]
         for prompt, text in zip(prompts, texts, strict=True):
             if not text.startswith(prompt):
-                raise ValueError(f"The chat template must write an answer behind {prompt!r}, but it wrote {text!r}.")
+                raise ValueError(f"The chat template must write an answer after {prompt!r}, but it wrote {text!r}.")
         inputs = self._encode(rows, texts, "right")
         ends = inputs["attention_mask"].sum(-1, keepdim=True)
-        own = torch.tensor(self._answer_lengths(prompts, texts), device=ends.device).unsqueeze(-1)
+        starts = ends - torch.tensor(self._answer_lengths(prompts, texts), device=ends.device).unsqueeze(-1)
         place = torch.arange(inputs["input_ids"].shape[1], device=ends.device)
-        labels = inputs["input_ids"].masked_fill((place < ends - own) | (place >= ends), -100)
+        labels = inputs["input_ids"].masked_fill((place < starts) | (place >= ends), -100)
         short, _ = self._model.compress_inputs(**inputs, labels=labels)
         labels = short.pop("labels")
         pairs = _losses(self._model(**short).logits, labels)
@@ -247,27 +248,28 @@ class RecComp(lmms):
         return _results(rows, pairs, read, [0] * len(rows), self._placeholders(short["input_ids"]))
 
     def _answer_lengths(self, prompts: list[str], texts: list[str]) -> list[int]:
-        """How many ids at each text's end are not its prompt's."""
-        asked, whole = (self.processor.tokenizer(some).input_ids for some in (prompts, texts))
-        return [len(ids) - _common(start, ids) for start, ids in zip(asked, whole, strict=True)]
+        """Number of ids at the end of each text that do not belong to its prompt."""
+        prompt_ids, text_ids = (self.processor.tokenizer(batch).input_ids for batch in (prompts, texts))
+        pairs = zip(prompt_ids, text_ids, strict=True)
+        return [len(ids) - _common_prefix_length(prompt, ids) for prompt, ids in pairs]
 
     def _placeholders(self, ids: Tensor) -> list[int]:
         return (ids == self._model.config.image_token_id).sum(-1).tolist()
 
     def _report(self, counts: list[Any], seconds: float) -> None:
-        """Say how many visual tokens a picture came to; lmms-eval writes it to its results under `throughput`."""
+        """Report visual tokens per image; lmms-eval writes them to its results under `throughput`."""
         written = sum(count.output_tokens for count in counts)
-        of_images = [count.visual_tokens / count.images for count in counts if count.images]
-        facts = {
-            "visual_tokens_per_image": sum(of_images) / max(len(of_images), 1),
-            "visual_tokens_per_image_min": min(of_images, default=0),
-            "visual_tokens_per_image_max": max(of_images, default=0),
+        per_image = [count.visual_tokens / count.images for count in counts if count.images]
+        metrics = {
+            "visual_tokens_per_image": sum(per_image) / max(len(per_image), 1),
+            "visual_tokens_per_image_min": min(per_image, default=0),
+            "visual_tokens_per_image_max": max(per_image, default=0),
         }
-        log_metrics(seconds, written, written / seconds, facts)
+        log_metrics(seconds, written, written / seconds, metrics)
 
 
 class RecCompSimple(RecComp):
-    """The same for lmms-eval's tasks of a text and pictures (`--force_simple`)."""
+    """[`RecComp`] for lmms-eval's tasks of text and images (`--force_simple`)."""
 
     is_simple = True
 
@@ -276,24 +278,24 @@ class RecCompSimple(RecComp):
         return args[1]
 
     def _row(self, args: Sequence[Any]) -> _Row:
-        """What a request asks a simple model."""
+        """The question of a request."""
         context, _, visuals, doc_id, task, split = args
-        return _asked(context, visuals(self.task_dict[task][split][doc_id]), task)
+        return _row_from_text(context, visuals(self.task_dict[task][split][doc_id]), task)
 
 
 def _fields(preset: str | None, token_recovery: Any, fields: dict[str, Any]) -> dict[str, Any]:
-    """What overrides the checkpoint's section."""
-    whole = token_recovery if token_recovery is not None else {}
-    if isinstance(whole, str):
-        whole = _value(whole)
-    if not isinstance(whole, dict):
+    """The fields that override the checkpoint's section."""
+    section = token_recovery if token_recovery is not None else {}
+    if isinstance(section, str):
+        section = _parse_value(section)
+    if not isinstance(section, dict):
         raise ValueError(f'token_recovery must be a JSON object such as {{"budget":64}}, got {token_recovery!r}.')
-    named = parse_setting(preset).fields if preset else {}
-    return overridden(overridden(named, whole), {name: _value(value) for name, value in fields.items()})
+    setting = parse_setting(preset).fields if preset else {}
+    return overridden(overridden(setting, section), {name: _parse_value(value) for name, value in fields.items()})
 
 
-def _value(value: Any) -> Any:
-    """A value as JSON means it: lmms-eval leaves `null` and `{...}` strings, and makes -2 a float."""
+def _parse_value(value: Any) -> Any:
+    """Parse a value as JSON: lmms-eval leaves `null` and `{...}` as strings, and turns -2 into a float."""
     if isinstance(value, float) and value < 0 and value.is_integer():
         return int(value)
     if isinstance(value, str):
@@ -302,14 +304,14 @@ def _value(value: Any) -> Any:
     return value
 
 
-def _asked(context: str, visuals: Any, task: str) -> _Row:
-    """A text and its pictures as a chat message: where the text marks them, or else in front of it."""
-    images = [_opened(visual, task) for visual in visuals or []]
+def _row_from_text(context: str, visuals: Any, task: str) -> _Row:
+    """A text and its images as a chat message: images stand where the text marks them, or else in front of it."""
+    images = [_open_image(visual, task) for visual in visuals or []]
     pieces = context.split("<image>")
     if len(pieces) == 1:
         pieces = [""] * len(images) + pieces
     if len(pieces) != len(images) + 1:
-        raise ValueError(f"Task {task!r}: {len(images)} pictures, but the text marks {len(pieces) - 1}: {context!r}.")
+        raise ValueError(f"Task {task!r}: {len(images)} images, but the text marks {len(pieces) - 1}: {context!r}.")
     content: list[dict[str, str]] = []
     for place, piece in enumerate(pieces):
         content += [{"type": "image"}] * (place > 0)
@@ -317,35 +319,35 @@ def _asked(context: str, visuals: Any, task: str) -> _Row:
     return _Row([{"role": "user", "content": content}], images)
 
 
-def _opened(image: Any, task: str) -> Image.Image:
-    """A picture, or the file of one."""
+def _open_image(image: Any, task: str) -> Image.Image:
+    """An image, opened if it is the name of a file."""
     if isinstance(image, Image.Image):
         return image
     if not isinstance(image, str):
-        raise ValueError(f"Task {task!r} shows {type(image).__name__}: these models read pictures alone.")
+        raise ValueError(f"Task {task!r} contains a {type(image).__name__}, but these models read only images.")
     try:
         with Image.open(image) as opened:
             return opened.convert("RGB")
     except OSError as error:
-        raise ValueError(f"Task {task!r}: {image} is no picture that can be read ({error}).") from error
+        raise ValueError(f"Task {task!r}: {image} cannot be read as an image ({error}).") from error
 
 
 def _options(settings: dict[str, Any]) -> dict[str, Any]:
-    """A task's `generation_kwargs` for `generate`, with the defaults of lmms-eval's own `llava_hf`."""
+    """The options of `generate` from a task's `generation_kwargs`, with the defaults of lmms-eval's `llava_hf`."""
     options = {"max_new_tokens": settings.get("max_new_tokens", 1024), "num_beams": settings.get("num_beams", 1)}
     temperature = settings.get("temperature") or 0
     sampling = {"do_sample": True, "temperature": temperature, "top_p": settings.get("top_p")}
     return {**options, **(sampling if temperature > 0 else {"do_sample": False})}
 
 
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many ids two rows begin with alike."""
+def _common_prefix_length(left: Sequence[int], right: Sequence[int]) -> int:
+    """Number of ids that two rows have in common at their beginning."""
     pairs = zip(left, right, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _lengths(ids: Tensor, end: int | list[int] | None) -> list[int]:
-    """How many ids every row has up to its first end token, which counts, or in all."""
+    """Number of ids in every row, up to its first end token, which is included."""
     if end is None:
         return [ids.shape[1]] * ids.shape[0]
     ended = torch.isin(ids, torch.as_tensor(end, device=ids.device)).cumsum(-1)
@@ -353,25 +355,26 @@ def _lengths(ids: Tensor, end: int | list[int] | None) -> list[int]:
 
 
 def _losses(logits: Tensor, labels: Tensor) -> list[tuple[float, bool]]:
-    """Of every row the mean loss of what is labelled, and whether each of it is the likeliest.
+    """Per row: the mean loss over labelled tokens, and whether each of them is the argmax.
 
     Args:
         logits: (R, L, V).
-        labels: (R, L) int64, -100 for what is not looked at.
+        labels: (R, L) int64, -100 for tokens without a label.
     """
     following = labels[:, 1:]
     rows, places = (following != -100).nonzero(as_tuple=True)
-    scores, wanted = logits[rows, places].float(), following[rows, places]  # (T, V), (T,)
-    losses = torch.nn.functional.cross_entropy(scores, wanted, reduction="none")
+    scores, targets = logits[rows, places].float(), following[rows, places]  # (T, V), (T,)
+    losses = torch.nn.functional.cross_entropy(scores, targets, reduction="none")
     zeros = losses.new_zeros(len(labels))
     mean = zeros.index_add(0, rows, losses) / zeros.index_add(0, rows, torch.ones_like(losses))
-    missed = zeros.index_add(0, rows, (scores.argmax(-1) != wanted).to(losses.dtype))
+    missed = zeros.index_add(0, rows, (scores.argmax(-1) != targets).to(losses.dtype))
     return list(zip(mean.tolist(), (missed == 0).tolist(), strict=True))
 
 
 def _results(
     rows: Sequence[_Row], texts: Sequence[Any], read: list[int], written: list[int], visual: list[int]
 ) -> list[GenerationResult]:
+    """Results with counts of the input, output and visual tokens of every row."""
     counts = [
         VisualTokenCounts(input_tokens=inputs, output_tokens=outputs, visual_tokens=seen, images=len(row.images))
         for row, inputs, outputs, seen in zip(rows, read, written, visual, strict=True)

@@ -1,4 +1,4 @@
-"""Training under trainers that go around a model's `forward`."""
+"""Training with trainers that bypass a model's `forward`."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from typing import Any
 
 
 class CompressedTrainerMixin:
-    """Shortens every batch before a trainer computes its loss.
+    """Compresses every batch before a trainer computes its loss.
 
-    It stands in front of the trainer: `class CompressedSFTTrainer(CompressedTrainerMixin, SFTTrainer): ...`.
+    The mixin comes before the trainer: `class CompressedSFTTrainer(CompressedTrainerMixin, SFTTrainer): ...`.
 
-    TRL's `SFTTrainer` (1.x) never calls `forward`: it takes the states of the model without its head and pairs them
-    with the labels that the collator gave, so that the pictures would be read uncompressed and without a word. Given
-    what `compress_inputs` returns it reads the kept tokens, and the labels are cut with them. Transformers' own
-    `Trainer` calls `forward`, which compresses by itself, and needs none of this.
+    TRL's `SFTTrainer` (1.x) never calls `forward`: it pairs the hidden states of the model without its head with the
+    collator's labels, so that images would silently be read uncompressed. With the output of `compress_inputs` it
+    reads the kept tokens, and the labels are cut with them. Transformers' own `Trainer` calls `forward`, which
+    compresses by itself, and does not need the mixin.
 
     Projected features are computed outside the wrapped model: distributed data parallel training works; for sharded
-    weights (FSDP, DeepSpeed ZeRO-3) take transformers' `Trainer`.
+    weights (FSDP, DeepSpeed ZeRO-3) use transformers' `Trainer`.
     """
 
     accelerator: Any
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As the trainer's own method, on the shortened batch; `model` may be wrapped by PEFT and accelerate."""
+        """Call the trainer's own method on the compressed batch; `model` may be wrapped by PEFT and accelerate."""
         shortened, record = self.accelerator.unwrap_model(model).compress_inputs(**inputs)
         if record is not None:
             shortened.pop("input_ids")  # inputs_embeds take their place

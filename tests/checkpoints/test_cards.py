@@ -1,31 +1,29 @@
-"""Model cards: what they say is true of the checkpoint, what they show runs, and nobody's words are overwritten."""
+"""Model cards: their facts are those of the checkpoint, and the code that they show runs."""
 
 import dataclasses
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
-from architectures import LLAVA, LLAVA_NEXT, each_architecture
-from huggingface_hub import ModelCard, metadata_load
-from paths import MODEL_CARDS
+import tiny
+from architectures import LLAVA, each_architecture
+from huggingface_hub import ModelCard
+from saved import save_checkpoint
 
-from reccomp_hf.checkpoints.cards import (
-    CardFacts,
-    content,
-    is_unedited,
-    license_of,
-    may_be_replaced,
-    render_card,
-    shipped,
-    write_card,
-)
-from reccomp_hf.checkpoints.cards.content import field_descriptions, field_rows, recipe
+from reccomp_hf.checkpoints.cards import CardFacts, content, is_unedited, license_of, render_card
+from reccomp_hf.checkpoints.cards.content import field_descriptions, field_rows
+from reccomp_hf.checkpoints.cards.probe import measure_tokens
+from reccomp_hf.checkpoints.conversion_record import ConversionRecord
 from reccomp_hf.cli.common import setting
-from reccomp_hf.cli.main import main
 from reccomp_hf.core.configuration import TokenRecoveryConfig
 from reccomp_hf.core.methods.registry import get_method, method_names
+from reccomp_hf.core.remote_code import write_remote_code
 from reccomp_hf.core.settings import PRESETS
-from reccomp_hf.demo import CHECKPOINTS, checkpoint_folder
+from reccomp_hf.demo import EVALUATION_SEEDS, checkpoint_folder, draw_scene, questions
 from reccomp_hf.measure.published import CLIP_VIT_L_336, FULL_SIZE
 
 BASES = ["llava-hf/llava-1.5-7b-hf", CLIP_VIT_L_336]
@@ -41,22 +39,18 @@ SECTIONS = {
 }
 
 
-def save(folder, architecture=LLAVA, **fields):
-    architecture.build(**fields).save_pretrained(folder)
-    architecture.processor().save_pretrained(folder)
-    return folder
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint with a fixed budget, which the tests leave as it is."""
+    return save_checkpoint(tmp_path_factory.mktemp("cards") / "mine", budget=25)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A checkpoint with a fixed budget; its README.md is written over by the tests."""
-    return save(tmp_path_factory.mktemp("cards") / "mine", budget=25)
-
-
-@pytest.fixture
-def readme(folder):
-    path = folder / "README.md"
-    path.unlink(missing_ok=True)
+def demo(tmp_path_factory):
+    """The demo model, with the files that a push adds."""
+    path = tmp_path_factory.mktemp("demo") / "reccomp-demo"
+    shutil.copytree(checkpoint_folder("demo"), path)
+    write_remote_code(path)
     return path
 
 
@@ -67,37 +61,6 @@ def blocks(card, language="python"):
 def full_size(name="llava-1.5-7b", preset="balanced", **fields):
     entry = FULL_SIZE[name]
     return CardFacts("some-name", entry.config(preset, **fields), (entry.base_model, entry.clip), entry.license)
-
-
-# ---- what is shipped -----------------------------------------------------------------------------------------------
-
-
-def test_the_shipped_cards_are_what_is_rendered(tmp_path):
-    paths = shipped.write_shipped(tmp_path)
-    assert sorted(path.name for path in paths) == sorted(path.name for path in MODEL_CARDS.glob("*.md"))
-    for path in paths:
-        stale = f"{path.name} is stale: run `python -m reccomp_hf.checkpoints.cards.shipped`"
-        assert path.read_text(encoding="utf-8") == (MODEL_CARDS / path.name).read_text(encoding="utf-8"), stale
-    for name in CHECKPOINTS:
-        beside = (checkpoint_folder(name) / "README.md").read_text(encoding="utf-8")
-        assert beside == (MODEL_CARDS / f"{name}.md").read_text(encoding="utf-8"), f"copy model_cards/{name}.md there"
-
-
-def test_a_measured_count_enters_the_cost():
-    counts = {"pictures": 8, "stock": 576, "mean": 70.4, "least": 60, "most": 80, "visual": 50, "text": 20.4}
-    facts = dataclasses.replace(full_size(preset="paper"), counts={**counts, "coverage": 0, "merged": 0})
-    assert "Compressed are 70 visual tokens, the average measured above." in " ".join(render_card(facts).split())
-    assert "| prompt, tokens | 636 | 130 |" in render_card(facts)
-    assert "Assumed is the paper's average" in " ".join(render_card(full_size(preset="paper")).split())
-
-
-def test_the_module_writes_them_where_it_is_told(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(shipped, "SHIPPED", ("llava-1.5-7b",))
-    monkeypatch.setattr(shipped, "demo_facts", lambda _: full_size())
-    assert shipped.main([str(tmp_path / "new")]) == 0
-    assert capsys.readouterr().out.split() == [
-        str(tmp_path / "new" / f"{name}.md") for name in ("llava-1.5-7b", "demo", "demo-global")
-    ]
 
 
 # ---- metadata ------------------------------------------------------------------------------------------------------
@@ -125,7 +88,7 @@ def test_a_licence_that_is_not_known_is_said_to_be():
     assert "licence, which was not recorded" in " ".join(card.split())
 
 
-def test_a_visual_only_model_is_no_merge(folder):
+def test_a_visual_only_model_is_not_a_merge(folder):
     data = ModelCard(render_card(folder, base_model=BASES[:1])).data.to_dict()
     assert (data["base_model"], data["license"]) == (BASES[:1], "llama2")
     assert "base_model_relation" not in data
@@ -134,9 +97,9 @@ def test_a_visual_only_model_is_no_merge(folder):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"base_model": ["./llava", "clip"]}, "'./llava' is no id that a repository on the Hub can have"),
-        ({"base_model": ["llava"]}, "'llava' is no full id on the Hub: write owner/name"),
-        ({"repo": "me/my/model"}, "'me/my/model' is no id"),
+        ({"base_model": ["./llava", "clip"]}, "'./llava' is not a valid id of a repository on the Hub"),
+        ({"base_model": ["llava"]}, "'llava' is not a full id on the Hub: write owner/name"),
+        ({"repo": "me/my/model"}, "'me/my/model' is not a valid id"),
         ({"license": "Apache 2"}, "license must be an identifier of the Hub .* got 'Apache 2'"),
     ],
 )
@@ -188,9 +151,11 @@ def test_every_field_is_documented_and_explained_somewhere():
 
 
 def test_a_new_field_cannot_be_forgotten(monkeypatch):
-    new = dataclasses.make_dataclass("New", [("brand_new", int, 3)], bases=(TokenRecoveryConfig,), init=False)
+    new = dataclasses.make_dataclass(
+        "New", [("brand_new", int, 3)], bases=(TokenRecoveryConfig,), init=False, frozen=True
+    )
     section = TokenRecoveryConfig()
-    section.__class__ = new
+    object.__setattr__(section, "__class__", new)
     with pytest.raises(KeyError, match="brand_new"):  # its description is missing
         field_rows(section)
     described = {**field_descriptions(), "brand_new": "It is `None` or new."}
@@ -218,17 +183,70 @@ def test_only_fields_that_matter(fields, shown, silent):
     assert not silent & names
 
 
+RECORDS = {
+    "preset": (ConversionRecord("balanced"), "LLAVA CLIP mine --preset balanced"),
+    "hub": (
+        ConversionRecord("paper", {"budget": 25}, llava="org/llava@v2", clip="org/clip"),
+        "org/llava@v2 org/clip mine --preset paper --set budget=25",
+    ),
+    "visual only": (
+        ConversionRecord("paper", llava="org/llava", visual_only=True, dtype="float16"),
+        "org/llava mine --preset paper --visual-only --dtype float16",
+    ),
+    "options": (
+        ConversionRecord("paper", {"method": "prumerge", "method_options": {"neighbors": 8}}, clip="a/b", force=True),
+        "LLAVA a/b mine --preset paper --set 'method=\"prumerge\"' --set 'method_options={\"neighbors\": 8}' --force",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_card_shows_the_recorded_command(name, tmp_path):
+    record, words = RECORDS[name]
+    record.write(tmp_path)
+    record = ConversionRecord.read(tmp_path)
+    config = LLAVA.config_class.from_dict(LLAVA.compressed().config.to_dict())
+    config.token_recovery = TokenRecoveryConfig.from_preset(record.preset, **record.fields)
+    card = render_card(CardFacts("mine", config, record=record))
+    (command,) = blocks(card, "bash")
+    assert shlex.split(command.replace("\\\n", " ")) == shlex.split(f"reccomp-hf convert {words}")
+    assert max(map(len, command.splitlines())) <= 106
+    assert "changed afterwards" not in card
+    config.token_recovery = {"position_ids": "compact", "budget": 26}
+    card = render_card(CardFacts("mine", config, record=record))
+    assert blocks(card, "bash") == [command] and "Its settings were changed afterwards" in card
+
+
+def test_sources_that_the_record_does_not_name_are_the_base_models(folder):
+    record = ConversionRecord("paper")
+    assert record.command("out", BASES)[2:5] == [*BASES, "out"]
+    assert record.command("out", BASES[:1])[2:5] == [BASES[0], "CLIP", "out"]
+    assert "Not recorded." in render_card(folder, base_model=BASES)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "{}", '{"preset": "paper", "author": "me"}'])
+def test_a_file_of_that_name_with_other_contents_is_not_a_record(text, tmp_path):
+    assert ConversionRecord.read(tmp_path) is None
+    (tmp_path / "conversion.json").write_text(text)
+    assert ConversionRecord.read(tmp_path) is None
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("fields", [{}, {"visual_heads": "mean"}, {"enabled": False, "outlier_threshold": 2.5}])
 def test_the_command_makes_the_section(preset, fields):
+    record = ConversionRecord(preset, fields, *BASES)
     section = TokenRecoveryConfig.from_preset(preset, **fields)
-    name, overrides = recipe(section)
-    assert TokenRecoveryConfig.from_preset(name, **overrides) == section
-    assert len(overrides) <= len(fields)
-    (command,) = blocks(render_card(full_size(preset=preset, **fields)), "bash")
-    assert command.split()[:4] == ["reccomp-hf", "convert", *BASES]
-    assert f"--preset {name}" in command
-    assert command.count("--set ") == len(overrides)
+    assert record.describes(section)
+    assert record.describes(section.replace({"text_encoder_config": LLAVA.text_config()}))  # it is the CLIP's
+    assert not record.describes(section.replace({"merge_neighbors": 3}))
+    command = shlex.split(" ".join(record.command("out")))
+    given = dict(setting(command[place + 1]) for place, word in enumerate(command) if word == "--set")
+    assert TokenRecoveryConfig.from_preset(command[command.index("--preset") + 1], **given) == section
+
+
+def test_a_record_of_an_unknown_method_describes_nothing():
+    assert not ConversionRecord("paper", {"method": "somebody's"}).describes(TokenRecoveryConfig())
+    assert not ConversionRecord("newer").describes(TokenRecoveryConfig())
 
 
 @pytest.mark.parametrize("name", method_names())
@@ -244,16 +262,7 @@ def test_a_card_says_whose_method_it_is(name):
         assert f"The method is {method.source.split(' (')[0]} (" in shown
         assert f"[{number}](https://arxiv.org/abs/{number})), which needs no training" in shown
     else:
-        assert f"The method is `{name}`, which is none of a paper's" in shown
-    preset, overrides = recipe(facts.section)
-    assert TokenRecoveryConfig.from_preset(preset, **overrides).to_dict() == {
-        **facts.section.to_dict(),
-        "text_encoder_config": None,
-    }
-    (command,) = blocks(card, "bash")
-    words = shlex.split(command.replace("\\\n", " "))
-    told = dict(setting(words[place + 1]) for place, word in enumerate(words) if word == "--set")
-    assert told == overrides
+        assert f"The method is `{name}`, which is not a published method" in shown
 
 
 def test_numbers_have_their_source():
@@ -268,123 +277,93 @@ def test_numbers_have_their_source():
 
 
 def test_fixed_counts_are_exact_and_others_are_not_guessed():
-    assert "Stock: 576 per picture. Here: 64 (11.1%), always." in render_card(full_size())
+    assert "Stock: 576 per image. Here: 64 (11.1%), always." in render_card(full_size())
     assert "Here: 64 (11.1%), always." in render_card(full_size(preset="paper", method="pooling_3x3"))
     dynamic = render_card(full_size(preset="paper"))
-    assert "How many stay was not measured for this card" in dynamic
-    assert "Assumed is the paper's average of 9.7%" in " ".join(dynamic.split())
+    assert "The number of tokens kept was not measured for this card" in dynamic
+    assert "is assumed to have the paper's average of 9.7%" in " ".join(dynamic.split())
     tiled = render_card(full_size("llava-v1.6-mistral-7b"))
     assert "| 640 x 480 | 1 + 4 | 2,304 + 36 | 64 + up to 36 |" in tiled
-    assert "LLaVA-NeXT fine-tuned its vision tower" in tiled
+    assert "LLaVA-NeXT's vision tower was fine-tuned" in tiled
 
 
-# ---- the file ------------------------------------------------------------------------------------------------------
+def test_a_measured_count_enters_the_cost():
+    counts = {"pictures": 8, "stock": 576, "mean": 70.4, "least": 60, "most": 80, "visual": 50, "text": 20.4}
+    facts = dataclasses.replace(full_size(preset="paper"), counts={**counts, "coverage": 0, "merged": 0})
+    assert "The compressed prompt has 70 visual tokens, the average measured" in " ".join(render_card(facts).split())
+    assert "| prompt, tokens | 636 | 130 |" in render_card(facts)
+    assert "is assumed to have the paper's average" in " ".join(render_card(full_size(preset="paper")).split())
 
 
-def test_an_unedited_card_is_refreshed_and_keeps_what_it_knew(folder, readme):
-    assert write_card(folder, base_model=BASES, repo="me/first") == readme
-    first = readme.read_text(encoding="utf-8")
-    assert "me/first" in first
-    write_card(folder)
-    assert readme.read_text(encoding="utf-8") == first
-    write_card(folder, license="mit", repo="you/second", name="mine")
-    data, text = metadata_load(readme), readme.read_text(encoding="utf-8")
-    assert (data["base_model"], data["license"]) == (BASES, "mit")
-    assert "\n# mine\n" in text and "you/second" in text and "me/first" not in text
-    assert not list(folder.glob(".README*"))
+# ---- measuring -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "edit",
-    [
-        lambda text: text.replace("## Limits", "## Known limits"),
-        lambda text: text.replace("- token-compression", "- my-tag"),
-        lambda text: text + "\nAnd one more thing.\n",
-        lambda text: text.partition("<!--")[0],
-        lambda text: "# My model\n\nWritten by hand.\n",
-        lambda text: text.replace("tags:", "tags: ["),
-        lambda text: "---\n- a list\n---\n# My model\n",
-        lambda text: "---\nlicense: mit\n---\n",
-    ],
-)
-def test_what_a_person_wrote_is_left_alone(folder, readme, edit):
-    write_card(folder)
-    edited = edit(readme.read_text(encoding="utf-8"))
-    readme.write_text(edited, encoding="utf-8")
-    with pytest.raises(
-        FileExistsError, match=r"edited by a person and is left as it is.*--stdout.*force=True \(--force\)"
-    ):
-        write_card(folder)
-    assert readme.read_text(encoding="utf-8") == edited
-    write_card(folder, force=True)
-    assert is_unedited(readme.read_text(encoding="utf-8"))
+@each_architecture
+def test_counts_are_those_of_the_whole_model(architecture, tmp_path):
+    path = save_checkpoint(tmp_path / "paper", architecture)
+    counts = measure_tokens(path, scenes=3)
+    whole = _counts_of_the_whole_model(architecture, 3)
+    assert counts["mean"] == pytest.approx(sum(whole) / 3)
+    assert (counts["least"], counts["most"], counts["pictures"]) == (min(whole), max(whole), 3)
+    stages = sum(counts[name] for name in ("visual", "text", "coverage", "merged"))
+    assert stages == pytest.approx(counts["mean"])
+    assert counts["mean"] < counts["stock"]
+    card = " ".join(
+        render_card(path).split()
+    )  # the count depends on the picture: it is measured without being asked for
+    assert "Measured on 8 drawn scenes" in card and "on average" in card
+    assert "was not measured for this card" in render_card(path, measure=False)
 
 
-def test_what_the_hub_and_transformers_do_to_a_card_is_no_edit(folder, readme):
-    write_card(folder, base_model=BASES)
-    text = readme.read_text(encoding="utf-8")
-    ModelCard.load(readme).save(readme)  # as push_to_hub of transformers does
-    assert is_unedited(readme.read_text(encoding="utf-8"))
-    assert is_unedited(text.replace("\n", "\r\n"))
-    reordered = ModelCard(text)
-    reordered.data.__dict__ = dict(reversed(reordered.data.__dict__.items()))
-    reordered._original_order = None  # of huggingface_hub 2
-    assert str(reordered) != text
-    assert is_unedited(str(reordered))
+def _counts_of_the_whole_model(architecture, scenes):
+    found = []
+    for index, seed in enumerate(EVALUATION_SEEDS[:scenes]):
+        scene = draw_scene(seed)
+        question = questions(scene, seed)[index].text
+        text = f"USER: <image>\n{question} ASSISTANT:"
+        inputs = architecture.processor()(images=[scene.image], text=[text], return_tensors="pt")
+        found += [int(record.counts.sum()) for record in architecture.compressed().recover(**inputs)]
+    return found
 
 
-def test_the_card_that_transformers_generates_gives_way(folder, readme, monkeypatch):
-    from transformers.utils import hub
-
-    def absent(*args, **kwargs):
-        raise hub.EntryNotFoundError("none")
-
-    monkeypatch.setattr(hub.ModelCard, "load", absent)
-    generated = hub.create_and_tag_model_card("me/model", ["some-tag"])
-    assert may_be_replaced(str(generated)) and may_be_replaced("")
-    generated.save(readme)
-    write_card(folder)
-    assert is_unedited(readme.read_text(encoding="utf-8"))
-    generated.text = generated.text.replace("[More Information Needed]", "It was trained on cats.", 1)
-    assert not may_be_replaced(str(generated))
+def test_where_there_is_nothing_to_measure(tmp_path):
+    folder, bare = save_checkpoint(tmp_path / "whole", budget=25), tmp_path / "bare"
+    LLAVA.build(budget=25).config.save_pretrained(bare)
+    assert measure_tokens(bare) is None
+    assert "These counts follow from the settings." in render_card(bare, measure=True)
+    assert "of 100 patches 25.0 tokens are kept on average" in " ".join(render_card(folder, measure=True).split())
+    assert "Measured" not in render_card(folder)  # 25 are always 25
 
 
-def test_what_is_no_checkpoint_of_ours_has_no_card(tmp_path):
-    with pytest.raises(ValueError, match=r"is no checkpoint: it has no config\.json"):
-        render_card(tmp_path)
-    LLAVA_NEXT.shared_stock().config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is no compressed LLaVA: its model_type is 'llava_next'"):
-        render_card(tmp_path)
-    with pytest.raises(ValueError, match="give source alone"):
-        render_card(full_size(), license="mit")
+# ---- the code that it shows ----------------------------------------------------------------------------------------
 
 
-# ---- the command ---------------------------------------------------------------------------------------------------
+def test_the_code_runs(demo, tmp_path, monkeypatch, capsys):
+    loading, remote = blocks(render_card(demo, repo="me/demo"))
+    monkeypatch.chdir(tmp_path)
+    tiny.pictures(1)[0].save("picture.jpg")
+    names: dict[str, object] = {}
+    exec(loading.replace("me/demo", str(demo)), names)
+    assert capsys.readouterr().out.strip()
+    assert names["model"].config.token_recovery.budget is not None
+    assert remote.replace(", trust_remote_code=True", "").splitlines()[2:] == [
+        line for line in loading.splitlines() if "from_pretrained" in line
+    ]
 
 
-def test_the_command_writes_and_prints(folder, readme, capsys):
-    assert main(["card", str(folder), "--base-model", BASES[0], "--base-model", BASES[1], "--repo", "me/mine"]) == 0
-    out = capsys.readouterr().out
-    assert out.startswith(f"Wrote {readme}.") and f"reccomp-hf push {folder} me/mine" in out
-    written = readme.read_text(encoding="utf-8")
-    readme.write_text("Mine.\n", encoding="utf-8")
-    settings = ["--base-model", BASES[0], "--base-model", BASES[1], "--repo", "me/mine", "--stdout"]
-    assert main(["card", str(folder), *settings]) == 0
-    assert capsys.readouterr().out == written
-    assert readme.read_text(encoding="utf-8") == "Mine.\n"
-
-
-def test_errors_of_the_command_are_one_line(folder, readme, tmp_path, capsys):
-    readme.write_text("Mine.\n", encoding="utf-8")
-    for arguments, message in (
-        ([folder], "is left as it is"),
-        ([folder, "--license", "My Own"], "is left as it is"),
-        ([folder, "--license", "My Own", "--force"], "license must be an identifier"),
-        ([tmp_path], "has no config.json"),
-    ):
-        assert main(["card", *map(str, arguments)]) == 2
-        error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1
-    assert main(["card", str(folder), "--license", "mit", "--force", "--measure"]) == 0
-    text = " ".join(readme.read_text(encoding="utf-8").split())
-    assert "The weights: `mit`." in text and "Measured on 8 drawn scenes" in text
+def test_the_code_runs_without_the_package(demo, tmp_path):
+    loading, remote = (block.replace("me/demo", str(demo)) for block in blocks(render_card(demo, repo="me/demo")))
+    rest = loading.partition("processor = ")[2].partition("\n")[2]
+    tiny.pictures(1)[0].save(tmp_path / "picture.jpg")
+    hidden = "import sys\nsys.modules['reccomp_hf'] = None\n"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", hidden + remote + "from PIL import Image\n" + rest],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.strip() != "") == (0, True), done.stderr

@@ -13,8 +13,7 @@ from conversions import leave_cards_unmeasured
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import reccomp_hf
-from reccomp_hf.checkpoints.conversion import checks as conversion_checks
-from reccomp_hf.checkpoints.conversion import shards
+from reccomp_hf.checkpoints.conversion import compatibility, shards
 from reccomp_hf.cli import main as cli
 from reccomp_hf.measure.published import FULL_SIZE
 
@@ -44,8 +43,8 @@ def run(capsys):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("./nowhere", "{clip}"), "./nowhere is no folder"),
-        (("{llava}", "./nowhere"), "./nowhere is no folder"),
+        (("./nowhere", "{clip}"), "./nowhere does not exist"),
+        (("{llava}", "./nowhere"), "./nowhere does not exist"),
         (("{llava}", "{llava}"), "clip must be of model_type 'clip', got 'llava'"),
         (("{clip}", "{clip}"), "llava must be of model_type 'llava' or 'llava_next', got 'clip'"),
     ],
@@ -124,23 +123,23 @@ def test_the_text_encoder_follows_from_the_clip(tmp_path):
     ],
 )
 def test_the_clip_follows_from_the_sizes_of_the_tower(sizes, name):
-    fields = dict(zip(conversion_checks.SIZES, sizes, strict=True), model_type="clip_vision_model")
-    assert conversion_checks.guess_clip(SimpleNamespace(**fields)) == name
+    fields = dict(zip(compatibility.SIZES, sizes, strict=True), model_type="clip_vision_model")
+    assert compatibility.guess_clip(SimpleNamespace(**fields)) == name
     with pytest.raises(ValueError, match="CLIP is missing"):
-        conversion_checks.guess_clip(SimpleNamespace(**{**fields, "model_type": "siglip_vision_model"}))
-    for field in conversion_checks.SIZES:
+        compatibility.guess_clip(SimpleNamespace(**{**fields, "model_type": "siglip_vision_model"}))
+    for field in compatibility.SIZES:
         with pytest.raises(ValueError, match=f"CLIP is missing, and LLaVA's vision tower .*{field} 7.*--visual-only"):
-            conversion_checks.guess_clip(SimpleNamespace(**{**fields, field: 7}))
+            compatibility.guess_clip(SimpleNamespace(**{**fields, field: 7}))
 
 
 def test_the_published_llavas_get_the_clip_that_they_were_made_with():
     for entry in FULL_SIZE.values():
-        assert conversion_checks.guess_clip(entry.config().vision_config) == entry.clip
+        assert compatibility.guess_clip(entry.config().vision_config) == entry.clip
 
 
 def test_a_guessed_clip_is_taken(run, sources, tmp_path, monkeypatch):
     llava, clip = sources
-    monkeypatch.setitem(conversion_checks.KNOWN_CLIPS, (32, tiny.PATCH_SIZE, tiny.IMAGE_SIZE, 4), str(clip))
+    monkeypatch.setitem(compatibility.KNOWN_CLIPS, (32, tiny.PATCH_SIZE, tiny.IMAGE_SIZE, 4), str(clip))
     code, out, _ = run(llava, tmp_path / "out", "--dry-run")
     assert code == 0 and "guessed from the vision tower" in " ".join(out.split())
     assert run(llava, tmp_path / "out")[0] == 0
@@ -159,7 +158,7 @@ def test_force_takes_an_unrelated_clip_and_says_so(sources, tmp_path, run, caplo
     assert code == 2 and "does not come from this CLIP" in err and "--force" in err
     assert not (tmp_path / "out").exists()
     assert run(sources[0], other, tmp_path / "out", "--force")[0] == 0
-    assert "they have nothing in common" in caplog.text and "which patches belong to the question" in caplog.text
+    assert "they are unrelated" in caplog.text and "which patches belong to the question" in caplog.text
     assert (tmp_path / "out").is_dir()
 
 
@@ -195,7 +194,7 @@ def test_a_dry_run_finds_what_headers_tell(run, sources, tmp_path):
     spoilt = shutil.copytree(sources[0], tmp_path / "spoilt")
     os.truncate(spoilt / "model.safetensors", 9000)
     code, out, err = run(spoilt, sources[1], tmp_path / "out", "--dry-run")
-    assert (code, out) == (2, "") and "broken off" in err
+    assert (code, out) == (2, "") and "truncated" in err
     assert "is not an empty folder" in run(*sources, spoilt, "--dry-run")[2]
 
 
@@ -251,7 +250,7 @@ def test_the_command_says_what_was_proven(run, sources, tmp_path):
     assert code == 0
     assert (
         "1 weight file of LLaVA byte for byte; vision tower, projector, text similarity equal to the sources'; "
-        "10 of 100 visual tokens chosen on a probe picture." in " ".join(out.split())
+        "10 of 100 visual tokens chosen on a probe image." in " ".join(out.split())
     )
 
 

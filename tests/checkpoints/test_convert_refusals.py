@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 import reccomp_hf
 from reccomp_hf.checkpoints.conversion import shards
+from reccomp_hf.checkpoints.conversion_record import ConversionRecord
 from reccomp_hf.cli import main as cli
 
 
@@ -60,12 +61,12 @@ def drop_from_index(folder, key):
 
 SPOILT = {
     "missing shard": (lambda f: shard_with(f, LLM).unlink(), "lacks 1 of its weight files, model-0"),
-    "broken off": (lambda f: os.truncate(shard_with(f, LLM), 5000), r"cannot be read .* broken off"),
-    "no safetensors": (lambda f: shard_with(f, LLM).write_text("oops"), r"cannot be read .* broken off"),
+    "truncated": (lambda f: os.truncate(shard_with(f, LLM), 5000), r"cannot be read .* truncated"),
+    "no safetensors": (lambda f: shard_with(f, LLM).write_text("oops"), r"cannot be read .* truncated"),
     "index lies": (lambda f: rewrite(shard_with(f, LLM), lose), "lacks weights that the index puts there, language_m"),
     "key missing": (
         lambda f: (rewrite(shard_with(f, LLM), lose), drop_from_index(f, LLM)),
-        r"no complete LlavaForConditionalGeneration: 1 weights are missing, language_model\.layers\.1\.mlp\.up_proj",
+        r"not a complete LlavaForCond\w+: 1 weights are missing, language_model\.layers\.1\.mlp\.up_proj",
     ),
     "key too many": (
         lambda f: rewrite(shard_with(f, LLM), add),
@@ -93,7 +94,7 @@ def test_a_llava_that_is_not_whole_is_refused(spoil, message, sources, tmp_path)
 
 def test_a_clip_without_its_text_side_is_refused(sources, tmp_path):
     rewrite(sources[1] / "model.safetensors", lambda tensors: tensors.pop("visual_projection.weight"))
-    with pytest.raises(ValueError, match=r"no complete CLIPModel: it has no weights visual_projection\.\*"):
+    with pytest.raises(ValueError, match=r"not a complete CLIPModel: it has no weights visual_projection\.\*"):
         reccomp_hf.convert(*sources, tmp_path / "out")
     assert_nothing_new(tmp_path, "sources")
 
@@ -114,7 +115,7 @@ def test_a_value_that_the_dtype_cannot_hold_is_refused(sources, tmp_path):
     reccomp_hf.convert(*sources, tmp_path / "out", dtype="bfloat16")
 
 
-def test_a_full_disk_is_told_before_anything_is_copied(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_copied(tmp_path, monkeypatch):
     monkeypatch.setattr(CONVERT.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 300_000))
     monkeypatch.setattr(shards, "copy_shard", lambda *_: pytest.fail("copied"))
     with pytest.raises(OSError, match=r"has 0\.0 GB free; the checkpoint needs 0\.0 GB"):
@@ -122,7 +123,7 @@ def test_a_full_disk_is_told_before_anything_is_copied(tmp_path, monkeypatch):
     assert_nothing_new(tmp_path)
 
 
-# ---- the proof: whatever goes wrong on the way is found ------------------------------------------------------------
+# ---- the verification: whatever goes wrong on the way is detected --------------------------------------------------
 
 
 def spoil_copies(monkeypatch, change, checked=False):
@@ -155,7 +156,7 @@ def flip_a_bit(path):
 @pytest.mark.parametrize("dtype", [None, "float16"])
 def test_a_bit_that_flips_on_the_way_is_found(dtype, tmp_path, monkeypatch):
     spoil_copies(monkeypatch, flip_a_bit, checked=True)
-    with pytest.raises(RuntimeError, match=r"model-00001-of-\d+\.safetensors is not what .* holds"):
+    with pytest.raises(RuntimeError, match=r"model-00001-of-\d+\.safetensors differs from .*the disk or the memory"):
         reccomp_hf.convert(*sharded(LLAVA), tmp_path / "out", dtype=dtype)
     assert_nothing_new(tmp_path)
 
@@ -165,14 +166,14 @@ def test_a_bit_that_flips_on_the_way_is_found(dtype, tmp_path, monkeypatch):
     (LLAVA, "encoder.layers.1.mlp.fc2.bias", "vision tower"),
     (LLAVA_NEXT, "encoder.layers.3.mlp.fc2.bias", "last block of the vision"),
 )
-def test_another_vision_tower_is_found(architecture, piece, part, tmp_path, monkeypatch):
+def test_a_swapped_vision_tower_is_detected(architecture, piece, part, tmp_path, monkeypatch):
     spoil_copies(monkeypatch, add_to(piece))
-    with pytest.raises(RuntimeError, match=f"does not compute what its sources compute: the {part}"):
+    with pytest.raises(RuntimeError, match=f"does not compute the same as its sources: the {part}"):
         reccomp_hf.convert(*sharded(architecture), tmp_path / "out")
     assert_nothing_new(tmp_path)
 
 
-def test_another_projector_is_found(tmp_path, monkeypatch):
+def test_a_swapped_projector_is_detected(tmp_path, monkeypatch):
     spoil_copies(monkeypatch, add_to("multi_modal_projector.linear_1.bias"))
     with pytest.raises(RuntimeError, match="the projector differs by"):
         reccomp_hf.convert(*sharded(LLAVA), tmp_path / "out")
@@ -184,12 +185,12 @@ def test_a_lost_layer_of_the_language_model_is_found(tmp_path, monkeypatch):
             rewrite(path, lose)
 
     spoil_copies(monkeypatch, change)
-    with pytest.raises(ValueError, match=r"the new checkpoint is no complete Llava.*: 1 weights are missing"):
+    with pytest.raises(ValueError, match=r"the new checkpoint is not a complete Llava.*: 1 weights are missing"):
         reccomp_hf.convert(*sharded(LLAVA), tmp_path / "out")
 
 
 @pytest.mark.parametrize("piece", ["text_model.final_layer_norm.bias", "visual_projection"])
-def test_another_text_side_is_found(piece, tmp_path, monkeypatch):
+def test_a_swapped_text_side_is_detected(piece, tmp_path, monkeypatch):
     read = shards.text_side_tensors
 
     def read_and_spoil(*arguments):
@@ -218,7 +219,7 @@ def test_a_wrong_number_of_tokens_is_found(architecture, budget, tmp_path, monke
         reccomp_hf.convert(*sharded(architecture), tmp_path / "out", budget=budget)
 
 
-def test_another_tokenizer_is_found(tmp_path, monkeypatch):
+def test_a_swapped_tokenizer_is_detected(tmp_path, monkeypatch):
     save = LLAVA.processor_class.save_pretrained
 
     def save_another(self, folder, **kwargs):
@@ -229,7 +230,7 @@ def test_another_tokenizer_is_found(tmp_path, monkeypatch):
         path.write_text(json.dumps(fields))
 
     monkeypatch.setattr(LLAVA.processor_class, "save_pretrained", save_another)
-    with pytest.raises(RuntimeError, match="The saved recovery_tokenizer reads a prompt as other ids"):
+    with pytest.raises(RuntimeError, match="The saved recovery_tokenizer encodes a prompt differently"):
         reccomp_hf.convert(*sharded(LLAVA), tmp_path / "out")
     assert_nothing_new(tmp_path)
 
@@ -237,12 +238,12 @@ def test_another_tokenizer_is_found(tmp_path, monkeypatch):
 @each_of("architecture, preset", (LLAVA, "paper"), (LLAVA, "authors"), (LLAVA_NEXT, "balanced"))
 def test_what_was_proven_is_said(architecture, preset, tmp_path):
     fields = {"budget": 20} if preset == "balanced" else {}
-    done = CONVERT.convert_and_prove(*sharded(architecture), tmp_path / "out", preset, **fields)
-    assert "weight files of LLaVA byte for byte; vision tower, projector, text similarity equal" in done.proof
-    assert ("20 of " if preset == "balanced" else " visual tokens chosen on a probe picture") in done.proof
+    proof = ConversionRecord.read(reccomp_hf.convert(*sharded(architecture), tmp_path / "out", preset, **fields)).proof
+    assert "weight files of LLaVA byte for byte; vision tower, projector, text similarity equal" in proof
+    assert ("20 of " if preset == "balanced" else " visual tokens chosen on a probe image") in proof
 
 
-# ---- broken off in the middle --------------------------------------------------------------------------------------
+# ---- interrupted in the middle --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
@@ -269,7 +270,7 @@ def test_what_a_killed_conversion_left_is_not_used(tmp_path, caplog):
     (left / "new" / "out").mkdir(parents=True)
     (left / "new" / "out" / "model.safetensors").write_text("half")
     folder = reccomp_hf.convert(*sharded(LLAVA), tmp_path / "out")
-    assert f"{left} is of another conversion, killed or still running. Nothing of it is used" in caplog.text
+    assert f"{left} belongs to another conversion, killed or still running. It is not used" in caplog.text
     assert not (folder / "model.safetensors").exists() and left.is_dir()
     assert_nothing_new(tmp_path, "out", left.name)
 

@@ -1,5 +1,6 @@
 """From two repositories on the Hub to a third in one command, and what a stranger has of it."""
 
+import json
 import subprocess
 import sys
 
@@ -63,6 +64,10 @@ def test_one_command_and_a_stranger(hub, sources, tmp_path):
         assert files[name] == (output / name).read_bytes()
     card = files["README.md"].decode()
     assert "license: llama2" in card and "- org/llava\n" in card and 'from_pretrained("me/model"' in card
+    assert f"reccomp-hf convert {' '.join(sources)} model" in card.replace(" \\\n   ", "")
+    record = json.loads(files["conversion.json"])
+    assert (record["llava"], record["clip"], record["fields"]) == (*sources, {"budget": 24})
+    assert record["proof"] in " ".join(done.stdout.split())
     assert any(name.endswith(".safetensors") for name in files)
     repo.commit("main", "as on the branch", repo.at("b24").tree)
     result = tmp_path / "result.pt"
@@ -89,12 +94,12 @@ def test_a_push_that_fails_leaves_the_folder(hub, sources, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("llava", "message"),
     [
-        ("org/gated", "org/gated is no folder, and its repository is gated: accept its terms"),
-        ("org/none", "org/none is no folder, and no such repository is on the Hub"),
-        ("org/llava@v9", "org/llava@v9 is no folder, and the repository on the Hub has no such revision"),
+        ("org/gated", "org/gated is not a folder, and its repository is gated: accept its terms"),
+        ("org/none", "org/none is not a folder, and the Hub has no such repository"),
+        ("org/llava@v9", "org/llava@v9 is not a folder, and the repository on the Hub has no such revision"),
     ],
 )
-def test_sources_that_cannot_be_had(hub, sources, folders, tmp_path, capsys, monkeypatch, llava, message):
+def test_sources_that_cannot_be_downloaded(hub, sources, folders, tmp_path, capsys, monkeypatch, llava, message):
     hub.make("org/gated", folders[0], gated=True)
     monkeypatch.setenv("HF_TOKEN", "hf_stranger")
     assert cli.main(["convert", llava, "org/clip", str(tmp_path / "out")]) == 2

@@ -8,12 +8,13 @@ import tiny
 import torch
 from architectures import LLAVA, each_architecture, prompt_of
 from fake_hub_store import Blob
-from hub_client import save_checkpoint
 from huggingface_hub import HfApi
+from saved import save_checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import reccomp_hf
 from reccomp_hf.checkpoints import hub as checkpoints_hub
+from reccomp_hf.checkpoints import loading
 
 # huggingface_hub 2.x uploads by `data=` where there is no Xet storage, which its own HTTP library deprecates.
 pytestmark = [
@@ -71,6 +72,29 @@ def test_the_pipeline_by_its_name(hub, tmp_path):
         [result] = pipe(text=chat, generate_kwargs={"max_new_tokens": 4, "do_sample": False}, return_full_text=False)
         answers.append(result["generated_text"])
     assert answers[0] == answers[1]
+
+
+def test_loaded_by_a_commands_name(hub, tmp_path):
+    """Weights are downloaded once the description fits, and only if some are missing."""
+    folder = save_checkpoint(tmp_path / "model", shard="100KB", budget=12)
+    hub.make("me/model", folder)
+    with pytest.raises(ValueError, match="bugdet"):
+        loading.load("me/model", {"bugdet": 7}, device="cpu")
+    LLAVA.shared_stock().save_pretrained(tmp_path / "stock")
+    hub.make("me/stock", tmp_path / "stock")
+    with pytest.raises(ValueError, match="is a stock LLaVA"):
+        loading.load("me/stock", {}, device="cpu")
+    assert not [path for _, path, *_ in hub.requests("GET", "me/stock") if "safetensors" in path]
+    encoder, _ = loading.load_encoder("me/model", {"budget": 7}, device="cpu")
+    assert type(encoder) is LLAVA.base_class and encoder.config.token_recovery.budget == 7
+    assert len(encoder.language_model.layers) == 0
+    hub.log.clear()
+    model, processor = loading.load("me/model", {}, device="cpu", dtype="bfloat16")
+    assert type(model) is LLAVA.model_class and not model.training and model.dtype == torch.bfloat16
+    assert type(processor) is LLAVA.processor_class
+    assert not hub.requests("GET", ".safetensors")
+    with pytest.raises(ValueError, match=r"Nothing can run on device 'tpu' here \(.*--device cpu always can"):
+        loading.load(str(folder), {}, device="tpu")
 
 
 def test_the_hub_lists_what_was_pushed(hub, tmp_path):

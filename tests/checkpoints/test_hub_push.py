@@ -2,12 +2,11 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 from architectures import each_architecture
-from hub_client import save_checkpoint
 from safetensors.torch import load_file, save_file
+from saved import save_checkpoint
 
 from reccomp_hf.checkpoints import cards, completeness
 from reccomp_hf.checkpoints import hub as package_hub
@@ -51,9 +50,9 @@ def test_a_push_is_one_commit_with_everything(hub, tmp_path, architecture):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("secret")
     (folder / "README.md").write_text(CARD)
-    url = package_hub.push_folder(folder, "me/model", message="First words")
+    pushed = package_hub.push(folder, "me/model", message="First words")
     repo = hub.repos["me/model"]
-    assert url == f"{hub.url}/me/model"
+    assert (pushed.url, pushed.removed) == (f"{hub.url}/me/model", [])
     assert [commit.title for commit in repo.history()] == ["First words", "initial commit"]
     assert len(hub.requests("POST", "/commit/")) == 1
     assert repo.branches.keys() == {"main"} and not repo.private
@@ -75,7 +74,7 @@ def test_large_files_go_in_parts_if_the_hub_wants_that(hub, published):
     assert contents(published / "shards").items() <= hub.repos["me/model"].files().items()
 
 
-def test_what_has_not_changed_is_no_new_commit(hub, folder):
+def test_what_has_not_changed_makes_no_new_commit(hub, folder):
     first = package_hub.push(folder, "me/model")
     again = package_hub.push(folder, "me/model")
     assert (first.changed, again.changed) == (True, False)
@@ -86,15 +85,15 @@ def test_what_has_not_changed_is_no_new_commit(hub, folder):
     assert len(hub.requests("PUT", "/storage/")) == 1
 
 
-def test_code_is_written_where_it_is_missing_and_only_there(hub, folder):
-    own = (folder / "recovery.py").read_bytes() + b"\n# changed by its owner\n"
-    (folder / "recovery.py").write_bytes(own)
+def test_code_is_written_if_a_file_is_missing_and_only_then(hub, folder):
+    edited = (folder / "choosing_reccomp.py").read_bytes() + b"\n# changed by its owner\n"
+    (folder / "choosing_reccomp.py").write_bytes(edited)
     package_hub.push(folder, "me/model")
-    assert hub.repos["me/model"].files()["recovery.py"] == own
-    (folder / "relevance.py").unlink()
+    assert hub.repos["me/model"].files()["choosing_reccomp.py"] == edited
+    (folder / "relevance_reccomp.py").unlink()
     package_hub.push(folder, "me/other")
-    files, sources = hub.repos["me/other"].files(), Path(package_hub.__file__).parent
-    assert all(files[name] == (sources / name).read_bytes() for name in ("relevance.py", "recovery.py"))
+    files, sources = hub.repos["me/other"].files(), remote_code.flat_sources()
+    assert {name: files[name].decode() for name in sources} == sources
 
 
 def test_a_card_is_written_where_there_is_none_of_a_person(hub, tmp_path):
@@ -167,11 +166,11 @@ def test_an_owner_need_not_be_named(hub, folder):
     ("repo", "token", "message"),
     [
         ("stranger/model", "hf_me", "your token may not write there"),
-        ("me/model", None, "the Hub asks who you are .*`hf auth login`.*HF_TOKEN"),
-        ("me/model", "hf_old", "the Hub asks who you are .*no valid token"),
-        ("me/a/model", "hf_me", "no name that a repository"),
-        ("datasets/me/model", "hf_me", "no name that a repository"),
-        ("me/mo del", "hf_me", "no name that a repository"),
+        ("me/model", None, "the Hub requires a login .*`hf auth login`.*HF_TOKEN"),
+        ("me/model", "hf_old", "the Hub requires a login .*invalid token"),
+        ("me/a/model", "hf_me", "not a valid name of a repository"),
+        ("datasets/me/model", "hf_me", "not a valid name of a repository"),
+        ("me/mo del", "hf_me", "not a valid name of a repository"),
     ],
 )
 def test_who_may_not_push(hub, published, monkeypatch, repo, token, message):
@@ -221,14 +220,14 @@ SHARD = "model-00002-of-*.safetensors"
     ("name", "change", "message"),
     [
         ("config.json", remove, "it has no config.json"),
-        ("config.json", cut_in_half, "config.json is no valid JSON"),
+        ("config.json", cut_in_half, "config.json is not valid JSON"),
         ("config.json", stock, "model_type is 'llava'.*reccomp-hf convert"),
         ("config.json", impossible_budget, "token_recovery.budget must be"),
         ("model.safetensors.index.json", remove, "has no weights"),
-        ("model.safetensors.index.json", cut_in_half, "is no valid JSON"),
+        ("model.safetensors.index.json", cut_in_half, "is not valid JSON"),
         (SHARD, remove, "lacks 1 of its weight files, model-00002"),
-        (SHARD, cut_in_half, "model-00002.*cannot be read.*written to its end"),
-        (SHARD, without_a_weight, "model-00002.*lacks weights that the index says it has"),
+        (SHARD, cut_in_half, "model-00002.*cannot be read.*truncated"),
+        (SHARD, without_a_weight, "model-00002.*lacks weights that the index puts there"),
         ("tokenizer_config.json", remove, "has no tokenizer_config.json: save the processor"),
         ("processor_config.json", remove, "has no processor_config.json: save the processor"),
         ("recovery_tokenizer/tokenizer_config.json", remove, "has no recovery_tokenizer/tokenizer_config.json"),
@@ -245,13 +244,13 @@ def test_what_nobody_could_load_is_not_sent(hub, published, tmp_path, name, chan
 
 
 def test_a_folder_that_is_not_there(hub, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         package_hub.push(tmp_path / "nowhere", "me/model")
 
 
 def test_a_card_that_the_hub_refuses(hub, folder):
     (folder / "README.md").write_text("---\ntags: [a\n---\n")
-    with pytest.raises(OSError, match=r"Invalid metadata in README.md.*Branch 'main' is as it was"):
+    with pytest.raises(OSError, match=r"Invalid metadata in README.md.*Branch 'main' is unchanged"):
         package_hub.push(folder, "me/model")
     assert hub.repos["me/model"].files().keys() == {".gitattributes"}
 
@@ -262,11 +261,11 @@ def test_a_card_that_the_hub_refuses(hub, folder):
 @pytest.mark.parametrize(
     ("method", "piece", "fault", "message"),
     [
-        ("PUT", "/storage/", {"cut": 20_000, "times": 99}, "the upload broke off"),
+        ("PUT", "/storage/", {"cut": 20_000, "times": 99}, "the upload was interrupted"),
         ("PUT", "/storage/", {"status": 503, "times": 99}, "the Hub answered 503"),
         ("PUT", "/storage/", {"corrupt": True, "times": 99}, "the Hub answered 400.*announced sha256"),
         ("POST", "/batch", {"status": 500, "times": 99}, "the Hub answered 500"),
-        ("POST", "/commit/", {"cut": 200}, "the upload broke off"),
+        ("POST", "/commit/", {"cut": 200}, "the upload was interrupted"),
         ("POST", "/commit/", {"status": 500}, "the Hub answered 500"),
         ("POST", "/commit/", {"status": 503}, "the Hub answered 503"),
     ],
@@ -275,7 +274,7 @@ def test_a_push_that_breaks_off_leaves_the_branch_as_it_was(hub, published, meth
     repo = hub.make("me/model")
     before = dict(repo.branches), len(repo.commits)
     hub.break_next(method, piece, **fault)
-    pattern = f"The push to me/model failed: .*{message}.*Branch 'main' is as it was.*`reccomp-hf push .*` tries again"
+    pattern = f"The push to me/model failed: .*{message}.*Branch 'main' is unchanged.*`reccomp-hf push .*` tries again"
     with pytest.raises(OSError, match=pattern) as failure:
         package_hub.push(published / "shards", "me/model")
     assert "\n" not in str(failure.value)
@@ -296,7 +295,7 @@ def test_a_short_failure_is_the_clients_affair(hub, folder):
 
 def test_a_commit_whose_answer_is_lost(hub, folder):
     hub.break_next("POST", "/commit/", silent=True)
-    with pytest.raises(OSError, match=r"Yet branch 'main' has a new commit, [0-9a-f]{40}: look at it"):
+    with pytest.raises(OSError, match=r"Yet branch 'main' has a new commit, [0-9a-f]{40}: check it"):
         package_hub.push(folder, "me/model")
     assert not package_hub.push(folder, "me/model").changed
 
@@ -304,7 +303,7 @@ def test_a_commit_whose_answer_is_lost(hub, folder):
 def test_a_hub_that_goes_away(hub, folder):
     hub.break_next("POST", "/commit/", cut=100)
     hub.break_next("GET", "/revision/main", status=500, times=99, skip=1)
-    with pytest.raises(OSError, match=r"Whether branch 'main' has the commit could not be asked"):
+    with pytest.raises(OSError, match=r"Whether branch 'main' has the commit is not known"):
         package_hub.push(folder, "me/model")
 
 
@@ -330,6 +329,7 @@ def test_the_command(hub, folder, capsys):
         "url": f"{hub.url}/me/model/tree/b",
         "files": len(contents(folder)),
         "changed": False,
+        "removed": [],
     }
 
 
@@ -337,9 +337,7 @@ def test_errors_of_the_command_are_one_line(hub, folder, capsys):
     assert cli.main(["push", str(folder), "stranger/model"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
-    assert err.startswith(
-        "reccomp-hf: error: Nothing was sent to stranger/model: the Hub says that your token may not"
-    )
+    assert err.startswith("reccomp-hf: error: Nothing was sent to stranger/model: your token may not write there")
 
 
 def test_what_a_training_run_left_stays_at_home(published, tmp_path):

@@ -6,11 +6,11 @@ import time
 
 import hub_client
 import pytest
-from hub_client import save_checkpoint
 from huggingface_hub import constants
+from saved import save_checkpoint
 
 from reccomp_hf.checkpoints import info as inspection
-from reccomp_hf.checkpoints.hub import push_folder, resolve, split_revision
+from reccomp_hf.checkpoints.hub import push, resolve, split_revision
 from reccomp_hf.cli import main as cli
 
 SHARD = "model-00001-of-00006.safetensors"
@@ -115,7 +115,7 @@ def test_offline_the_cache_answers(hub, published, monkeypatch):
 
 def test_offline_without_what_is_needed(hub, published, monkeypatch):
     hub.make("org/model", published)
-    pattern = "org/model is no folder, and HF_HUB_OFFLINE is set and the cache does not hold it"
+    pattern = "org/model is not a folder, and HF_HUB_OFFLINE is set and it is not in the cache"
     with hub_client.offline(monkeypatch), pytest.raises(OSError, match=pattern):
         resolve("org/model")
     folder = resolve("org/model", weights=False)
@@ -144,7 +144,7 @@ def test_an_interrupted_download_is_taken_up(hub, published, tmp_path):
     hub.make("org/model", published)
     hub.break_next("GET", SHARD, cut=30_000)
     hub.break_next("GET", SHARD, cut=0, times=99)
-    pattern = r"org/model is no folder, and the download broke off \(.*Run it again: what is complete is in the cache"
+    pattern = r"org/model is not a folder, and the download was interrupted \(.*Run it again: complete files are in"
     with pytest.raises(OSError, match=pattern) as failure:
         resolve("org/model")
     assert "\n" not in str(failure.value)
@@ -179,28 +179,28 @@ def test_a_short_interruption(hub, published):
 @pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "~/nowhere", "/nowhere", "a/b/c", "a\\b"])
 def test_a_path_to_nothing_is_not_asked_for(hub, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="is no folder: there is nothing of that name"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         resolve(name)
     assert hub.log == []
 
 
-def test_a_file_is_no_folder(hub, published):
-    with pytest.raises(NotADirectoryError, match="it is a file"):
+def test_a_file_is_not_a_folder(hub, published):
+    with pytest.raises(NotADirectoryError, match=r"config\.json is a file; name the folder"):
         resolve(published / "config.json")
 
 
 @pytest.mark.parametrize(
     ("name", "token", "message"),
     [
-        ("org/none", "hf_me", "no such repository is on the Hub"),
-        ("org/none", None, r"the Hub asks who you are \(401.*`hf auth login`.*HF_TOKEN"),
+        ("org/none", "hf_me", "the Hub has no such repository"),
+        ("org/none", None, r"the Hub requires a login \(401.*`hf auth login`.*HF_TOKEN"),
         ("org/gated", "hf_stranger", "repository is gated: accept its terms on http.*`hf auth login`"),
         ("org/gated", None, "repository is gated: accept its terms"),
-        ("org/private", "hf_stranger", "no such repository is on the Hub, or it is private"),
-        ("org/private", None, "the Hub asks who you are"),
-        ("org/open", "hf_expired", "the Hub asks who you are .*no valid token"),
+        ("org/private", "hf_stranger", "the Hub has no such repository, or it is private"),
+        ("org/private", None, "the Hub requires a login"),
+        ("org/open", "hf_expired", "the Hub requires a login .*invalid token"),
         ("org/open@v9", "hf_me", "has no such revision"),
-        ("org/op en", "hf_me", "no name that a repository"),
+        ("org/op en", "hf_me", "not a valid name of a repository"),
         ("org/empty", "hf_me", "checkpoint: it has no config.json"),
     ],
 )
@@ -210,7 +210,7 @@ def test_what_the_hub_does_not_give(hub, published, monkeypatch, name, token, me
     hub.make("org/open", published)
     hub.make("org/empty")
     monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(OSError, match=f"^{name} is no .*{message}") as failure:
+    with pytest.raises(OSError, match=f"^{name} is not a .*{message}") as failure:
         resolve(name)
     assert "\n" not in str(failure.value)
 
@@ -247,8 +247,8 @@ def test_a_hub_that_nobody_reaches(hub, published):
     hub.server.server_close()
     hub_client.forget_connections()
     began = time.monotonic()
-    with pytest.raises(OSError, match=r"the Hub at http.*cannot be reached \(.*and the cache does not hold it"):
+    with pytest.raises(OSError, match=r"the Hub at http.*cannot be reached \(.*and it is not in the cache"):
         resolve("org/model")
     assert time.monotonic() - began < 20
     with pytest.raises(OSError, match=r"Nothing was sent to me/model: the Hub at http.* cannot be reached"):
-        push_folder(published, "me/model")
+        push(published, "me/model")

@@ -103,7 +103,7 @@ def test_info_on_tokens(run, architecture, tmp_path):
         saved["token_recovery"] |= {"enabled": True, **fields}
         (folder / "config.json").write_text(json.dumps(saved))
         notes[name] = json.loads(run("info", folder, "--json")[1])["tokens_per_image"]
-    assert "picture and the question" in notes["dynamic"]["note"] and notes["dynamic"]["after"] is None
+    assert "image and the question" in notes["dynamic"]["note"] and notes["dynamic"]["after"] is None
     assert notes["count"]["after"] == 8
     assert "enabled is false" in notes["off"]["note"] and notes["off"]["before"] == notes["off"]["after"]
     if architecture.name == "llava":
@@ -191,10 +191,10 @@ def test_info_refuses_what_is_not_ours(error, sources, tmp_path):
     assert f"stock LLaVA (model_type 'llava') without token recovery: `reccomp-hf convert {stock} " in error(
         "info", stock
     )
-    assert "no compressed LLaVA: its model_type is 'clip'" in error("info", clip)
+    assert "not a compressed LLaVA: its model_type is 'clip'" in error("info", clip)
     assert "no config.json" in error("info", tmp_path)
-    assert "it is a file" in error("info", stock / "config.json")
-    assert "somebody/no-such-model is no folder" in error("info", "somebody/no-such-model")
+    assert "is a file; name the folder" in error("info", stock / "config.json")
+    assert "somebody/no-such-model is not a folder" in error("info", "somebody/no-such-model")
 
 
 @pytest.mark.parametrize("place", ["before", "after"])

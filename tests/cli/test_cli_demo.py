@@ -57,7 +57,7 @@ def test_models_that_are_none_are_refused(error, sources):
         image.save(sources[0].parent / "x.png")
         asked = [str(sources[0].parent / part) if part == "x.png" else part for part in asked]
         assert "is a stock LLaVA" in error(name, *model, sources[0], *asked)
-        assert "no compressed LLaVA: its model_type is 'clip'" in error(name, *model, sources[1], *asked)
+        assert "not a compressed LLaVA: its model_type is 'clip'" in error(name, *model, sources[1], *asked)
 
 
 def test_a_truncated_picture_is_one_line(error, tmp_path):

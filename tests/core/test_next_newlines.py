@@ -90,7 +90,7 @@ def test_conversations(mode):
         talk = reccomp_hf.Conversation(NEXT.compressed(), processor, mode=mode, token_recovery=fields)
         for question, images in ((tiny.SENTENCES[0], [picture("broad")]), (tiny.SENTENCES[1], None)):
             talk.ask(question, images=images, max_new_tokens=3)
-        kinds = [token.kind for token in talk._held.visual] if mode != "rebuild" else []
+        kinds = [token.kind for token in talk._cache.visual] if mode != "rebuild" else []
         assert ("newline" in kinds) == (newlines == "kept" and mode != "rebuild")
         lengths[newlines] = [turn.cache_length for turn in talk.turns]
     assert all(none < kept for none, kept in zip(lengths["none"], lengths["kept"], strict=True))

@@ -1,4 +1,4 @@
-"""`embed_images` and `reccomp-hf embed`: what an engine is given is what our model reads."""
+"""`embed_images` and `reccomp-hf embed`: an engine receives what our model reads."""
 
 import base64
 import io
@@ -120,9 +120,9 @@ def test_the_part_of_a_message_for_vllm():
 @each_architecture
 def test_what_cannot_be_embedded(architecture):
     model, processor, pictures = architecture.compressed(), architecture.processor(), tiny.pictures(2)
-    with pytest.raises(ValueError, match="a question for each picture, got 2 and 1"):
+    with pytest.raises(ValueError, match="one question per image, got 2 images and 1 questions"):
         reccomp_hf.embed_images(model, processor, pictures, ["?"])
-    with pytest.raises(ValueError, match="got 0 and 0"):
+    with pytest.raises(ValueError, match="got 0 images and 0 questions"):
         reccomp_hf.embed_images(model, processor, [], [])
     with pytest.raises(ValueError, match="no question for the text encoder"):
         reccomp_hf.embed_images(model, processor, pictures, ["What?", " "])
@@ -193,7 +193,8 @@ def test_what_the_command_refuses(error, converted, data, tmp_path):
 
     assert "rows.jsonl, line 2: the question is missing or empty, got ' '" in changed(question=" ")
     assert "line 2: id must be a string or an integer, got [1]" in changed(id=[1])
-    assert "line 2: the id 'first/../one' is that of rows.jsonl, line 1 too" in changed(id="first/../one")
+    assert "line 2: id must be a string or an integer, got True" in changed(id=True)
+    assert "line 2: the id 'first/../one' is already the id of rows.jsonl, line 1" in changed(id="first/../one")
     assert "line 2: the picture no.png cannot be read: no such file" in changed(image="no.png")
     assert "line 2: image must be the path of a picture, got 3" in changed(image=3)
     broken = tmp_path / "1.png"

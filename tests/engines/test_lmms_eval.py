@@ -45,12 +45,12 @@ def stock(tmp_path_factory):
 
 @functools.cache
 def reported(setting):
-    """What `reccomp-hf eval` computes for the same questions."""
+    """The result of `reccomp-hf eval` for the same questions."""
     return evaluate(*demo_model(), lmms_tasks.samples(), [setting], max_new_tokens=16, progress=False).results[setting]
 
 
 def run(model, arguments, folder, task="scenes", **options):
-    """What lmms-eval makes of a task in this process: everything, and the samples in order."""
+    """The results of a task that lmms-eval runs in this process, and its samples in order."""
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
@@ -215,15 +215,15 @@ def test_rows_differ_in_pictures_and_lengths(simple, tmp_path):
 
 
 def test_a_text_marks_where_pictures_stand():
-    from reccomp_hf.engines.lmms_eval import _asked
+    from reccomp_hf.engines.lmms_eval import _row_from_text
 
     first, second = Image.new("RGB", (4, 4)), Image.new("RGB", (5, 5))
     image = {"type": "image"}
-    row = _asked("<image>\nIs this <image> like it?", [first, second], "asked")
+    row = _row_from_text("<image>\nIs this <image> like it?", [first, second], "asked")
     texts = [{"type": "text", "text": text} for text in ("Is this ", " like it?")]
     assert row.messages == [{"role": "user", "content": [image, texts[0], image, texts[1]]}]
     assert row.images == [first, second]
-    (message,) = _asked("Alike?", [first, second], "asked").messages
+    (message,) = _row_from_text("Alike?", [first, second], "asked").messages
     assert message["content"] == [image, image, {"type": "text", "text": "Alike?"}]
 
 
@@ -345,7 +345,7 @@ def test_arguments_that_do_not_fit_are_refused(arguments, message):
         wrapper(**arguments)
 
 
-def test_loading_is_as_asked_for():
+def test_loading_follows_the_arguments():
     model = wrapper(dtype="bfloat16", attn_implementation="eager", device_map="cpu", budget=10)
     assert model._model.dtype == torch.bfloat16 and model.device == torch.device("cpu")
     assert model._model.config._attn_implementation == "eager"
@@ -363,15 +363,15 @@ def test_tasks_that_do_not_fit_are_refused(tmp_path):
 
     model, simple = wrapper(), wrapper(simple=True)
     video = [{"role": "user", "content": [{"type": "video", "url": "film.mp4"}, {"type": "text", "text": QUESTION}]}]
-    with pytest.raises(ValueError, match="shows videos or plays sounds"):
+    with pytest.raises(ValueError, match="contains videos or audio"):
         model.generate_until([generation_request(model, video)])
-    with pytest.raises(ValueError, match="shows dict: these models read pictures alone"):
+    with pytest.raises(ValueError, match="contains a dict, but these models read only images"):
         simple.generate_until([generation_request(simple, QUESTION, images=[{"array": []}])])
-    with pytest.raises(ValueError, match=r"film\.mp4 is no picture that can be read"):
+    with pytest.raises(ValueError, match=r"film\.mp4 cannot be read as an image"):
         simple.generate_until([generation_request(simple, QUESTION, images=[str(tmp_path / "film.mp4")])])
-    with pytest.raises(ValueError, match="1 pictures, but the text marks 2"):
+    with pytest.raises(ValueError, match="1 images, but the text marks 2"):
         simple.generate_until([generation_request(simple, "<image><image>", images=[Image.new("RGB", (4, 4))])])
-    with pytest.raises(NotImplementedError, match=r"answers tasks of one round.*reccomp_hf\.Conversation"):
+    with pytest.raises(NotImplementedError, match=r"answers tasks of one round only.*reccomp_hf\.Conversation"):
         model.generate_until_multi_round([])
     unasked = Instance("loglikelihood", ("", "yes"), 0, {"task": "asked", "doc_id": 0, "repeats": 1})
     with pytest.raises(ValueError, match="likelihoods without a question"):
@@ -382,7 +382,7 @@ def test_a_template_that_writes_answers_elsewhere_is_refused():
     model = wrapper(simple=True)
     model.processor.chat_template = "{{ messages | length }}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
     request = likelihood_request(model, QUESTION, "yes", [draw_scene(7).image])
-    with pytest.raises(ValueError, match="must write an answer behind '1ASSISTANT:', but it wrote '2'"):
+    with pytest.raises(ValueError, match="must write an answer after '1ASSISTANT:', but it wrote '2'"):
         model.loglikelihood([request])
 
 

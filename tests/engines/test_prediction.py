@@ -25,7 +25,8 @@ from tiny import SENTENCES, pictures
 
 from reccomp_hf.data.rows import open_rows
 from reccomp_hf.engines.predict import Columns, parts, predict, running
-from reccomp_hf.engines.predict.questions import Questions, batches
+from reccomp_hf.engines.predict.batching import plan_batches
+from reccomp_hf.engines.predict.questions import Questions
 
 pytest_plugins = ("command_line", "prediction_runs")
 
@@ -90,12 +91,12 @@ def test_batches_are_of_similar_length_and_the_longest_come_first(architecture, 
     rows.append({"image": ["0.png"] * 3, "question": "cat"})
     processor, model = architecture.processor(), architecture.build(budget=0.5)
     questions = Questions(open_rows(write_lines(tmp_path / "data.jsonl", rows)), Columns(), processor)
-    planned, wrong = batches(questions, model, model.config.token_recovery, processor, 3)
-    assert not wrong
-    assert [len(batch) for batch in planned] == [3, 3, 2]
+    plan = plan_batches(questions, model, model.config.token_recovery, processor, 3)
+    assert not plan.bad_rows
+    assert [len(batch) for batch in plan.batches] == [3, 3, 2]
     inputs = [_alone(processor, tmp_path, row) for row in rows]
     lengths = [int(model.compress_inputs(**one)[0]["attention_mask"].sum()) for one in inputs]
-    real = [lengths[row] for batch in planned for row in batch]
+    real = [lengths[row] for batch in plan.batches for row in batch]
     assert all(later <= earlier + 8 for earlier, later in itertools.pairwise(real))  # newlines are an estimate
     assert real != lengths
 
@@ -113,12 +114,12 @@ def test_several_processes_share_the_rows(data, wanted, tmp_path, monkeypatch):
     """Four processes, one after the other, up to where they wait; then one process finishes what they wrote."""
     output, found = tmp_path / "out.jsonl", []
 
-    def agreed(state, find):
+    def broadcast(state, compute):
         if state.is_main_process:
-            found.append(find())
+            found.append(compute())
         return found[0]
 
-    monkeypatch.setattr(running, "_agreed", agreed)
+    monkeypatch.setattr(running, "broadcast", broadcast)
     for index in range(4):
         state = State(index, 4)
         monkeypatch.setattr(running, "process_state", lambda device=None, state=state: state)
@@ -157,7 +158,7 @@ def test_the_command(run, error, data, wanted, tmp_path):
     assert out.startswith(f"Wrote {output}: {COUNT - 2} answers.\nA question read 16.0 of 144.0 visual tokens")
     assert f"{COUNT} rows in " in out and "(1 process)" in out
     assert err == f'reccomp-hf: warning: 2 of {COUNT} rows could not be answered: see "error" in {output}.\n'
-    assert "is finished and was left as it is" in error(*common)
+    assert "is finished and was left unchanged" in error(*common)
     code, out, _ = run(*common, "--overwrite", "--json", "--set", "enabled=false", "--limit", 3)
     facts = json.loads(out)
     assert code == 0
@@ -186,7 +187,7 @@ def test_an_interrupted_run_says_what_is_kept(run, data, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there_is_told(error, data, tmp_path):
+def test_a_missing_device_is_reported(error, data, tmp_path):
     said = error("predict", data, "--model", "demo", "--output", tmp_path / "out.jsonl", "--device", "cuda")
     assert "--device cpu always can" in said
 
@@ -198,10 +199,10 @@ def test_errors_of_the_command(error, data, tmp_path, monkeypatch):
     monkeypatch.setattr("reccomp_hf.cli.predict.load", never)
     output = tmp_path / "out.jsonl"
     common = ("predict", data, "--model", "demo", "--output")
-    assert "by --image-column, --question-column and --id-column" in error(*common, output, "--image-column", "x")
+    assert "with --image-column, --question-column and --id-column" in error(*common, output, "--image-column", "x")
     assert "has no column 'text'" in error(*common, output, "--question-column", "text")
     assert "batch_size must be at least 1" in error(*common, output, "--batch-size", 0)
-    assert "would be written over" in error(*common, data)
+    assert "would be overwritten" in error(*common, data)
     assert "the folder of" in error(*common, tmp_path / "no" / "out.jsonl")
     assert "neither a file of JSON lines" in error("predict", tmp_path / "no", "--model", "demo", "--output", output)
     state = State(1, 2)

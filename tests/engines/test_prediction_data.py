@@ -1,4 +1,4 @@
-"""What `predict` reads: every format gives the same answers, and a row that cannot be asked stops nothing."""
+"""The data of `predict`: every format gives the same answers, and a row that cannot be asked does not end the run."""
 
 import json
 
@@ -168,20 +168,20 @@ BAD = {
     "no question": ({"image": "good.png", "id": "a"}, "a", "the question is missing or empty, got None"),
     "an empty question": ({**GOOD, "question": " \n", "id": "a"}, "a", "the question is missing or empty"),
     "a number for a question": ({**GOOD, "question": 3}, 1, "the question is missing or empty, got 3"),
-    "an instruction alone": ({**GOOD, "question": INSTRUCTION}, 1, "the question is an answer instruction alone"),
-    "a placeholder": ({**GOOD, "question": "What is <image>?"}, 1, "the question holds <image>, which stands for"),
-    "half a pair": ({**GOOD, "question": "\ud83d?"}, 1, "the question is no valid Unicode"),
+    "an instruction alone": ({**GOOD, "question": INSTRUCTION}, 1, "the question is only an answer instruction"),
+    "a placeholder": ({**GOOD, "question": "What is <image>?"}, 1, "the question contains <image>, the placeholder"),
+    "half a pair": ({**GOOD, "question": "\ud83d?"}, 1, "the question is not valid Unicode"),
     "no picture": ({"question": "What?", "id": 7}, 7, "image must be the path of a picture, got None"),
-    "an empty list": ({**GOOD, "image": []}, 1, "the row has no picture, got an empty list"),
+    "an empty list": ({**GOOD, "image": []}, 1, "the row has no image, got an empty list"),
     "a number for a picture": ({**GOOD, "image": [3]}, 1, "image must be the path of a picture, got 3"),
     "a missing picture": ({**GOOD, "image": "7.png"}, 1, r"the picture 7\.png cannot be read: no such file"),
     "a truncated picture": ({**GOOD, "image": "half.png"}, 1, r"the picture half\.png cannot be read: "),
-    "a second picture that is none": ({**GOOD, "image": ["good.png", "data.jsonl"]}, 1, "cannot identify image file"),
-    "a path that is none": ({**GOOD, "image": "\0"}, 1, "cannot be read: embedded null byte"),
+    "a second image that is not one": ({**GOOD, "image": ["good.png", "data.jsonl"]}, 1, "cannot identify image file"),
+    "a path that is not valid": ({**GOOD, "image": "\0"}, 1, "cannot be read: embedded null byte"),
     "a folder": ({**GOOD, "image": "."}, 1, "cannot be read: "),
-    "a true id": ({**GOOD, "id": True}, None, "id must be a string or a whole number, got True"),
-    "a null id": ({**GOOD, "id": None}, None, "id must be a string or a whole number, got None"),
-    "an id that is taken": ({**GOOD, "id": 0}, 0, r"the id 0 is that of data\.jsonl, line 1"),
+    "a true id": ({**GOOD, "id": True}, None, "id must be a string or an integer, got True"),
+    "a null id": ({**GOOD, "id": None}, None, "id must be a string or an integer, got None"),
+    "an id that is taken": ({**GOOD, "id": 0}, 0, r"the id 0 is already the id of data\.jsonl, line 1"),
 }
 
 
@@ -216,7 +216,7 @@ def test_a_bad_row_says_what_is_wrong(folder, row, row_id, message):
         raise ValueError(found[1]["error"])
 
 
-def test_bytes_that_are_no_text(folder):
+def test_bytes_that_are_not_text(folder):
     path = folder / "data.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\n" + b'{"question": "\xff"}\n')
     first, second = answers(path, folder / "out.jsonl")
@@ -268,17 +268,18 @@ def test_data_that_cannot_be_read_is_refused(folder):
     with pytest.raises(FileNotFoundError, match="neither a file of JSON lines nor a folder, nor a Parquet file"):
         ask(folder / "nothing", folder / "out.jsonl")
     data = write_lines(folder / "data.jsonl", [GOOD])
-    for asked, message in ((" ", "missing or empty"), ("<image>", "holds <image>"), (INSTRUCTION, "alone")):
+    refused = {" ": "missing or empty", "<image>": "contains <image>", INSTRUCTION: "only an answer instruction"}
+    for asked, message in refused.items():
         with pytest.raises(ValueError, match=message):
             ask(data, folder / "out.jsonl", columns=Columns(asked=asked))
     assert not list(folder.glob("out.jsonl*"))
 
 
-def test_what_is_read_is_not_written_to(folder):
+def test_the_data_is_not_overwritten(folder):
     data = write_lines(folder / "data.jsonl", [GOOD])
-    with pytest.raises(ValueError, match="is what is read, and would be written over"):
+    with pytest.raises(ValueError, match="is the data itself, which would be overwritten"):
         ask(data, data)
-    with pytest.raises(ValueError, match="is inside the folder that is read"):
+    with pytest.raises(ValueError, match="is inside the folder of the data"):
         ask(folder, folder / "out.jsonl", columns=Columns(asked="What?"))
     with pytest.raises(ValueError, match="must be a file in a folder that exists"):
         ask(data, folder / "no" / "out.jsonl")

@@ -1,4 +1,4 @@
-"""Runs of `predict` that are killed and go on, and what does not go on."""
+"""Runs of `predict` that are killed and resume, and runs that must not resume."""
 
 import copy
 import itertools
@@ -20,7 +20,7 @@ pytest_plugins = ("prediction_runs",)
 # ---- runs that go on -----------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_is_killed_anywhere_goes_on(data, wanted, tmp_path):
+def test_a_run_that_is_killed_anywhere_resumes(data, wanted, tmp_path):
     """Killed at every write, in the middle of it, and around every change of a file, then run again."""
     for steps in itertools.count():
         output = tmp_path / f"{steps}" / "out.jsonl"
@@ -53,16 +53,16 @@ def test_only_what_is_missing_is_written(data, tmp_path, monkeypatch):
     assert (summary.new, summary.rows) == (COUNT - len(done), COUNT)
 
 
-def test_a_batch_that_lacks_a_row_is_read_as_it_was(data, tmp_path, monkeypatch):
+def test_a_batch_that_lacks_a_row_is_read_whole(data, tmp_path, monkeypatch):
     """So that in half precision too its answers are the same."""
     output, seen = tmp_path / "out.jsonl", []
-    answer = running._Asker.answer
+    answer = running._Answerer.answer
 
-    def watched(self, asked, inputs):
-        seen.append([question.row for question in asked])
-        return answer(self, asked, inputs)
+    def watched(self, questions, inputs):
+        seen.append([question.row for question in questions])
+        return answer(self, questions, inputs)
 
-    monkeypatch.setattr(running._Asker, "answer", watched)
+    monkeypatch.setattr(running._Answerer, "answer", watched)
     ask(data, tmp_path / "whole.jsonl")
     whole = list(seen)
     seen.clear()
@@ -78,7 +78,7 @@ def test_a_batch_that_lacks_a_row_is_read_as_it_was(data, tmp_path, monkeypatch)
 def test_a_finished_output_is_left_alone(data, wanted, tmp_path):
     output = tmp_path / "out.jsonl"
     output.write_text("mine", encoding="utf-8")
-    with pytest.raises(FileExistsError, match=r"out\.jsonl is finished and was left as it is: .* with --overwrite"):
+    with pytest.raises(FileExistsError, match=r"out\.jsonl is finished and was left unchanged: .* with --overwrite"):
         ask(data, output)
     assert output.read_text(encoding="utf-8") == "mine"
     ask(data, output, overwrite=True)
@@ -95,16 +95,16 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(("options", "message"), OTHERS.values(), ids=OTHERS)
-def test_a_run_does_not_go_on_as_another_one(data, wanted, tmp_path, options, message):
+def test_a_run_does_not_resume_with_other_settings(data, wanted, tmp_path, options, message):
     output = tmp_path / "out.jsonl"
     assert killed(data, output, 6)
-    with pytest.raises(ValueError, match=rf"holds answers of another run: it differs in {message}\. Go on as"):
+    with pytest.raises(ValueError, match=rf"holds answers of another run, which differs in {message}\. Resume with"):
         ask(data, output, **options)
     ask(data, output)
     assert output.read_bytes() == wanted
 
 
-def test_a_run_does_not_go_on_with_another_model_or_other_data(data, wanted, tmp_path):
+def test_a_run_does_not_resume_with_another_model_or_other_data(data, wanted, tmp_path):
     rows = tmp_path / "data.jsonl"
     for path in data.parent.iterdir():
         shutil.copy(path, tmp_path)
@@ -114,21 +114,21 @@ def test_a_run_does_not_go_on_with_another_model_or_other_data(data, wanted, tmp
     trained = copy.deepcopy(model)
     trained.lm_head.weight.data[0, 0] += 0.01
     options = {"max_new_tokens": NEW_TOKENS}
-    with pytest.raises(ValueError, match=r"it differs in model \("):
+    with pytest.raises(ValueError, match=r"which differs in model \("):
         predict(trained, processor, rows, output, **options)
     half = copy.deepcopy(model).bfloat16()
-    with pytest.raises(ValueError, match=r"it differs in dtype \('float32' there, 'bfloat16' here\), and in model"):
+    with pytest.raises(ValueError, match=r"which differs in dtype \('float32' there, 'bfloat16' here\), and in model"):
         predict(half, processor, rows, output, **options)
     before = rows.read_text(encoding="utf-8")
     rows.write_text(before.replace("circle", "square", 1), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"it differs in data \("):
+    with pytest.raises(ValueError, match=r"which differs in data \("):
         ask(rows, output)
     rows.write_text(before, encoding="utf-8")
     ask(rows, output)
     assert output.read_bytes() == wanted
 
 
-def test_a_run_that_answered_nothing_is_in_nobodys_way(data, wanted, tmp_path):
+def test_a_run_that_answered_nothing_does_not_block_other_settings(data, wanted, tmp_path):
     output = tmp_path / "out.jsonl"
     with pytest.raises(ValueError, match="only 144 patches"):
         ask(data, output, token_recovery={"budget": 145})
@@ -144,7 +144,7 @@ def test_overwrite_starts_over(data, wanted, tmp_path):
     assert done.new == COUNT
 
 
-def test_a_damaged_folder_is_told(data, tmp_path):
+def test_a_damaged_folder_is_reported(data, tmp_path):
     output = tmp_path / "out.jsonl"
     assert killed(data, output, 6)
     (file, *_) = left_files(output)
@@ -158,16 +158,16 @@ def test_a_damaged_folder_is_told(data, tmp_path):
         ask(data, output)
 
 
-def test_rows_that_vanish_are_told(data, tmp_path, monkeypatch):
-    output, ahead = tmp_path / "out.jsonl", running._ahead
+def test_rows_that_vanish_are_reported(data, tmp_path, monkeypatch):
+    output, prefetch = tmp_path / "out.jsonl", running._prefetch
 
     def vanishing(items, prepare):
-        yield from ahead(items, prepare)
+        yield from prefetch(items, prepare)
         for file in left_files(output):
             file.unlink()
 
-    monkeypatch.setattr(running, "_ahead", vanishing)
-    with pytest.raises(RuntimeError, match=f"{COUNT} of {COUNT} rows are not in .*Run it again"):
+    monkeypatch.setattr(running, "_prefetch", vanishing)
+    with pytest.raises(RuntimeError, match=f"{COUNT} of {COUNT} rows are not in .*Run the same command again"):
         ask(data, output)
     assert not output.exists()
 
@@ -190,7 +190,7 @@ MANY = 60
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """More questions, and what one undisturbed run in a process of its own writes."""
+    """More questions, and the output of one undisturbed run in a process of its own."""
     folder = tmp_path_factory.mktemp("many")
     rows = save_pictures(folder, MANY)
     rows[5]["question"], rows[50]["image"] = "", "missing.png"
@@ -275,7 +275,7 @@ def test_ten_real_kills_change_nothing(many, tmp_path):
 
 @pytest.mark.slow
 def test_processes_that_outlive_their_launcher_do_no_harm(many, tmp_path):
-    """The launcher alone is killed; what it started lives on while the same command runs again."""
+    """Only the launcher is killed; its processes live on while the same command runs again."""
     (data, wanted), output = many, tmp_path / "out.jsonl"
     process = start(data, output, 2, 1)
     while not written(output):

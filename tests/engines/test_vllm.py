@@ -13,6 +13,7 @@ from vllm_engines import ask, copy_checkpoint, engine, forget, prompt, reference
 from vllm_scenes import BUDGET, PAIRS, PAPER, QUESTIONS, SCENES, embeddings, environment, requests, scene, user  # noqa: F401
 
 from reccomp_hf.demo import checkpoint_folder
+from reccomp_hf.engines.vllm.budgets import budget_to_tensor
 
 # What vLLM and its dependencies warn about when they are imported is not ours.
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def transformers(folder):
-    """The model and the processor that say what is right."""
+    """The model and the processor that give the expected answers."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
@@ -125,13 +126,13 @@ def test_a_request_may_have_a_smaller_budget(llm, expected, budget, tokens):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"token_recovery": {"budget": BUDGET + 1}}, r"budget of 17 is 17 tokens of a picture, more than the 16"),
-        ({"token_recovery": {"budget": 0.5}}, r"budget of 0.5 is 72 tokens of a picture, more than the 16"),
+        ({"token_recovery": {"budget": BUDGET + 1}}, r"budget of 17 is 17 tokens of an image, more than the 16"),
+        ({"token_recovery": {"budget": 0.5}}, r"budget of 0.5 is 72 tokens of an image, more than the 16"),
         ({"token_recovery": {"budget": 1.0}}, r"budget of 1.0 is 144 tokens"),
         ({"token_recovery": {"budget": 0}}, r"budget must be null, an int >= 1 or a float"),
         ({"token_recovery": {"budget": None}}, r"budget must be an int >= 1"),
-        ({"token_recovery": {"text_share": 0.0}}, r"may set the budget alone.*--hf-overrides"),
-        ({"token_recovery": 8}, r"may set the budget alone"),
+        ({"token_recovery": {"text_share": 0.0}}, r"may set only the budget.*--hf-overrides"),
+        ({"token_recovery": 8}, r"may set only the budget"),
         ({"recovery_turns": "first"}, r"recovery_turns must be 'last' or 'all'"),
         ({"recovery_text": " "}, r"Row 0 has an image but no question"),
     ],
@@ -152,7 +153,7 @@ def test_the_question_may_be_given_apart_from_the_prompt(llm, expected):
 
 
 def test_questions_longer_than_the_text_encoder_reads(llm, expected):
-    """In several windows, beside short ones in the same step."""
+    """They are read in several windows, together with short questions in the same step."""
     long = " ".join([*QUESTIONS, *QUESTIONS[::-1]] * 2)
     pairs = [(SCENES[0], long), (SCENES[0], QUESTIONS[0]), (SCENES[1], long)]
     assert ask(llm, requests(pairs)) == [expected(user(question), (number,)) for number, question in pairs]
@@ -238,7 +239,7 @@ METHODS = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_gives_the_tokens_of_transformers(llm, transformers, name):
-    """The engine's model itself, beside `compress_inputs`: the same patches, and features that agree."""
+    """Compares the engine's model itself with `compress_inputs`: the same patches, and features that agree."""
     (reference_model, processor), fields = transformers, METHODS[name]
     texts, pictures = [user(question) for question in QUESTIONS], [scene(number) for number in SCENES]
     inputs = processor(images=pictures, text=texts, return_tensors="pt", padding=True)
@@ -251,7 +252,7 @@ def test_every_method_gives_the_tokens_of_transformers(llm, transformers, name):
         try:
             given = {key: inputs[key] for key in ("pixel_values", "recovery_input_ids", "recovery_attention_mask")}
             with torch.inference_mode():
-                return model.embed_multimodal(**given, recovery_budget=torch.zeros(len(SCENES), dtype=torch.float64))
+                return model.embed_multimodal(**given, recovery_budget=[budget_to_tensor(None)] * len(SCENES))
         finally:
             vars(model.config)["token_recovery"] = before
 

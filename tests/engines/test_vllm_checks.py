@@ -1,4 +1,4 @@
-"""What an engine may be asked for, as far as it needs no engine."""
+"""Checks of checkpoints and requests for vLLM that need no engine."""
 
 import sys
 import types
@@ -11,7 +11,14 @@ from next_model import NEXT, PINPOINTS, SIZES, encode, stock_model
 
 from reccomp_hf.core import compat
 from reccomp_hf.engines import vllm as plugin
-from reccomp_hf.engines.vllm.checks import check_servable, count_tokens, request_budget, request_section
+from reccomp_hf.engines.vllm.budgets import (
+    budget_from_tensor,
+    budget_to_tensor,
+    count_tokens,
+    request_budget,
+    request_section,
+)
+from reccomp_hf.engines.vllm.checks import check_servable
 from reccomp_hf.engines.vllm.tower import clip_tower
 
 PICTURE = (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
@@ -51,7 +58,7 @@ def test_registering_names_the_classes_alone(monkeypatch):
 def test_what_is_served(architecture, fields):
     config = config_of(architecture, **fields)
     check_servable(config)
-    assert count_tokens(config, 0, PICTURE) > 0
+    assert count_tokens(config, None, PICTURE) > 0
 
 
 @pytest.mark.parametrize(
@@ -64,8 +71,8 @@ def test_what_is_served(architecture, fields):
         ),
         (LLAVA, {}, r'budget is null.*"budget": 64.*or compress outside'),
         (LLAVA, {"method": "trim"}, r"budget is null"),
-        (LLAVA, {"method": "pooling", "budget": 24}, r"'pooling' makes whole cells.*\"method\": \"recoverable\""),
-        (LLAVA, {"method": "authors"}, r"'authors' has no budget.*or compress outside"),
+        (LLAVA, {"method": "pooling", "budget": 24}, r"'pooling' gives whole cells.*\"method\": \"recoverable\""),
+        (LLAVA, {"method": "authors"}, r"'authors' has no budget.*or compress outside vLLM"),
         (LLAVA, {"budget": 101}, r"budget is 101, but an image has only 100 patches"),
         (LLAVA_NEXT, {"budget": 24}, r'newlines is "kept".*"newlines": "none"'),
     ],
@@ -104,23 +111,30 @@ def test_a_request_may_ask_for_less(own, asked, tokens):
     assert count_tokens(config, budget, PICTURE) == tokens
     section = request_section(config.token_recovery, budget)
     assert section == config.token_recovery.replace({"budget": own if asked is None else asked})
-    assert (budget == 0) == (asked in (None, own))  # equal requests are equal in a cache
+    assert (budget is None) == (asked in (None, own))  # equal requests are equal in a cache
 
 
-def test_a_token_and_all_of_them_are_told_apart():
-    section = config_of(budget=1).token_recovery
-    assert request_section(section, request_budget(section, {"budget": 1.0})).budget == 1.0
-    section = config_of(budget=1.0).token_recovery
-    assert request_section(section, request_budget(section, {"budget": 1})).budget == 1
-    assert isinstance(request_section(section, request_budget(section, {"budget": 1})).budget, int)
+@pytest.mark.parametrize(("own", "asked"), [(1, 1.0), (1.0, 1)])
+def test_one_token_and_all_tokens_are_different_budgets(own, asked):
+    section = config_of(budget=own).token_recovery
+    budget = request_section(section, request_budget(section, {"budget": asked})).budget
+    assert (budget, type(budget)) == (asked, type(asked))
+
+
+@pytest.mark.parametrize("budget", [None, 1, 1.0, 576, 10**30, 0.1, 1 / 3, 5e-324])
+def test_a_budget_passes_through_a_tensor_unchanged(budget):
+    tensor = budget_to_tensor(budget)
+    assert (tensor.dtype, tensor.ndim) == (torch.uint8, 1)
+    found = budget_from_tensor(tensor.expand(3, -1)[1])
+    assert (found, type(found)) == (budget, type(budget))
 
 
 @pytest.mark.parametrize(
     ("own", "overrides", "message"),
     [
-        (24, {"budget": 25}, r"budget of 25 is 25 tokens of a picture, more than the 24.*\"budget\": 25"),
-        (24, {"budget": 0.25}, r"budget of 0.25 is 25 tokens of a picture, more than the 24"),
-        (0.2, {"budget": 1.0}, r"budget of 1.0 is 100 tokens of a picture, more than the 20"),
+        (24, {"budget": 25}, r"budget of 25 is 25 tokens of an image, more than the 24.*\"budget\": 25"),
+        (24, {"budget": 0.25}, r"budget of 0.25 is 25 tokens of an image, more than the 24"),
+        (0.2, {"budget": 1.0}, r"budget of 1.0 is 100 tokens of an image, more than the 20"),
     ],
 )
 def test_more_than_the_servers_budget_is_refused(own, overrides, message):
@@ -132,16 +146,16 @@ def test_more_than_the_servers_budget_is_refused(own, overrides, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"method": "random"}, r"may set the budget alone, .* got \{'method': 'random'\}"),
-        ({"budget": 8, "text_share": 0}, r"may set the budget alone"),
-        ({}, r"may set the budget alone"),
-        ("8", r"may set the budget alone, .* got '8'"),
+        ({"method": "random"}, r"may set only the budget, .* got \{'method': 'random'\}"),
+        ({"budget": 8, "text_share": 0}, r"may set only the budget"),
+        ({}, r"may set only the budget"),
+        ("8", r"may set only the budget, .* got '8'"),
         ({"budget": True}, r"budget must be null, an int >= 1 or a float in \(0, 1\], got True"),
         ({"budget": "8"}, r"budget must be null"),
         ({"budget": None}, r"budget must be an int >= 1"),
     ],
 )
-def test_a_request_without_sense_is_refused(overrides, message):
+def test_an_invalid_request_is_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         request_budget(config_of(budget=24).token_recovery, overrides)
 
@@ -156,7 +170,7 @@ def test_counts_are_those_of_the_model(name):
         fields = {"budget": budget, "newlines": "none", "merged_tokens": 0}
         config = config_of(LLAVA_NEXT, **fields)
         output = NEXT.compressed()(**batch, token_recovery=fields)
-        assert output.visual_token_counts.tolist() == [count_tokens(config, 0, SIZES[name])]
+        assert output.visual_token_counts.tolist() == [count_tokens(config, None, SIZES[name])]
 
 
 class _Fused(torch.nn.Module):
@@ -171,7 +185,7 @@ class _Fused(torch.nn.Module):
 
 
 @torch.no_grad()
-def test_a_fused_attention_is_taken_apart():
+def test_a_fused_attention_is_split():
     tower = compat.clip_vision_model(LLAVA.compressed().model.vision_tower)
     own, layers = tower.encoder.layers[-1].self_attn, []
     for layer in tower.encoder.layers:

@@ -121,12 +121,12 @@ def test_a_budget_is_compared_for_each_picture(llm, transformers):
     """Of a large picture 45 tokens are less than its share, of a small one more."""
     rows = [(("large",), QUESTIONS[0]), (("tiny",), QUESTIONS[0])]
     assert ask(llm, requests(rows[:1], token_recovery={"budget": 45})) == expected(transformers, rows[:1], budget=45)
-    with pytest.raises(ValueError, match=r"budget of 45 is 45 tokens of a picture, more than the \d+ with which"):
+    with pytest.raises(ValueError, match=r"budget of 45 is 45 tokens of an image, more than the \d+ with which"):
         ask(llm, requests(rows, token_recovery={"budget": 45}))
 
 
 def test_embeddings_of_any_length(llm, transformers):
-    """Newlines are no matter here: what is sent is what is read."""
+    """Newlines do not matter here: the model reads the embeddings as they are sent."""
     model, rows, batch, wanted = transformers[0], ROWS[:9:2] + ROWS[-3:-1], [], []
     for names, question in rows:
         inputs, fields = inputs_of(transformers, names, question), {"budget": None}

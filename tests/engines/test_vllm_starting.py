@@ -1,4 +1,4 @@
-"""What vLLM starts with, and what it refuses to: each refusal says how to go on, and that way is tried."""
+"""Checkpoints that vLLM starts with or refuses; the advice of each refusal is tried."""
 
 import contextlib
 import json
@@ -69,7 +69,7 @@ REFUSED = {
     "processor arguments": (
         COMPACT,
         {"mm_processor_kwargs": {"token_recovery": {"budget": 8}}},
-        r"--mm-processor-kwargs hold 'token_recovery'.*--hf-overrides",
+        r"--mm-processor-kwargs contain 'token_recovery'.*--hf-overrides",
     ),
 }
 
@@ -149,7 +149,7 @@ def test_a_checkpoint_without_the_text_side_is_refused(tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights.pop("token_recovery.visual_projection.weight")
     save_file(weights, folder / "model.safetensors")
-    message = r"lacks 1 weights of CLIP's text side, token_recovery.visual_projection"
+    message = r"lacks 1 weights of CLIP's text encoder, among them token_recovery.visual_projection"
     with pytest.raises(ValueError, match=message), engine(folder):
         pass
 
@@ -259,12 +259,12 @@ def test_a_request_over_http_may_say_its_budget(address, demo):
     larger = {"mm_processor_kwargs": {"token_recovery": {"budget": 17}}}
     status, message = chat(address, QUESTIONS[0], SCENES[:1], **larger)
     assert status == 400
-    assert "budget of 17 is 17 tokens of a picture, more than the 16" in message
+    assert "budget of 17 is 17 tokens of an image, more than the 16" in message
     assert chat(address, QUESTIONS[0], SCENES[:1]) == "N"
 
 
 def test_embeddings_over_http(address, demo):
-    """Of the paper's dynamic counts, beside pictures of the server's own budget; two of unequal length in a prompt."""
+    """With the paper's dynamic counts, along with images of the server's own budget; one prompt has two lengths."""
     cases = [(SCENES[:1], QUESTIONS[0]), (SCENES[1:2], QUESTIONS[0]), (SCENES[1:3], QUESTIONS[1])]
     made = [embeddings(demo, user(question, len(numbers)), numbers, **PAPER, **COMPACT) for numbers, question in cases]
     assert len({len(tokens) for embeds, _ in made for tokens in embeds}) > 2

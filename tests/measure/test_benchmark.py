@@ -273,7 +273,7 @@ def test_a_contender_that_did_not_run_leaves_a_dash():
         (["--config", "llava-2"], "Unknown configuration 'llava-2'; known ones are mid, llava-1.5-7b"),
         (["demo", "--budgets", "145", "--device", "cpu"], "an image has only 144 patches"),
         (["demo", "--repeats", "0", "--device", "cpu"], "rounds must be at least 1, got 0"),
-        (["no/such/folder"], "no/such/folder is no folder"),
+        (["no/such/folder"], "no/such/folder does not exist"),
     ],
 )
 def test_errors_are_one_line(error, arguments, message):

@@ -312,7 +312,7 @@ def test_a_checkpoints_own_settings(run, tmp_path):
         (["--hardware", "abacus"], "Unknown hardware 'abacus'"),
         (["--visual-tokens", "0"], "visual tokens must be 1 to 576"),
         (["--batch", "0"], "batch must be at least 1"),
-        (["no/such/folder"], "no/such/folder is no folder"),
+        (["no/such/folder"], "no/such/folder does not exist"),
     ],
 )
 def test_errors_are_one_line(run, arguments, message):
@@ -340,4 +340,4 @@ def test_what_is_no_compressed_llava_is_refused(run, tmp_path):
     LLAVA.build(budget=25).config.save_pretrained(tmp_path)
     assert "--preset goes with --config" in run(tmp_path, "--preset", "paper")[2]
     LLAVA.shared_stock().config.save_pretrained(tmp_path)
-    assert "is no compressed LLaVA: its model_type is 'llava'" in run(tmp_path)[2]
+    assert "is not a compressed LLaVA: its model_type is 'llava'" in run(tmp_path)[2]

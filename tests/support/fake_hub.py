@@ -343,6 +343,8 @@ def commit(request, repo, revision):
             tree[value["path"]] = Blob(base64.b64decode(value["content"]), large=False)
         elif line["key"] == "lfsFile" and value["oid"] in request.hub.large:
             tree[value["path"]] = Blob(request.hub.large[value["oid"]], large=True)
+        elif line["key"] == "deletedFile" and value["path"] in tree:
+            del tree[value["path"]]
         else:
             raise Refusal(400, f"{line['key']} of {value.get('path')} cannot be committed")
     sha = found.commit(revision, title, tree)

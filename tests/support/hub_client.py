@@ -1,4 +1,4 @@
-"""What the tests with a Hub share: pointing the installed client at another server, and checkpoints to publish."""
+"""Pointing the installed Hub client at another server."""
 
 import contextlib
 import importlib
@@ -7,7 +7,6 @@ import time
 import types
 from pathlib import Path
 
-from architectures import LLAVA
 from huggingface_hub import hf_api
 from huggingface_hub.utils import _http
 
@@ -78,11 +77,3 @@ def offline(monkeypatch):
         forget_connections()
         yield
     forget_connections()
-
-
-def save_checkpoint(folder, architecture=LLAVA, shard="5GB", **fields):
-    """A compressed checkpoint with its processor, as `save_pretrained` writes them; returns the folder."""
-    model = architecture.build(**fields) if fields else architecture.compressed()
-    model.save_pretrained(folder, max_shard_size=shard)
-    architecture.processor().save_pretrained(folder)
-    return folder

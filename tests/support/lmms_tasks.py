@@ -1,4 +1,4 @@
-"""What the tests of the lmms-eval integration ask: scenes of the demo as lmms-eval's tasks, and the stock checkpoint.
+"""Tasks for the tests of the lmms-eval integration: scenes of the demo as lmms-eval's tasks, and the stock checkpoint.
 
 `--include_path` of the folder that `write_tasks` fills has the tasks `scenes` (answers are generated) and
 `scene_choices` (likelihoods are compared). lmms-eval imports this file's copy there.

@@ -1,4 +1,4 @@
-"""Fixtures for tests of runs of `predict`: data, and what one undisturbed run makes of it."""
+"""Fixtures for tests of runs of `predict`: data, and the output of one undisturbed run."""
 
 import pytest
 from predictions import COUNT, ask, save_pictures, write_lines
@@ -15,7 +15,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wanted(data, tmp_path_factory):
-    """What one undisturbed run writes."""
+    """The output of one undisturbed run."""
     output = tmp_path_factory.mktemp("wanted") / "out.jsonl"
     ask(data, output)
     return output.read_bytes()

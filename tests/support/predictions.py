@@ -30,7 +30,7 @@ def save_pictures(folder: Path, count: int) -> list[dict[str, Any]]:
 
 
 def write_lines(path: Path, rows: list[Any]) -> Path:
-    """A file of JSON lines; what is a string is written as it is."""
+    """A file of JSON lines; strings are written unchanged."""
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
@@ -47,7 +47,7 @@ def ask(data: Path, output: Path, **options: Any) -> Any:
 
 
 def answers(data: Path, output: Path, **options: Any) -> list[dict[str, Any]]:
-    """What `ask` wrote."""
+    """The lines that `ask` wrote."""
     ask(data, output, **options)
     return read_lines(output)
 
@@ -58,7 +58,7 @@ def left(output):
 
 
 def left_files(output):
-    """What its processes have written."""
+    """The files that its processes wrote."""
     return sorted(output.with_name("out.jsonl.parts").glob("part-*.jsonl"))
 
 
@@ -76,11 +76,11 @@ def launched(processes, *arguments):
 
 
 class Killed(BaseException):
-    """What stands for SIGKILL: nothing catches it."""
+    """Stands for SIGKILL: nothing catches it."""
 
 
 class Deadly:
-    """Kills at some step of what a run does to files, in the middle of what it writes."""
+    """Kills a run at some step of its work on files, in the middle of a write."""
 
     def __init__(self, monkeypatch, steps):
         self.steps = steps
@@ -140,7 +140,7 @@ class Waiting(Exception):
 
 
 class State:
-    """What accelerate would tell one of several processes, which does not wait."""
+    """Accelerate's state of one of several processes, which does not wait."""
 
     def __init__(self, index, count):
         self.process_index, self.num_processes, self.is_main_process = index, count, index == 0

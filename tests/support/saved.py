@@ -1,10 +1,13 @@
 """Saved checkpoints: loading, comparing with stock, and the fixtures that each transformers line wrote."""
 
+import shutil
+import zipfile
+
 import numpy as np
 import tiny
 import torch
 import transformers
-from architectures import ARCHITECTURES, generate, prompt_of
+from architectures import ARCHITECTURES, LLAVA, generate, prompt_of
 from paths import DATA
 from PIL import Image
 from safetensors.torch import save_file
@@ -12,7 +15,32 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 LINE = f"{transformers.__version__.partition('.')[0]}x"
 PARTS = ("vision_tower", "multi_modal_projector", "language_model", "lm_head")
+OLDER = {"llava": "checkpoint_5x", "llava_next": "checkpoint_4x"}
+"""Architecture -> folder of the weights that go with its code in `data/older_code.zip`."""
 FIXTURE_SETTINGS = {"dynamic": {}, "budget": {"budget": 20, "text_relevance": "value"}}
+
+
+def save_checkpoint(folder, architecture=LLAVA, shard="5GB", **fields):
+    """A compressed checkpoint with its processor, as `save_pretrained` writes them; returns the folder."""
+    model = architecture.build(**fields) if fields else architecture.compressed()
+    model.save_pretrained(folder, max_shard_size=shard)
+    architecture.processor().save_pretrained(folder)
+    return folder
+
+
+def older_checkpoint(architecture, folder):
+    """A checkpoint with the code of an older layout; returns the folder.
+
+    `data/older_code.zip` holds the files that `write_remote_code` of commit 169088b wrote into
+    `data/checkpoint_5x/llava` and `data/checkpoint_4x/llava_next`: code side by side, most of it without a suffix.
+    """
+    source = DATA / OLDER[architecture.name] / architecture.name
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("expected.safetensors"))
+    with zipfile.ZipFile(DATA / "older_code.zip") as archive:
+        for name in archive.namelist():
+            if name.startswith(f"{architecture.name}/"):
+                (folder / name.partition("/")[2]).write_bytes(archive.read(name))
+    return folder
 
 
 def load(auto_class, folder):

@@ -1,4 +1,4 @@
-"""Engines of vLLM and what they are compared with: the same checkpoint in transformers, greedy, float32."""
+"""Engines of vLLM and their reference: the same checkpoint in transformers, greedy, float32."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def ask(llm: Any, requests: Sequence[dict[str, Any]]) -> list[list[int]]:
 
 
 def run(llm: Any, requests: Sequence[dict[str, Any]], **sampling: Any) -> list[Any]:
-    """What the engine gives for every request."""
+    """The engine's output for every request."""
     from vllm import SamplingParams
 
     settings = SamplingParams(**{"temperature": 0, "max_tokens": NEW_TOKENS, **sampling})

@@ -46,7 +46,7 @@ def requests(pairs=PAIRS, **arguments):
 
 
 def embeddings(transformers, text, numbers, **fields):
-    """What the language model reads of some pictures, each (K, D), and the answer to it."""
+    """The embeddings of some images, each (K, D), and the answer to them."""
     model, processor = transformers
     inputs = processor(images=[*map(scene, numbers)], text=text, return_tensors="pt")
     with torch.no_grad():

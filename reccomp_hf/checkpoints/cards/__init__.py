@@ -1,4 +1,4 @@
-"""Model cards: rendered from what a checkpoint is, written once, and never over what a person wrote."""
+"""Model cards: rendered from a checkpoint's files, and never written over a person's work."""
 
 from .rendering import (
     CardFacts,

@@ -1,29 +1,29 @@
-"""What a model card says about a checkpoint, piece by piece; `template.md` puts the pieces in order."""
+"""The texts and tables of a model card; `template.md` puts them in order."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import re
-import shlex
 import textwrap
 from typing import Any
 
-from ...core.configuration import LlavaNextRecCompConfig, TokenRecoveryConfig, default_fields
+from ...core.checks import is_tiled
+from ...core.configuration import TokenRecoveryConfig
 from ...core.counting import PAPER_SHARE, compressed_tokens, fixed_tokens, picture_tokens
-from ...core.methods.contract import METHOD_FIELDS, RELEVANCE, SALIENCY
+from ...core.methods.contract import RELEVANCE, SALIENCY
 from ...core.methods.registry import get_method
-from ...core.settings import PRESETS
 from ...measure.cost import compare_costs
 from ...measure.published import FULL_SIZE
+from ..conversion_record import ConversionRecord
 
 WIDTH = 120
 NO_OWNER = "OWNER"
-"""Stands in a Hub id that is not known yet."""
+"""Placeholder for the owner in a Hub id that is not known yet."""
 UNBROKEN = "\xa0"
-"""Holds the words of an option together when a command is cut into lines."""
-PICTURES = ((336, 336), (640, 480), (480, 640), (1920, 1080))
-"""Sizes of pictures in a LLaVA-NeXT's table."""
+"""Joins the words of an option when a command is wrapped."""
+IMAGE_SIZES = ((336, 336), (640, 480), (480, 640), (1920, 1080))
+"""Widths and heights in the token table of a LLaVA-NeXT."""
 JSON_WORDS = {"None": "null", "True": "true", "False": "false"}
 PAPER_BASE = "llava-hf/llava-1.5-7b-hf"
 PAPER_RESULTS = """\
@@ -32,34 +32,35 @@ PAPER_RESULTS = """\
 | LLaVA-1.5-7B, uncompressed | 68.40 | 58.20 | 1476.9 | 79.10 | 86.40 | 66.10 |
 | Recoverable Compression, training-free, about 10 % of the tokens | 69.01 | 55.51 | 1284.9 | 70.41 | 72.00 | 57.90 |
 """
-OF_A_QUESTION = ("text_share", "text_limit", *RELEVANCE)
-OF_A_BUDGET = ("text_share", "text_limit", "merged_tokens", "coverage_share", "coverage_by")
-OF_OUTLIERS = ("outlier_neighbors", "merge_neighbors", "outlier_threshold")
-OF_SALIENCY = SALIENCY
-"""Fields of the section that are read under a condition only; all others are always explained."""
+QUESTION_FIELDS = {"text_share", "text_limit", *RELEVANCE}
+BUDGET_FIELDS = {"text_share", "text_limit", "merged_tokens", "coverage_share", "coverage_by"}
+OUTLIER_FIELDS = {"outlier_neighbors", "merge_neighbors", "outlier_threshold"}
+METHOD_FIELDS = {*QUESTION_FIELDS, *BUDGET_FIELDS, *OUTLIER_FIELDS, *SALIENCY}
+"""Fields of the section that only some settings read; all others are always explained."""
 COST_ROWS: dict[str, tuple[str, float]] = {
     "prompt_tokens": ("prompt, tokens", 1),
     "prefill_flops": ("language model's prefill, TFLOP", 1e-12),
     "prefill_seconds": ("language model's prefill, ms", 1e3),
-    "first_token_seconds": ("all up to the first token, vision included, ms", 1e3),
+    "first_token_seconds": ("time to the first token, vision included, ms", 1e3),
     "kv_cache_bytes": ("key-value cache of the prompt, MB", 1e-6),
-    "largest_batch": ("prompts that fit at a time", 1),
+    "largest_batch": ("largest batch of prompts", 1),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class CardFacts:
-    """What a card is rendered from.
+    """The facts that a card is rendered from.
 
     Args:
-        name: The checkpoint's name.
-        config: Its config, one of ours.
+        name: Name of the checkpoint.
+        config: Config of the checkpoint, one of ours.
         base_model: Hub ids of the LLaVA and the CLIP that it was made of, the LLaVA first; empty if not known.
-        license: The licence's identifier; `None` if not known.
-        repo: Its Hub id; `None` if it has none yet.
-        counts: What [`measure_tokens`] found; `None` if nothing was measured.
-        origin: What is to be said about its making instead of the command; `None` for a converted checkpoint.
-        results: What is to be said of results, with its source; `None` for the paper's or none.
+        license: Identifier of the licence; `None` if not known.
+        repo: Hub id of the checkpoint; `None` if it has none yet.
+        counts: Result of [`measure_tokens`]; `None` if nothing was measured.
+        record: Record of the conversion; `None` if there is none.
+        origin: Text about a checkpoint that was trained; `None` for a converted one.
+        results: Text about results, with its source; `None` for the paper's or none.
     """
 
     name: str
@@ -68,6 +69,7 @@ class CardFacts:
     license: str | None = None
     repo: str | None = None
     counts: dict[str, float] | None = None
+    record: ConversionRecord | None = None
     origin: str | None = None
     results: str | None = None
 
@@ -79,11 +81,11 @@ class CardFacts:
     @property
     def tiled(self) -> bool:
         """Whether it is a LLaVA-NeXT."""
-        return self.config.model_type == LlavaNextRecCompConfig.model_type
+        return is_tiled(self.config)
 
 
 def pieces(facts: CardFacts) -> dict[str, Any]:
-    """All that the template asks for, metadata apart."""
+    """The values of the template's placeholders, without the metadata."""
     vision, measured = facts.config.vision_config, _measured_mean(facts)
     cost = compare_costs(facts.config, None if measured is None else [measured])
     return {
@@ -104,61 +106,47 @@ def pieces(facts: CardFacts) -> dict[str, Any]:
 
 
 def field_descriptions() -> dict[str, str]:
-    """What every field of the section means, out of the docstring of [`TokenRecoveryConfig`]."""
+    """The meaning of every field of the section, from the docstring of [`TokenRecoveryConfig`]."""
     documented = re.split(r"\n\s*Args:\n", TokenRecoveryConfig.__doc__ or "")[-1].split("Raises:")[0]
     entries = re.split(r"^ {8}(\w+): ", documented, flags=re.MULTILINE)[1:]
     return {name: " ".join(text.split()) for name, text in zip(entries[::2], entries[1::2], strict=True)}
 
 
 def field_rows(section: TokenRecoveryConfig, tiled: bool = True) -> list[dict[str, str]]:
-    """The fields that change what this section does to a LLaVA (`tiled`: LLaVA-NeXT), with value and meaning.
+    """The fields that change the output of this section (`tiled`: of a LLaVA-NeXT), with value and meaning.
 
-    What is shown is everything but what is known to be without effect: a new field shows up by itself.
+    All fields are shown but those that are known to have no effect, so that a new field cannot be forgotten.
     """
-    silent, described = _without_effect(section) | (set() if tiled else {"newlines"}), field_descriptions()
+    unread, described = _unread_fields(section) | (set() if tiled else {"newlines"}), field_descriptions()
     rows = []
     for field in dataclasses.fields(section):
-        if field.name in silent:
+        if field.name in unread:
             continue
         value = getattr(section, field.name)
+        text = f"`{json.dumps(value)}`"
         if field.name == "text_encoder_config" and value is not None:
-            shown = f"CLIP's, {value.get('max_position_embeddings', 77)} tokens at a time"
-        else:
-            shown = f"`{json.dumps(value)}`"
+            text = f"CLIP's, {value.get('max_position_embeddings', 77)} tokens at a time"
         meaning = re.sub("`(None|True|False)`", lambda word: f"`{JSON_WORDS[word[1]]}`", described[field.name])
-        rows.append({"name": field.name, "value": shown, "meaning": meaning.replace("|", "\\|")})
+        rows.append({"name": field.name, "value": text, "meaning": meaning.replace("|", "\\|")})
     return rows
 
 
-def recipe(section: TokenRecoveryConfig) -> tuple[str, dict[str, Any]]:
-    """The preset that comes nearest, and the fields to set besides."""
-    values, of_method = section.to_dict(), default_fields(section.method)
-
-    def differing(preset: str) -> dict[str, Any]:
-        usual = TokenRecoveryConfig.from_preset(preset).to_dict()
-        if usual["method"] != section.method:  # another method brings its own defaults
-            usual |= {name: of_method[name] for name in (*METHOD_FIELDS, "method_options")}
-        return {name: values[name] for name in usual if name != "text_encoder_config" and values[name] != usual[name]}
-
-    preset = min(PRESETS, key=lambda name: len(differing(name)))
-    return preset, differing(preset)
-
-
-def _without_effect(section: TokenRecoveryConfig) -> set[str]:
-    """Fields that are known to change nothing, given the others."""
+def _unread_fields(section: TokenRecoveryConfig) -> set[str]:
+    """Fields that have no effect, given the others."""
     if not section.enabled:
-        of_all = {"version", "method", "method_options", "budget", "position_ids", "newlines"}
-        return {*of_all, *OF_A_QUESTION, *OF_A_BUDGET, *OF_OUTLIERS, *OF_SALIENCY}
-    unread = OF_OUTLIERS if section.text_limit == "share" else ("merge_neighbors",)
-    silent = {"version", *(unread if section.budget is not None else OF_A_BUDGET)}
+        return {"version", "method", "method_options", "budget", "position_ids", "newlines", *METHOD_FIELDS}
     method = get_method(section.method)
-    silent |= {"method_options"} if method.options is None else set()
+    unread = {"version"} if method.options is not None else {"version", "method_options"}
+    if section.budget is None:
+        unread |= BUDGET_FIELDS
+    else:
+        unread |= OUTLIER_FIELDS if section.text_limit == "share" else {"merge_neighbors"}
     if method.fields is not None:
-        silent |= {*OF_A_QUESTION, *OF_A_BUDGET, *OF_OUTLIERS, *OF_SALIENCY} - {*method.fields}
-        silent |= {"budget"} if method.budget == "none" else set()
+        unread |= METHOD_FIELDS - {*method.fields}
+        unread |= {"budget"} if method.budget == "none" else set()
     elif not _reads_question(section):
-        silent |= {*OF_A_QUESTION} - {"text_share"}
-    return silent
+        unread |= QUESTION_FIELDS - {"text_share"}
+    return unread
 
 
 # ---- sentences -----------------------------------------------------------------------------------------------------
@@ -167,16 +155,16 @@ def _without_effect(section: TokenRecoveryConfig) -> set[str]:
 def _intro(facts: CardFacts) -> str:
     family = "A LLaVA-NeXT" if facts.tiled else "A LLaVA-1.5"
     return (
-        f"{family} that reads a fraction of its visual tokens: {_summary(facts)}. {_whose(facts.section.method)}; the "
-        "checkpoint was made by `reccomp_hf`, which is independent of the paper's authors."
+        f"{family} that reads a fraction of its visual tokens: {_summary(facts)}. {_method(facts.section.method)}; "
+        "the checkpoint was made by `reccomp_hf`, which is independent of the paper's authors."
     )
 
 
-def _whose(name: str) -> str:
+def _method(name: str) -> str:
     """A sentence about the method, its arXiv number as a link."""
     source = get_method(name).source
-    if not source:  # chance, means of the grid's cells, or a method of the checkpoint's maker
-        return f"The method is `{name}`, which is none of a paper's"
+    if not source:  # a baseline, or a method of the user's
+        return f"The method is `{name}`, which is not a published method"
     linked = re.sub(r"arXiv (\d+\.\d+)", r"arXiv [\1](https://arxiv.org/abs/\1)", source)
     return f"The method is {linked}, which needs no training"
 
@@ -186,19 +174,19 @@ def _summary(facts: CardFacts) -> str:
     if not facts.section.enabled:
         return "the compression is switched off in this checkpoint"
     if _is_open(facts):
-        asking = "the picture and the question decide" if _reads_question(facts.section) else "the picture decides"
-        return f"{asking} how many of them it keeps"
+        deciding = "the image and the question decide" if _reads_question(facts.section) else "the image decides"
+        return f"{deciding} how many of them it keeps"
     after = compressed_tokens(facts.config, facts.section)
     if not facts.tiled:
-        return f"every picture becomes {after:,} tokens instead of {patches:,}"
+        return f"every image becomes {after:,} tokens instead of {patches:,}"
     if isinstance(facts.section.budget, float):
-        return f"every picture becomes {facts.section.budget:.0%} of its tokens"
-    beside = " and a few newlines" if facts.section.newlines == "kept" else ""
-    return f"every picture becomes {after:,} tokens{beside} instead of one or two thousand"
+        return f"every image becomes {facts.section.budget:.0%} of its tokens"
+    newlines = " and a few newlines" if facts.section.newlines == "kept" else ""
+    return f"every image becomes {after:,} tokens{newlines} instead of one or two thousand"
 
 
 def _is_open(facts: CardFacts) -> bool:
-    """Whether the number of tokens depends on the picture beyond its size."""
+    """Whether the number of tokens depends on the contents of the image."""
     return facts.section.enabled and fixed_tokens(facts.config, facts.section) is None
 
 
@@ -214,10 +202,8 @@ def _origin(facts: CardFacts) -> str:
     text = f"Nothing was trained to make it. {parts} are those of {links[0]}"
     if facts.section.text_encoder_config is None:
         return text + ". There is no text encoder: the choice of tokens does not look at the question."
-    beside = (
-        f"{links[1]}'s text encoder and its projections stand" if len(links) > 1 else "its CLIP's text side stands"
-    )
-    return f"{text}; {beside} beside them and tell which patches a question is about."
+    clip = links[1] if len(links) > 1 else "its CLIP"
+    return f"{text}; the text encoder and the projections of {clip} tell which patches a question is about."
 
 
 def _tokens(facts: CardFacts) -> str:
@@ -225,7 +211,7 @@ def _tokens(facts: CardFacts) -> str:
     if facts.counts is not None:
         parts.append(_measured(facts.counts))
     elif _is_open(facts):
-        parts.append("How many stay was not measured for this card; `reccomp-hf card FOLDER` does it.")
+        parts.append("The number of tokens kept was not measured for this card; `reccomp-hf card FOLDER` measures it.")
     else:
         parts.append("These counts follow from the settings.")
     return "\n\n".join(_wrap(part) if "|---" not in part else part for part in parts)
@@ -234,15 +220,15 @@ def _tokens(facts: CardFacts) -> str:
 def _plain_tokens(facts: CardFacts) -> str:
     _, patches, _ = picture_tokens(facts.config)
     if _is_open(facts):
-        return f"Stock: {patches:,} per picture. Here the count is dynamic; `model.recover(**inputs)` gives it."
+        return f"Stock: {patches:,} per image. Here the number is dynamic; `model.recover(**inputs)` gives it."
     after = compressed_tokens(facts.config, facts.section)
-    return f"Stock: {patches:,} per picture. Here: {after:,} ({after / patches:.1%}), always."
+    return f"Stock: {patches:,} per image. Here: {after:,} ({after / patches:.1%}), always."
 
 
 def _tiled_tokens(facts: CardFacts) -> str:
-    lines = ["| picture (w x h) | tiles | stock: patches + newlines | here: tokens + newlines |", "|---|---|---|---|"]
+    lines = ["| image (w x h) | tiles | stock: patches + newlines | here: tokens + newlines |", "|---|---|---|---|"]
     kept = facts.section.newlines == "kept"
-    for size in PICTURES:
+    for size in IMAGE_SIZES:
         tiles, patches, newlines = picture_tokens(facts.config, size)
         after, most = compressed_tokens(facts.config, facts.section, size), newlines
         if _is_open(facts):
@@ -253,13 +239,13 @@ def _tiled_tokens(facts: CardFacts) -> str:
             most = min(newlines, after)
             here = f"{after:,} + {'' if not facts.section.enabled else 'up to '}{most}"
         lines.append(f"| {size[0]} x {size[1]} | 1 + {tiles - 1} | {patches:,} + {newlines} | {here} |")
-    stays = "A newline stays where its row of the picture keeps a patch" if kept else "No newline stays"
-    note = f"A budget is one for the whole picture. {stays}."
+    rule = "A newline is kept if its row of the image keeps a patch" if kept else "No newline is kept"
+    note = f"A budget applies to the whole image. {rule}."
     return "\n".join([*lines, "", note])
 
 
 def _measured(counts: dict[str, float]) -> str:
-    """The counts that were found on the probe set, by the stage that chose them."""
+    """The measured counts, by the stage that chose the tokens."""
     stages = {
         "visual": "for their saliency",
         "text": "for the question",
@@ -268,27 +254,30 @@ def _measured(counts: dict[str, float]) -> str:
     }
     parts = [f"{counts[name]:.1f} {words}" for name, words in stages.items() if counts[name]]
     return (
-        f"Measured on {counts['pictures']:.0f} drawn scenes with a question each (the package's, no photographs): of "
-        f"{counts['stock']:,.0f} patches {counts['mean']:,.1f} tokens stay on average, "
+        f"Measured on {counts['pictures']:.0f} drawn scenes with a question each (the package's, not photographs): of "
+        f"{counts['stock']:,.0f} patches {counts['mean']:,.1f} tokens are kept on average, "
         f"{counts['least']:,.0f} at least and {counts['most']:,.0f} at most: {', '.join(parts)}."
     )
 
 
 def _cost(facts: CardFacts, cost: dict[str, Any]) -> str:
-    picture = f" of {cost['picture'][0]} x {cost['picture'][1]} pixels" if cost["picture"] else ""
-    assumed = ""
+    size = f" of {cost['picture'][0]} x {cost['picture'][1]} pixels" if cost["picture"] else ""
+    assumption = ""
     if measured := _measured_mean(facts):
-        assumed = f" Compressed are {measured} visual tokens, the average measured above."
+        assumption = f" The compressed prompt has {measured} visual tokens, the average measured above."
     elif _is_open(facts):
-        assumed = f" Assumed is the paper's average of {PAPER_SHARE:.1%} of the tokens, not this checkpoint's own."
+        assumption = (
+            f" The compressed prompt is assumed to have the paper's average of {PAPER_SHARE:.1%} of the tokens, not "
+            "this checkpoint's."
+        )
     return (
-        "Estimated by a roofline model (`reccomp-hf cost`), **not measured**: A100 with 40 GB, fp16, a picture"
-        f"{picture} and {cost['text_tokens']} text tokens. Real kernels are slower.{assumed}"
+        "Estimated by a roofline model (`reccomp-hf cost`), **not measured**: A100 with 40 GB, fp16, an image"
+        f"{size} and {cost['text_tokens']} text tokens. Real kernels are slower.{assumption}"
     )
 
 
 def _measured_mean(facts: CardFacts) -> int | None:
-    """Tokens that an open count came to on the probe set; LLaVA-NeXT's depend on the picture's size too."""
+    """Measured average of a number that depends on the image; `None` for LLaVA-NeXT, where its size matters too."""
     return round(facts.counts["mean"]) if facts.counts and _is_open(facts) and not facts.tiled else None
 
 
@@ -320,10 +309,9 @@ def _results(facts: CardFacts) -> str:
         return _wrap(facts.results)
     lines = ["Not measured: no benchmark was run on this checkpoint when it was made."]
     if PAPER_BASE in facts.base_model:
-        preset, fields = recipe(facts.section)
-        own = preset == "paper" and not fields
-        lines[0] += " The paper's own numbers for its own implementation" + (
-            ":" if own else ", whose settings are not this checkpoint's (its number of tokens adapts to the picture):"
+        same = facts.section.overridable() == TokenRecoveryConfig.from_preset("paper").overridable()
+        lines[0] += " The paper's numbers for its own implementation" + (
+            ":" if same else ", whose settings are not this checkpoint's (its number of tokens adapts to the image):"
         )
         lines += ["", PAPER_RESULTS, "Source: the paper's tables (arXiv 2409.01179)."]
         return "\n".join([_wrap(lines[0]), *lines[1:]])
@@ -333,20 +321,20 @@ def _results(facts: CardFacts) -> str:
 def _limits(facts: CardFacts) -> list[str]:
     section = facts.section
     limits = [
-        "Fewer tokens change answers. Expect losses where details decide (text in pictures, counting, small objects), "
-        "and check your own task."
+        "Fewer tokens change answers. Expect losses where details matter (text in images, counting, small objects), "
+        "and test your own task."
     ]
     if _reads_question(section):
-        limits.append("The tokens are chosen for the last user turn; all its pictures share that question.")
+        limits.append("The tokens are chosen for the last user turn; all its images share that question.")
     if facts.tiled:
         limits.append(
-            "LLaVA-NeXT fine-tuned its vision tower, so CLIP's text encoder tells less exactly than for LLaVA-1.5 "
+            "LLaVA-NeXT's vision tower was fine-tuned, so CLIP's text encoder tells less exactly than for LLaVA-1.5 "
             "which patches a question is about."
         )
     if section.enabled and section.position_ids == "original":
         limits.append('`position_ids: "original"` needs sdpa or eager attention; flash attention is refused.')
-    limits.append("The vision tower runs in full, so the time to the first token falls less than the prefill alone.")
-    limits.append("Assisted generation with an assistant model is refused beside pictures.")
+    limits.append("The vision tower runs in full, so the time to the first token falls less than that of the prefill.")
+    limits.append("Assisted generation with an assistant model is refused for prompts with images.")
     return limits
 
 
@@ -356,40 +344,30 @@ def _made(facts: CardFacts) -> str:
             "`reccomp_hf/demo/checkpoints/README.md` says how it was trained; `reccomp-hf demo` asks it about a drawn "
             "scene, nothing is downloaded."
         )
-    if not facts.base_model:
+    if facts.record is None:
         return "Not recorded. `reccomp-hf convert` makes checkpoints of this kind out of a stock LLaVA and its CLIP."
-    preset, fields = recipe(facts.section)
-    known = list(facts.base_model)
-    words = ["reccomp-hf convert", known[0]]
-    if facts.section.text_encoder_config is not None:
-        words.append(known[1] if len(known) > 1 else "CLIP")
-    words += [facts.name, f"--preset{UNBROKEN}{preset}"]
-    words += [f"--set{UNBROKEN}{_quoted(name, value)}" for name, value in fields.items()]
-    words += [] if facts.section.text_encoder_config is not None else ["--visual-only"]
+    words = [word.replace(" ", UNBROKEN) for word in facts.record.command(facts.name, facts.base_model)]
     lines = textwrap.wrap(" ".join(words), 100, break_long_words=False, break_on_hyphens=False)
     command = " \\\n    ".join(lines).replace(UNBROKEN, " ")
-    return f"```bash\n{command}\n```"
-
-
-def _quoted(name: str, value: Any) -> str:
-    """`name=value` for a shell, in one piece."""
-    text = f"{name}={json.dumps(value)}"
-    return shlex.quote(text).replace(" ", UNBROKEN) if isinstance(value, dict) else text
+    block = f"```bash\n{command}\n```"
+    if facts.record.describes(facts.section):
+        return block
+    return f"{block}\n\n" + _wrap("Its settings were changed afterwards: those above are in effect.")
 
 
 def _licence(facts: CardFacts) -> str:
     if facts.license is None:
         return (
-            "The weights are under the base model's licence, which was not recorded: ask its model card before you "
-            "use or publish them, and set it with `reccomp-hf card FOLDER --license ID`."
+            "The weights are under the base model's licence, which was not recorded: read its model card before you "
+            "use or publish them, and set the licence with `reccomp-hf card FOLDER --license ID`."
         )
     known = next((entry for entry in FULL_SIZE.values() if entry.base_model in facts.base_model), None)
-    whose = f", the licence of {known.base_model}" if known is not None and known.license == facts.license else ""
-    return f"The weights: `{facts.license}`{whose}. The code of `reccomp_hf`: Apache-2.0."
+    source = f", the licence of {known.base_model}" if known is not None and known.license == facts.license else ""
+    return f"The weights: `{facts.license}`{source}. The code of `reccomp_hf`: Apache-2.0."
 
 
 def _wrap(text: str, indent: str = "") -> str:
     return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
-__all__ = ["CardFacts", "field_descriptions", "field_rows", "pieces", "recipe"]
+__all__ = ["CardFacts", "field_descriptions", "field_rows", "pieces"]

@@ -1,4 +1,4 @@
-"""What a conversion is made of, and all that configs and headers tell about it before a weight is read."""
+"""The plan of a conversion: its sources, checked by configs and headers before any weight is read."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ...core.modeling_llava import LlavaRecCompForConditionalGeneration
 from ...core.modeling_llava_next import LlavaNextRecCompForConditionalGeneration
 from ...core.processing import LlavaNextRecCompProcessor, LlavaRecCompProcessor
 from .. import hub
-from ..completeness import missing_shards
+from ..weight_files import WeightFiles
 from . import shards
-from .checks import check_clip, check_keys, check_text_side, guess_clip, text_encoder_config
+from .compatibility import check_clip, check_keys, check_text_side, guess_clip, text_encoder_config
 from .shards import DTYPES, Headers
 
 
 class Family(NamedTuple):
-    """The classes of a kind of LLaVA: transformers' own model, and ours."""
+    """The classes of a kind of LLaVA: transformers' model, and ours."""
 
     stock_class: Any
     config_class: Any
@@ -47,19 +47,19 @@ FAMILIES: dict[str, Family] = {
         LlavaNextRecCompProcessor,
     ),
 }
-"""By the stock model type."""
-_OF_THE_SOURCE = ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map")
+"""Stock model type -> classes."""
+_SOURCE_FIELDS = ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map")
 
 
 class Source(NamedTuple):
     """A checkpoint to convert.
 
     Attributes:
-        name: What the user calls it: a folder, a Hub id, `org/name@revision`.
-        folder: Where its config and tokenizers are, and its weights once they are [`downloaded`].
-        config: Its config.
-        headers: Its weights by place, `None` where they are no safetensors or not known yet.
-        hub_id: Its Hub id without the revision, `None` for a folder.
+        name: Name as the user gave it: a folder, a Hub id, `org/name@revision`.
+        folder: Folder with the config and the tokenizers, and with the weights once they are [`downloaded`].
+        config: Config of the source.
+        headers: Weights by place; `None` if they are not safetensors or not known yet.
+        hub_id: Hub id without the revision; `None` for a folder.
     """
 
     name: str
@@ -76,26 +76,26 @@ class Source(NamedTuple):
     def downloaded(self) -> Source:
         """The source with its weights on this disk, and their headers if they are safetensors."""
         folder = hub.resolve(self.name, progress=is_progress_bar_enabled())
-        headers = shards.read_headers(folder) if shards.has_safetensors(folder) else None
+        headers = shards.read_headers(folder) if WeightFiles.find(folder).safetensors else None
         return self._replace(folder=folder, headers=headers)
 
     def nbytes(self, dtype: str | None = None) -> int:
-        """Bytes of the weights that a new checkpoint takes from it, cast if a dtype is named."""
+        """Bytes of the weights that a new checkpoint takes from the source, after a cast if a dtype is given."""
         starts = tuple(shards.TEXT_SIDE) if self.config.model_type == "clip" else ""
         taken = [header for place, header in self.known_headers.items() if place.startswith(starts)]
         return sum(header.nbytes(dtype) for header in taken)
 
 
 class Plan(NamedTuple):
-    """A conversion whose configs, and headers as far as they are known, fit.
+    """A conversion whose configs, and headers if they are known, fit.
 
     Attributes:
         family: The classes of this kind of LLaVA.
         llava: The LLaVA.
-        clip: The CLIP, `None` for a visual-only model.
+        clip: The CLIP; `None` for a visual-only model.
         guessed: Whether the CLIP was guessed from the vision tower's sizes.
         config: The config of the new checkpoint.
-        dtype: What the weights are cast to, `None` if they stay.
+        dtype: Dtype that the weights are cast to; `None` if they are not.
     """
 
     family: Family
@@ -107,7 +107,7 @@ class Plan(NamedTuple):
 
     @property
     def hub_ids(self) -> list[str]:
-        """The Hub ids of the sources that come from there."""
+        """Hub ids of the sources that come from the Hub."""
         sources = (self.llava, self.clip)
         return [source.hub_id for source in sources if source is not None and source.hub_id is not None]
 
@@ -119,24 +119,24 @@ def plan_conversion(
     *,
     dtype: str | None = None,
 ) -> Plan:
-    """Check everything that configs and headers tell; no weights are downloaded or read.
+    """Check configs and headers of the sources; no weights are downloaded or read.
 
     Args:
         llava: Folder or Hub id of a stock LLaVA.
         clip: Folder or Hub id of the CLIP, `"auto"` to guess it, `None` for a visual-only model.
-        section: The new checkpoint's settings; the text encoder's config is put in here.
-        dtype: What to cast the weights to.
+        section: Settings of the new checkpoint; the text encoder's config is added here.
+        dtype: Dtype to cast the weights to; `None` to keep theirs.
 
     Raises:
-        ValueError: Something does not fit.
-        OSError: A source cannot be had.
+        ValueError: The sources, the settings or the dtype do not fit.
+        OSError: A source is missing or cannot be downloaded.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))} or None, got {dtype!r}.")
     source = read_source(llava, "llava")
     family, vision = FAMILIES[source.config.model_type], source.config.vision_config
     if clip is None and get_method(section.method).text == "required":
-        raise ValueError(f"Method {section.method!r} needs the question, and so a CLIP: clip is None.")
+        raise ValueError(f"Method {section.method!r} needs the question, and so a CLIP, but clip is None.")
     clip_source, guessed = None, clip == "auto"
     if clip is not None:
         clip_source = read_source(guess_clip(vision) if guessed else clip, "clip")
@@ -152,32 +152,32 @@ def plan_conversion(
 
 
 def read_source(name: str | os.PathLike[str], argument: str) -> Source:
-    """Config and headers of a source; of a Hub repository's weights only headers are downloaded.
+    """Config and headers of a source; of a repository's weights only the headers are downloaded.
 
     Raises:
-        ValueError: It is of another kind, quantised, or its files are broken.
-        OSError: It cannot be had.
+        ValueError: The source is of another kind or quantised, or its files are damaged.
+        OSError: The source is missing or cannot be downloaded.
     """
     name = os.fspath(name)
-    here = Path(name).expanduser().is_dir()
+    local = Path(name).expanduser().is_dir()
     folder = hub.resolve(name, weights=False, progress=is_progress_bar_enabled())
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     check_model_type(config, argument)
     if getattr(config, "quantization_config", None):
-        raise ValueError(f"{name} is quantised: convert the plain model, and quantise what comes out.")
-    headers = None
-    if shards.has_safetensors(folder) and (here or not missing_shards(folder)):
+        raise ValueError(f"{name} is quantised: convert the plain model, and quantise the result.")
+    headers, files = None, WeightFiles.find(folder)
+    if files.safetensors and (local or not files.missing):
         headers = shards.read_headers(folder)
-    elif not here and not constants.HF_HUB_OFFLINE:
+    elif not local and not constants.HF_HUB_OFFLINE:
         headers = shards.read_hub_headers(name)
-    return Source(name, folder, config, headers, None if here else hub.split_revision(name)[0])
+    return Source(name, folder, config, headers, None if local else hub.split_revision(name)[0])
 
 
 def check_model_type(config: Any, argument: str) -> None:
-    """Refuse a source of another kind.
+    """Check that a source is a LLaVA, or a CLIP.
 
     Raises:
-        ValueError: It is.
+        ValueError: It is of another model type.
     """
     known: Collection[str] = FAMILIES if argument == "llava" else ("clip",)
     if config.model_type not in known:
@@ -188,11 +188,11 @@ def check_model_type(config: Any, argument: str) -> None:
 
 def _config(family: Family, stock: Any, section: TokenRecoveryConfig, dtype: str | None) -> Any:
     """The config of the new checkpoint."""
-    fields = {name: value for name, value in stock.to_dict().items() if name not in _OF_THE_SOURCE}
+    fields = {name: value for name, value in stock.to_dict().items() if name not in _SOURCE_FIELDS}
     config = family.config_class(token_recovery=section, **fields)
     wanted = config.dtype if dtype is None else DTYPES[dtype]
     if wanted is not None:
-        # Where a part's dtype is not the whole's, transformers 4.57 loads it so, whatever its weights are.
+        # Transformers 4.57 loads a part in the dtype of its own config, whatever the dtype of its weights.
         for part in (config, config.text_config, config.vision_config):
             part.dtype = wanted
     return config

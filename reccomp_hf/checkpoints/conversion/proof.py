@@ -1,4 +1,4 @@
-"""The proof that a staged checkpoint computes what its sources compute, on a model of one language-model layer."""
+"""Verifying that a new checkpoint computes the same as its sources, on a model of one language-model layer."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from ..quiet import quiet
 from .shards import Headers, is_weight, place_of, read_tensor
 
 PROJECTORS = {"llava_reccomp": LlavaMultiModalProjector, "llava_next_reccomp": LlavaNextMultiModalProjector}
-TOLERANCE = 1e-4  # of the largest value: the weights are the same bits, but may lie otherwise in memory
+TOLERANCE = 1e-4  # relative to the largest value: equal weights may be laid out differently in memory
 _DEEPER_LAYER = re.compile(r"^language_model\.layers\.[1-9]")
 
 
 @torch.no_grad()
 def prove(folder: Path, model_class: Any, config: Any, llava: tuple[Path, Headers], clip: Path | None) -> str:
-    """Load a checkpoint and compare it with modules of transformers' own classes that hold the sources' weights.
+    """Load a checkpoint and compare it with modules of transformers' classes that hold the sources' weights.
 
-    Of the language model one layer is read: the other ones are proven by their keys and bytes.
+    One layer of the language model is loaded: the others are verified by their keys and bytes.
 
     Args:
         folder: The staged checkpoint.
-        model_class: Our class.
-        config: The checkpoint's config.
+        model_class: Class of the compressed model.
+        config: Config of the checkpoint.
         llava: Folder and headers of the stock LLaVA.
-        clip: Folder of the CLIP, `None` for a visual-only model.
+        clip: Folder of the CLIP; `None` for a visual-only model.
 
     Returns:
-        What was proven, as a clause.
+        The verified parts, as a clause.
 
     Raises:
         RuntimeError: The checkpoint computes something else.
@@ -56,7 +56,9 @@ def prove(folder: Path, model_class: Any, config: Any, llava: tuple[Path, Header
             clip_model = CLIPModel.from_pretrained(clip, dtype=dtype).float().eval()
     unread = [key for key in info["unexpected_keys"] if is_weight(key) and not _DEEPER_LAYER.match(place_of(key))]
     if unread:
-        raise RuntimeError(f"{model_class.__name__} does not read {len(unread)} weights, {min(unread)} for one.")
+        raise RuntimeError(
+            f"{model_class.__name__} does not read {len(unread)} weights, {min(unread)} among them: please report it."
+        )
     pixels, sizes = _picture(config)
     tower = _stock_module(AutoModel.from_config(config.vision_config), "vision_tower", model.model, llava)
     projector = _stock_module(PROJECTORS[config.model_type](config), "multi_modal_projector", model.model, llava)
@@ -72,10 +74,10 @@ def prove(folder: Path, model_class: Any, config: Any, llava: tuple[Path, Header
         ("projector", model.model.multi_modal_projector(ours[layer][:, 1:]), projector(states[layer][:, 1:])),
     ):
         _check_close(name, one, other)
-    proven, question = ["vision tower", "projector"], None
+    verified, question = ["vision tower", "projector"], None
     if clip_model is not None:
         question = _question(clip_model.config.text_config)
-        own = config.token_recovery  # of whose similarity the released code takes a part
+        own = config.token_recovery  # its method may scale the similarity, as the released code does
         relevance = {name: getattr(own, name) for name in RELEVANCE}
         section = own.replace({"method": "recoverable", **relevance})
         read = relevance_state(section.text_relevance, config.vision_config.num_hidden_layers)
@@ -85,23 +87,23 @@ def prove(folder: Path, model_class: Any, config: Any, llava: tuple[Path, Header
         own_tower = compat.clip_vision_model(model.model.vision_tower)
         found = question_similarity(own_tower, model.token_recovery, ours[read], asked, section)
         _check_close("text similarity", found, wanted)
-        proven.append("text similarity")
+        verified.append("text similarity")
     count, patches = _count(model, pixels, sizes, question)
-    return f"{', '.join(proven)} equal to the sources'; {count} of {patches} visual tokens chosen on a probe picture"
+    return f"{', '.join(verified)} equal to the sources'; {count} of {patches} visual tokens chosen on a probe image"
 
 
 def prove_processor(folder: Path, processor: Any) -> None:
-    """Compare the saved tokenizers with those that were to be saved.
+    """Compare the saved tokenizers with those of the processor.
 
     Raises:
-        RuntimeError: They read a prompt as other ids.
+        RuntimeError: They encode a prompt differently.
     """
     saved = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     prompt = f"USER: {processor.image_token}\nIs there a red circle in the picture? ASSISTANT:"
     for name in ("tokenizer", "recovery_tokenizer"):
         wanted = getattr(processor, name)
         if wanted is not None and wanted(prompt)["input_ids"] != getattr(saved, name)(prompt)["input_ids"]:
-            raise RuntimeError(f"The saved {name} reads a prompt as other ids than its source; please report this.")
+            raise RuntimeError(f"The saved {name} encodes a prompt differently from its source; please report this.")
 
 
 def _one_layer(config: Any) -> Any:
@@ -114,7 +116,7 @@ def _one_layer(config: Any) -> Any:
 
 
 def _picture(config: Any) -> tuple[Tensor, Tensor | None]:
-    """A picture of noise as the processor would give it, and its size where the model asks for one."""
+    """An image of noise as the processor would return it, and its size if the model needs one."""
     side = config.vision_config.image_size
     shape, sizes = [1, config.vision_config.num_channels, side, side], None
     if config.model_type == "llava_next_reccomp":
@@ -124,7 +126,7 @@ def _picture(config: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _stock_module(stock: Any, name: str, model: Any, llava: tuple[Path, Headers]) -> Any:
-    """A module of transformers' own, its weights read from the source one by one; both it and ours in float32."""
+    """A module of transformers' with weights read from the source one by one; it and ours become float32."""
     ours = getattr(model, name)
     dtype = next(ours.parameters()).dtype
     weights = {
@@ -136,16 +138,16 @@ def _stock_module(stock: Any, name: str, model: Any, llava: tuple[Path, Headers]
 
 
 def _question(text: Any) -> Tensor:
-    """Ids (1, 1, length) that end as the text encoder wants them to."""
+    """Ids (1, 1, length) that end with the text encoder's end-of-text token."""
     length = min(8, text.max_position_embeddings)
     ids = torch.arange(1, length + 1) * 7 % (text.vocab_size - 2)
-    # The published configs say 2 and mean the largest id.
+    # An eos_token_id of 2 in the published configs stands for the largest id.
     ids[-1] = text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
     return ids.view(1, 1, length)
 
 
 def _clip_similarity(clip: Any, tower: Any, states: Tensor, question: Tensor, section: TokenRecoveryConfig) -> Tensor:
-    """(B, N), the similarity by the CLIP's own text model and projections."""
+    """(B, N), the similarity computed with the CLIP's own text model and projections."""
     text = clip.text_projection(clip.text_model(input_ids=question[0]).pooler_output).unsqueeze(0)  # (1, 1, P)
     patches = patch_embeddings(
         section.text_relevance,
@@ -162,13 +164,17 @@ def _check_close(name: str, ours: Tensor, wanted: Tensor) -> None:
     difference = (ours - wanted).abs().max().item() if ours.shape == wanted.shape else math.inf
     if not difference <= TOLERANCE * max(1.0, wanted.abs().max().item()):
         raise RuntimeError(
-            f"The converted checkpoint does not compute what its sources compute: the {name} differs by "
+            f"The converted checkpoint does not compute the same as its sources: the {name} differs by "
             f"{difference:.3g}. Nothing was written; please report this."
         )
 
 
 def _count(model: Any, pixels: Tensor, sizes: Tensor | None, question: Tensor | None) -> tuple[int, int]:
-    """How many tokens the model chooses of how many patches; a number that cannot be raises."""
+    """Number of tokens that the model chooses, and of patches.
+
+    Raises:
+        RuntimeError: The settings give another number of tokens.
+    """
     section = model.config.token_recovery
     _, layout = model._layout(pixels, sizes)
     valid = layout.valid

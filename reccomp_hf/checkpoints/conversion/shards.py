@@ -1,10 +1,9 @@
-"""The safetensors files of a checkpoint, without loading the model: what is in them, and copies that are proven."""
+"""The safetensors files of a checkpoint, without loading the model: their headers, and verified copies."""
 
 from __future__ import annotations
 
 import dataclasses
 import filecmp
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -17,14 +16,15 @@ from huggingface_hub.errors import NotASafetensorsRepoError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ..completeness import missing_shards
 from ..hub import split_revision
+from ..json_files import write_json
+from ..weight_files import WeightFiles
 
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""What weights may be cast to."""
-_SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}  # of others a byte
+"""Dtypes that weights may be cast to."""
+_SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}  # bytes; 1 for all others
 _BLOCK = 1 << 24  # bytes read at a time
 _SAME_PLACE = (  # transformers has written the same weight under several names
     (re.compile(r"^model\.(?=(language_model|vision_tower|multi_modal_projector|image_newline)\b)"), ""),
@@ -37,22 +37,22 @@ TEXT_SIDE = {
     "text_projection.": "token_recovery.text_encoder.text_projection.",
     "visual_projection.": "token_recovery.visual_projection.",
 }
-"""What is taken from a CLIP, and its name in a checkpoint of ours."""
+"""Start of the keys taken from a CLIP -> their start in a compressed checkpoint."""
 # Buffers that old releases wrote and no model reads.
-_NO_WEIGHT = re.compile(r"(^|\.)(embeddings\.position_ids|rotary_emb\.inv_freq)$")
+_STALE_BUFFER = re.compile(r"(^|\.)(embeddings\.position_ids|rotary_emb\.inv_freq)$")
 
 Progress: TypeAlias = Callable[[int], object]
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorHeader:
-    """What a safetensors header says about a tensor.
+    """A tensor's entry in a safetensors header.
 
     Attributes:
-        file: Name of the file that holds it.
-        key: Its name there.
+        file: Name of the file that holds the tensor.
+        key: Name of the tensor in that file.
         dtype: As the format writes it, `"F16"`.
-        shape: Its shape.
+        shape: Shape of the tensor.
     """
 
     file: str
@@ -61,7 +61,7 @@ class TensorHeader:
     shape: tuple[int, ...]
 
     def nbytes(self, dtype: str | None = None) -> int:
-        """Its size in bytes, cast if a dtype is named and it is a floating-point tensor."""
+        """Size in bytes; that of the cast tensor if a dtype is given and the tensor is a floating-point one."""
         size = _SIZES.get(self.dtype, 1)
         if dtype is not None and "F" in self.dtype:
             size = DTYPES[dtype].itemsize
@@ -72,50 +72,52 @@ Headers: TypeAlias = "dict[str, TensorHeader]"  # by place, see `place_of`
 
 
 def place_of(key: str) -> str:
-    """The one name of a LLaVA's weight, whichever release of transformers wrote its key, and in memory too."""
+    """The name of a LLaVA's weight that is the same for the keys of every release of transformers, and in memory."""
     for pattern, replacement in _SAME_PLACE:
         key = pattern.sub(replacement, key)
     return key
 
 
 def is_weight(key: str) -> bool:
-    """Whether a key is a model's weight, and no buffer that is computed anyway."""
-    return _NO_WEIGHT.search(key) is None
-
-
-def has_safetensors(folder: Path) -> bool:
-    """Whether transformers would find safetensors here."""
-    return (folder / WHOLE).is_file() or (folder / INDEX).is_file()
+    """Whether a key is a model's weight, not a buffer that is computed anyway."""
+    return _STALE_BUFFER.search(key) is None
 
 
 def read_headers(folder: Path) -> Headers:
-    """Every weight of a checkpoint, by its place.
+    """Headers of a checkpoint's safetensors, by place.
 
     Raises:
-        ValueError: A shard is missing, broken off, or does not hold what the index says.
+        ValueError: A shard is missing or truncated, or lacks keys that the index puts there.
     """
-    if missing := missing_shards(folder):
-        raise ValueError(f"{folder} lacks {len(missing)} of its weight files, {missing[0]} among them.")
-    whole = (folder / WHOLE).is_file()
-    index = {} if whole else json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    files = WeightFiles.find(folder)
+    if files.missing:
+        raise ValueError(f"{folder} lacks {files.describe_missing()}.")
     headers: Headers = {}
-    for name in [WHOLE] if whole else sorted(set(index.values())):
+    for name in files.names:
         with open_shard(folder / name) as file:
-            for key in file.keys():  # noqa: SIM118 it is no dict
+            for key in file.keys():  # noqa: SIM118 not a dict
                 tensor = file.get_slice(key)
                 if not is_weight(key):
                     continue
                 if place_of(key) in headers:
-                    raise ValueError(f"{folder} holds {place_of(key)} twice, once in {name}: the shards contradict.")
+                    raise ValueError(
+                        f"{folder} holds {place_of(key)} twice, once in {name}: the shards contradict each other."
+                    )
                 headers[place_of(key)] = TensorHeader(name, key, tensor.get_dtype(), tuple(tensor.get_shape()))
-    absent = sorted(key for key in index if is_weight(key) and place_of(key) not in headers)
+    absent = [
+        (key, name)
+        for name, keys in files.keys.items()
+        for key in keys
+        if is_weight(key) and place_of(key) not in headers
+    ]
     if absent:
-        raise ValueError(f"{folder}: {index[absent[0]]} lacks weights that the index puts there, {absent[0]} for one.")
+        key, name = min(absent)
+        raise ValueError(f"{folder}: {name} lacks weights that the index puts there, {key} for one.")
     return headers
 
 
 def read_hub_headers(source: str) -> Headers | None:
-    """As `read_headers` for `org/name@revision`, of which only headers are downloaded; `None` without safetensors."""
+    """As `read_headers` for `org/name@revision`; downloads the headers alone. `None` without safetensors."""
     repo, revision = split_revision(source)
     try:
         metadata = get_safetensors_metadata(repo, revision=revision)
@@ -133,12 +135,14 @@ def open_shard(path: Path) -> safe_open:
     """Open a safetensors file.
 
     Raises:
-        ValueError: It is none, or broken off.
+        ValueError: The file is not safetensors, or is truncated.
     """
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): it may be broken off; get it again.") from error
+        raise ValueError(
+            f"{path} cannot be read ({error}): it may be truncated; download or copy it again."
+        ) from error
 
 
 def read_tensor(folder: Path, header: TensorHeader) -> Tensor:
@@ -148,7 +152,7 @@ def read_tensor(folder: Path, header: TensorHeader) -> Tensor:
 
 
 def text_side_tensors(folder: Path, headers: Headers, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """What a checkpoint of ours takes from a CLIP, under the names it has there."""
+    """The tensors that a compressed checkpoint takes from a CLIP, by their keys in the compressed checkpoint."""
     return {
         place.replace(start, ours, 1): cast(place, read_tensor(folder, header), dtype)
         for start, ours in TEXT_SIDE.items()
@@ -157,15 +161,8 @@ def text_side_tensors(folder: Path, headers: Headers, dtype: torch.dtype | None)
     }
 
 
-def shard_names(count: int) -> list[str]:
-    """What transformers calls the files of a checkpoint of so many."""
-    if count == 1:
-        return [WHOLE]
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-
-
 def copy_shard(source: Path, target: Path, dtype: torch.dtype | None, progress: Progress) -> None:
-    """Copy a shard byte for byte, or with its floating-point tensors cast; `progress` is told of bytes read."""
+    """Copy a shard byte for byte, or with its floating-point tensors cast; `progress` receives the bytes read."""
     if not _casts(source, dtype):
         with source.open("rb") as reader, target.open("wb") as writer:
             while block := reader.read(_BLOCK):
@@ -192,15 +189,15 @@ def check_copy(source: Path, target: Path, dtype: torch.dtype | None, progress: 
                 _same_bits(cast(name, tensor, dtype), other.get_tensor(name)) for name, tensor in _tensors(one)
             )
     if not same:
-        raise RuntimeError(f"{target.name} is not what {source} holds: the disk or the memory failed; convert again.")
+        raise RuntimeError(f"{target.name} differs from {source}: the disk or the memory failed; convert again.")
     progress(source.stat().st_size)
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A tensor in another floating-point dtype; other kinds stay.
+    """A tensor in another floating-point dtype; other tensors are unchanged.
 
     Raises:
-        ValueError: A finite value has no place in the dtype.
+        ValueError: A finite value overflows in the dtype.
     """
     if dtype is None or not tensor.is_floating_point():
         return tensor
@@ -211,28 +208,28 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def write_shard(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file that others may read, as they may those of `save_pretrained`."""
+    """Write a safetensors file with the permissions of those that `save_pretrained` writes."""
     save_file(tensors, path, metadata=metadata or {"format": "pt"})
     path.chmod(0o644)  # safetensors' own choice is 0600
 
 
-def write_index(folder: Path) -> None:
-    """Name every tensor's file, if there is more than one file."""
+def write_index(paths: list[Path]) -> None:
+    """Write the index that names every tensor's file next to the files; nothing for a single file."""
+    if len(paths) == 1:
+        return
     weight_map, size = {}, 0
-    paths = sorted(folder.glob("model*.safetensors"))
     for path in paths:
         with open_shard(path) as file:
-            for key in file.keys():  # noqa: SIM118 it is no dict
+            for key in file.keys():  # noqa: SIM118 not a dict
                 tensor = file.get_slice(key)
                 weight_map[key] = path.name
                 size += TensorHeader(path.name, key, tensor.get_dtype(), tuple(tensor.get_shape())).nbytes()
-    if len(paths) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(paths[0].with_name(SAFE_WEIGHTS_INDEX_NAME), index)
 
 
 def _tensors(file: safe_open) -> Iterator[tuple[str, Tensor]]:
-    return ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 it is no dict
+    return ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 not a dict
 
 
 def _casts(path: Path, dtype: torch.dtype | None) -> bool:
@@ -244,13 +241,13 @@ def _casts(path: Path, dtype: torch.dtype | None) -> bool:
 
 
 def _kept(dtype: torch.dtype) -> set[str]:
-    """Dtypes, as the format writes them, that a cast leaves as they are."""
+    """Dtypes, as the format writes them, that a cast leaves unchanged."""
     same = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
     return {same, "I64", "I32", "I16", "I8", "U8", "BOOL"}
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Equality that takes a NaN for itself."""
+    """Equality that holds for NaN too."""
     same_kind = one.dtype == other.dtype and one.shape == other.shape
     return same_kind and torch.equal(one.contiguous().view(-1).view(torch.uint8), other.view(-1).view(torch.uint8))
 

@@ -1,8 +1,8 @@
-"""What a run has written so far, in a folder beside its output, until all of it is there.
+"""The lines a run has written so far, in a folder next to its output, until the output is complete.
 
-Every process of every run appends to a file of its own, so that nothing that was written is ever touched again: a
-process that outlives its run does no harm, and a line that a kill cut off is passed over. The fingerprint is the first
-thing in the folder and the last that leaves it. An output appears in one piece.
+Every process of every run appends to a file of its own, and nothing that was written is changed later: a process that
+outlives its run does no harm, and a line that a kill cut off is ignored. The fingerprint is the first file in the
+folder and the last to leave it. The output appears in one piece.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Parts:
     """The folder of an output.
 
     Attributes:
-        output: What the run is to write.
+        output: The file that the run writes.
         folder: `OUTPUT.parts`.
     """
 
@@ -37,30 +37,30 @@ class Parts:
 
     @property
     def finished(self) -> bool:
-        """Whether the output is there; a folder beside it is what a kill left of the tidying up."""
+        """Whether the output exists; a folder next to it remains from a run that was killed while removing it."""
         return self.output.exists()
 
     def check_output(self, overwrite: bool) -> None:
         """Refuse to write over a finished output.
 
         Raises:
-            FileExistsError: There is one.
+            FileExistsError: The output is finished.
         """
         if self.finished and not self.folder.exists() and not overwrite:
             raise FileExistsError(
-                f"{self.output} is finished and was left as it is: name another file, or start over with --overwrite."
+                f"{self.output} is finished and was left unchanged: name another file, or start over with --overwrite."
             )
 
     def prepare(self, fingerprint: dict[str, Any], overwrite: bool) -> None:
-        """Make the folder for a run, or find it fit for one that goes on.
+        """Make the folder for a run, or check that a run can resume from it.
 
         Args:
-            fingerprint: What the answers depend on; plain values.
+            fingerprint: Everything that the answers depend on, as JSON values.
             overwrite: Start over.
 
         Raises:
-            FileExistsError: There is a finished output.
-            ValueError: What was begun has another fingerprint.
+            FileExistsError: The output is finished.
+            ValueError: The folder has another fingerprint.
         """
         self.check_output(overwrite)
         fingerprint = json.loads(json.dumps(fingerprint))
@@ -73,7 +73,7 @@ class Parts:
             raise ValueError(f"{self.folder} lacks its {FINGERPRINT}: start over with --overwrite.")
         if path.exists() and (begun or self.finished):
             self._compare(json.loads(path.read_text(encoding="utf-8")), fingerprint)
-        elif not self.finished:  # where nothing was answered, nothing stands against other settings
+        elif not self.finished:  # without any answers, other settings may replace those of the folder
             self.folder.mkdir(exist_ok=True)
             self._replace(path, [json.dumps(fingerprint, indent=2) + "\n"])
 
@@ -81,14 +81,14 @@ class Parts:
         """The complete lines of all files, by row."""
         lines: dict[int, str] = {}
         for path in self._files():
-            *complete, _ = path.read_bytes().split(b"\n")  # what stands behind the last end of line was cut off
+            *complete, _ = path.read_bytes().split(b"\n")  # text after the last line end was cut off
             for line in complete:
                 lines.setdefault(self._row_of(line, path), line.decode("utf-8") + "\n")
         return lines
 
     @contextlib.contextmanager
     def writer(self, process: int) -> Iterator[Write]:
-        """A new file for a process; what it is given is handed to the system before the call returns."""
+        """A new file for a process; every call hands its lines to the operating system before it returns."""
         with (self.folder / f"part-{process:05d}-{uuid.uuid4().hex}.jsonl").open("x", **_TEXT) as file:
 
             def write(lines: Iterable[str]) -> None:
@@ -108,7 +108,8 @@ class Parts:
             missing = count - len(lines)
             if missing:
                 raise RuntimeError(
-                    f"{missing} of {count} rows are not in {self.folder}: something removed them. Run it again."
+                    f"{missing} of {count} rows are not in {self.folder}: something removed them. Run the "
+                    "same command again."
                 )
             self._replace(self.output, [lines[row] for row in range(count)])
         self._remove_folder()
@@ -124,18 +125,18 @@ class Parts:
         differing = [name for name in {**stored, **given} if stored.get(name) != given.get(name)]
         if differing:
             name = differing[0]
-            what = f"{stored.get(name)!r} there, {given.get(name)!r} here"
+            values = f"{stored.get(name)!r} there, {given.get(name)!r} here"
             others = f", and in {', '.join(differing[1:])}" if len(differing) > 1 else ""
             raise ValueError(
-                f"{self.folder} holds answers of another run: it differs in {name} ({what}){others}. Go on as that "
-                "run began, name another output, or start over with --overwrite."
+                f"{self.folder} holds answers of another run, which differs in {name} ({values}){others}. Resume with "
+                "the settings of that run, name another output, or start over with --overwrite."
             )
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("part-*.jsonl"))
 
     def _replace(self, path: Path, lines: Iterable[str]) -> None:
-        """Write a file so that it is there as a whole or not at all."""
+        """Write a file atomically."""
         temporary = self.folder / f"{uuid.uuid4().hex}.tmp"
         with temporary.open("x", **_TEXT) as file:
             file.writelines(lines)

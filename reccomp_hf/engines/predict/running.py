@@ -1,9 +1,8 @@
-"""Asking a model every question of a data file, in as many processes as there are."""
+"""Answers of a model to every question of a data file, from as many processes as there are."""
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,13 +16,12 @@ from ...core.configuration import TokenRecoveryConfig
 from ...data.progress import progress_bar
 from ...data.prompts import add_instruction, build_prompt, count_visual_tokens, encode_rows
 from ...data.rows import Rows, open_rows
+from .batching import Batch, plan_batches
+from .defaults import DEFAULT_BATCH_SIZE, DEFAULT_NEW_TOKENS
 from .fingerprint import data_digest, model_digest
 from .parts import Parts
-from .questions import Batch, Columns, Question, Questions, batches, line_of, opened
-
-DEFAULT_BATCH_SIZE, DEFAULT_NEW_TOKENS = 16, 64
-
-_PATIENCE = datetime.timedelta(days=30)  # how long a process waits for the others; the launcher ends it if one fails
+from .processes import broadcast, process_state
+from .questions import BadRow, Columns, OpenedQuestion, Questions, RowQuestion, json_line
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -31,19 +29,19 @@ S = TypeVar("S")
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a run did.
+    """Summary of a run.
 
     Attributes:
-        output: The file.
-        rows: Its lines.
-        answers: Those that hold an answer.
-        errors: Those that hold an error instead.
+        output: The file with the answers.
+        rows: Lines of the file.
+        answers: Lines with an answer.
+        errors: Lines with an error instead.
         new: Rows of this run; the others were there from runs that were stopped.
         visual_tokens: Mean over the answers, newlines of LLaVA-NeXT included; `None` without answers.
-        uncompressed_visual_tokens: What the stock model would have read.
-        processes: Of this run.
+        uncompressed_visual_tokens: The same for the stock model.
+        processes: Number of processes of this run.
         seconds: From the first batch to the last, in the slowest process.
-        rows_per_second: New rows.
+        rows_per_second: New rows per second.
     """
 
     output: str
@@ -59,25 +57,40 @@ class Prediction:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What is left to do.
+class _RemainingWork:
+    """The rows that have no line in the output yet.
 
     Attributes:
-        batches: Rows that are read together, and those of them that have no line yet.
-        errors: Lines of rows that cannot be asked, where they have none yet.
+        batches: Rows that are read together, each batch with those of its rows that have no line.
+        bad_rows: Rows without a line that cannot be asked.
     """
 
     batches: list[tuple[Batch, Batch]]
-    errors: list[str]
+    bad_rows: list[BadRow]
 
     @property
-    def new(self) -> int:
-        return len(self.errors) + sum(len(fresh) for _, fresh in self.batches)
+    def rows(self) -> int:
+        return len(self.bad_rows) + sum(len(missing) for _, missing in self.batches)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Asker:
-    """A model with all that its answers depend on."""
+class _EncodedBatch:
+    """A batch for the model.
+
+    Attributes:
+        questions: Questions whose images can be read.
+        inputs: Tensors of these questions, `None` if there are none.
+        bad_rows: The other rows.
+    """
+
+    questions: list[RowQuestion]
+    inputs: Any
+    bad_rows: list[BadRow]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Answerer:
+    """A model with everything that its answers depend on."""
 
     model: Any
     processor: Any
@@ -90,27 +103,36 @@ class _Asker:
         return self.model.config.token_recovery.replace(self.token_recovery)
 
     def fingerprint(self) -> dict[str, Any]:
-        fields = {name: value for name, value in self.section.to_dict().items() if name != "text_encoder_config"}
         return {
             "instruction": self.instruction,
             "max_new_tokens": self.max_new_tokens,
             "prompt": build_prompt(self.processor, "?", 1),
-            **{f"token_recovery.{name}": value for name, value in fields.items()},
+            **{f"token_recovery.{name}": value for name, value in self.section.overridable().items()},
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "model": model_digest(self.model),
         }
 
-    def encode(self, questions: Questions, batch: Batch) -> tuple[list[Question], Any, dict[int, str]]:
-        """Questions of a batch whose pictures can be read, their tensors, and the lines of the other rows."""
-        asked, pictures, wrong = opened(questions, batch)
-        if not asked:
-            return asked, None, wrong
-        texts = [add_instruction(question.text, self.instruction) for question in asked]
-        return asked, encode_rows(self.processor, pictures, texts, [question.reads for question in asked]), wrong
+    def encode(self, questions: Questions, batch: Batch) -> _EncodedBatch:
+        opened, bad_rows = [], []
+        for row in map(questions.open, batch):
+            if isinstance(row, BadRow):
+                bad_rows.append(row)
+            else:
+                opened.append(row)
+        inputs = self._encode(opened) if opened else None
+        return _EncodedBatch([row.question for row in opened], inputs, bad_rows)
+
+    def _encode(self, opened: list[OpenedQuestion]) -> Any:
+        return encode_rows(
+            self.processor,
+            [row.images for row in opened],
+            [add_instruction(row.question.text, self.instruction) for row in opened],
+            [row.question.clip_texts for row in opened],
+        )
 
     @torch.no_grad()
-    def answer(self, asked: list[Question], inputs: Any) -> dict[int, str]:
-        """Lines by row."""
+    def answer(self, questions: list[RowQuestion], inputs: Any) -> dict[int, str]:
+        """Lines of the output by row."""
         model = self.model
         inputs = inputs.to(model.device, model.dtype)
         options = {"do_sample": False, "max_new_tokens": self.max_new_tokens, "return_dict_in_generate": True}
@@ -118,10 +140,10 @@ class _Asker:
         prompt = inputs["input_ids"]
         ids = output.sequences[:, prompt.shape[1] :]
         uncompressed = (prompt == model.config.image_token_id).sum(-1).tolist()
-        read = count_visual_tokens(output, [len(question.pictures) for question in asked], uncompressed)
+        read = count_visual_tokens(output, [len(question.pictures) for question in questions], uncompressed)
         answers = self.processor.batch_decode(ids, skip_special_tokens=True)
-        told = zip(asked, answers, read, uncompressed, strict=True)
-        return {question.row: _line(question, answer.strip(), *counts) for question, answer, *counts in told}
+        rows = zip(questions, answers, read, uncompressed, strict=True)
+        return {question.row: _line(question, answer.strip(), *counts) for question, answer, *counts in rows}
 
 
 def predict(
@@ -141,76 +163,67 @@ def predict(
 ) -> Prediction:
     """Ask a compressed model every question of a file or folder, greedily, and write a line of JSON for each.
 
-    A line holds `row` (its number from 0), `id`, `image` (the path, or several, as the data has it), `question`,
-    `answer`, `visual_tokens` and `uncompressed_visual_tokens`; or `row`, `id` and `error` where a row cannot be asked.
-    Lines are in the order of the data. Rows are read in batches of similar length; a row's answer does not depend on
-    its batch (in float32; in half precision rounding does).
+    A line has `row` (the row's number from 0), `id`, `image` (the path or paths in the data), `question`, `answer`,
+    `visual_tokens` and `uncompressed_visual_tokens`; or `row`, `id` and `error` for a row that cannot be asked. Lines
+    are in the order of the data. Rows are read in batches of similar length; a row's answer does not depend on its
+    batch (in float32; in half precision, rounding does).
 
-    Called in several processes that accelerate knows of, each answers its share. What is answered is kept in
-    `OUTPUT.parts` until all of it is there, and the same call after a kill goes on from it, in any number of processes
-    and with any batch size.
+    Called in several processes that accelerate launched, each answers its share. Answers are kept in `OUTPUT.parts`
+    until the output is complete, and the same call after a kill resumes from it, in any number of processes and with
+    any batch size.
 
     Args:
         model: A compressed LLaVA, in eval mode, on this process's device.
-        processor: Its processor.
+        processor: The processor of the model.
         data: See [`open_rows`].
         output: The file to write.
-        columns: Where in a row things are.
-        instruction: Appended to each question in the prompt (not in what CLIP reads), on a line of its own.
-        limit: The first so many rows.
-        batch_size: Questions read at once.
+        columns: Columns of the data.
+        instruction: Appended to each question in the prompt (not in the text that CLIP reads), on a line of its own.
+        limit: Read the first `limit` rows only.
+        batch_size: Questions per batch.
         max_new_tokens: Longest answer.
         token_recovery: Fields of the config section to override.
-        overwrite: Start over: remove the output, finished or begun.
-        progress: Show a progress bar; `None` where stderr is a terminal.
+        overwrite: Start over: remove the output, finished or not.
+        progress: Show a progress bar; by default only where stderr is a terminal.
 
     Returns:
-        What was done, the same in every process.
+        The summary of the run, the same in every process.
 
     Raises:
         FileExistsError: The output is finished.
-        ValueError: Data or settings that cannot be, or an output that was begun with others.
+        ValueError: Data or settings that are not valid, or an output that was begun with others.
         OSError: Data that cannot be read.
     """
     columns = Columns() if columns is None else columns
-    rows = checked_rows(data, output, columns, limit, overwrite, batch_size, max_new_tokens)
-    asker = _Asker(model, processor, instruction, max_new_tokens, dict(token_recovery or {}))
-    section, parts = asker.section, Parts(output)
+    rows = open_data(data, output, columns, limit, overwrite, batch_size, max_new_tokens)
+    answerer = _Answerer(model, processor, instruction, max_new_tokens, dict(token_recovery or {}))
+    section, parts = answerer.section, Parts(output)
     state, questions = process_state(), Questions(rows, columns, processor)
 
-    def plan() -> _Plan:
-        about = {"data": data_digest(data), "rows": len(questions), **dataclasses.asdict(columns)}
-        parts.prepare({**about, **asker.fingerprint()}, overwrite)
+    def plan() -> _RemainingWork:
+        settings = {"data": data_digest(data), "rows": len(questions), **dataclasses.asdict(columns)}
+        parts.prepare({**settings, **answerer.fingerprint()}, overwrite)
         if parts.finished:
-            return _Plan([], [])
+            return _RemainingWork([], [])
         done = parts.lines().keys()
-        planned, wrong = batches(questions, model, section, processor, batch_size)
-        # A batch that lacks a row is read as it was, so that in half precision too its answers are the same.
-        left = [(batch, [row for row in batch if row not in done]) for batch in planned]
-        return _Plan([entry for entry in left if entry[1]], [line for row, line in wrong.items() if row not in done])
+        planned = plan_batches(questions, model, section, processor, batch_size)
+        # A batch that lacks a row is read as a whole, so that its answers are the same in half precision too.
+        batches = [(batch, [row for row in batch if row not in done]) for batch in planned.batches]
+        return _RemainingWork(
+            [(batch, missing) for batch, missing in batches if missing],
+            [bad_row for bad_row in planned.bad_rows if bad_row.row not in done],
+        )
 
-    todo = _agreed(state, plan)
+    work = broadcast(state, plan)
     began = time.perf_counter()
-    if todo.new:
-        _answer(state, asker, questions, parts, todo, progress)
+    if work.rows:
+        _answer(state, answerer, questions, parts, work, progress)
     state.wait_for_everyone()
     seconds = time.perf_counter() - began
-    return _agreed(state, lambda: _summary(parts, len(questions), todo.new, state.num_processes, seconds))
+    return broadcast(state, lambda: _summary(parts, len(questions), work.rows, state.num_processes, seconds))
 
 
-def process_state(device: str | None = None) -> Any:
-    """This process among those that were launched together, as accelerate tells it; the first call decides.
-
-    Args:
-        device: `"cpu"`, or anything else for GPUs; by default those if there are any. It says how processes talk.
-    """
-    from accelerate import PartialState
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return PartialState(device == "cpu", timeout=_PATIENCE)
-
-
-def checked_rows(
+def open_data(
     data: str | Path,
     output: str | Path,
     columns: Columns,
@@ -219,11 +232,11 @@ def checked_rows(
     batch_size: int = DEFAULT_BATCH_SIZE,
     max_new_tokens: int = DEFAULT_NEW_TOKENS,
 ) -> Rows:
-    """Open the data, and refuse arguments of [`predict`] that cannot be, before a model is loaded for them.
+    """Open the data, and refuse arguments of [`predict`] that are not valid, before a model is loaded for them.
 
     Raises:
         FileExistsError: The output is finished.
-        ValueError: An argument that cannot be, no rows, or a column that is missing.
+        ValueError: An argument that is not valid, no rows, or a column that is missing.
         OSError: Data that cannot be read.
     """
     for name, value in (("limit", limit), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
@@ -233,34 +246,37 @@ def checked_rows(
     if target.is_dir() or not target.parent.is_dir():
         raise ValueError(f"{output} must be a file in a folder that exists.")
     if source == target:
-        raise ValueError(f"{output} is what is read, and would be written over: name another file to write.")
+        raise ValueError(f"{output} is the data itself, which would be overwritten: name another file to write.")
     if source in target.parents:
-        raise ValueError(f"{output} is inside the folder that is read: name a file elsewhere.")
+        raise ValueError(f"{output} is inside the folder of the data: name a file elsewhere.")
     Parts(output).check_output(overwrite)
-    with process_state().main_process_first():  # who is first fills the cache of `datasets`
+    with process_state().main_process_first():  # the first process fills the cache of `datasets`
         rows = open_rows(data, limit)
     columns.require(rows)
     return rows
 
 
-def _answer(state: Any, asker: _Asker, questions: Questions, parts: Parts, todo: _Plan, progress: bool | None) -> None:
-    """Answer this process's share."""
-    share = todo.batches[state.process_index :: state.num_processes]
-    others = f", process 1 of {state.num_processes}" if state.num_processes > 1 else ""
-    bar = progress_bar(
-        sum(len(fresh) for _, fresh in share), f"rows{others}", progress if state.is_main_process else False
-    )
+def _answer(
+    state: Any, answerer: _Answerer, questions: Questions, parts: Parts, work: _RemainingWork, progress: bool | None
+) -> None:
+    """Answer this process's share of the work."""
+    share = work.batches[state.process_index :: state.num_processes]
+    process = f", process 1 of {state.num_processes}" if state.num_processes > 1 else ""
+    rows = sum(len(missing) for _, missing in share)
+    bar = progress_bar(rows, f"rows{process}", progress if state.is_main_process else False)
     with bar, parts.writer(state.process_index) as write:
-        for (_, fresh), (asked, inputs, lines) in _ahead(share, lambda entry: asker.encode(questions, entry[0])):
-            lines = {**lines, **(asker.answer(asked, inputs) if asked else {})}
-            write(lines[row] for row in fresh)
-            bar.update(len(fresh))
+        for (_, missing), batch in _prefetch(share, lambda entry: answerer.encode(questions, entry[0])):
+            lines = {bad_row.row: bad_row.line for bad_row in batch.bad_rows}
+            if batch.questions:
+                lines |= answerer.answer(batch.questions, batch.inputs)
+            write(lines[row] for row in missing)
+            bar.update(len(missing))
         if state.is_main_process:  # last, so that a run that fails at once has written nothing
-            write(todo.errors)
+            write(bad_row.line for bad_row in work.bad_rows)
 
 
-def _ahead(items: Iterable[T], prepare: Callable[[T], S]) -> Iterator[tuple[T, S]]:
-    """Items with what is prepared of them, the next one while the caller works on the one before."""
+def _prefetch(items: Iterable[T], prepare: Callable[[T], S]) -> Iterator[tuple[T, S]]:
+    """Items with their prepared values; the next one is prepared while the caller works on the current one."""
     with ThreadPoolExecutor(1) as pool:
         waiting: list[tuple[T, Any]] = []
         for item in items:
@@ -272,25 +288,9 @@ def _ahead(items: Iterable[T], prepare: Callable[[T], S]) -> Iterator[tuple[T, S
             yield ready, future.result()
 
 
-def _agreed(state: Any, find: Callable[[], T]) -> T:
-    """What the main process finds, in every process; an error too."""
-    from accelerate.utils import broadcast_object_list
-
-    found: list[Any] = [None, None]
-    if state.is_main_process:
-        try:
-            found[0] = find()
-        except (ValueError, OSError, RuntimeError) as error:
-            found[1] = error
-    broadcast_object_list(found)
-    if found[1] is not None:
-        raise found[1]
-    return found[0]
-
-
-def _line(question: Question, answer: str, read: int, uncompressed: int) -> str:
+def _line(question: RowQuestion, answer: str, read: int, uncompressed: int) -> str:
     paths = [picture.path for picture in question.pictures]
-    return line_of(
+    return json_line(
         {
             "row": question.row,
             "id": question.id,
@@ -303,9 +303,9 @@ def _line(question: Question, answer: str, read: int, uncompressed: int) -> str:
     )
 
 
-def _summary(parts: Parts, count: int, new: int, processes: int, seconds: float) -> Prediction:
-    """Put the output together, and say what is in it."""
-    lines = [json.loads(line) for line in parts.join(count)]
+def _summary(parts: Parts, rows: int, new: int, processes: int, seconds: float) -> Prediction:
+    """Put the output together and count its lines."""
+    lines = [json.loads(line) for line in parts.join(rows)]
     answers = [line for line in lines if "error" not in line]
 
     def mean(name: str) -> float | None:
@@ -325,4 +325,4 @@ def _summary(parts: Parts, count: int, new: int, processes: int, seconds: float)
     )
 
 
-__all__ = ["DEFAULT_BATCH_SIZE", "DEFAULT_NEW_TOKENS", "Prediction", "checked_rows", "predict", "process_state"]
+__all__ = ["Prediction", "open_data", "predict"]

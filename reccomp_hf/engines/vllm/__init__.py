@@ -1,6 +1,6 @@
-"""The plug-in for vLLM: compressed LLaVAs with a fixed budget, served with question-guided recovery.
+"""The plug-in for vLLM: serves compressed LLaVAs with a fixed budget and question-guided recovery.
 
-vLLM finds [`register`] by the entry point `vllm.general_plugins` in every process of its own. A checkpoint is then
+vLLM finds [`register`] through the entry point `vllm.general_plugins` in each of its processes. A checkpoint is then
 served by its folder or Hub id, without `--trust-remote-code`.
 """
 
@@ -10,9 +10,9 @@ ARCHITECTURES = ("LlavaRecCompForConditionalGeneration", "LlavaNextRecCompForCon
 
 
 def register() -> None:
-    """Tell vLLM's registry the classes of our architectures, by name; a second call changes nothing.
+    """Register the classes of our architectures with vLLM, by name; a second call changes nothing.
 
-    transformers' Auto classes know our configs and processors already: the package above has registered them.
+    transformers' Auto classes know our configs and processors already: importing `reccomp_hf` registers them.
     """
     from vllm import ModelRegistry
 

@@ -1,4 +1,4 @@
-"""vLLM's own LLaVA classes, whose pictures become recovered tokens."""
+"""vLLM's own LLaVA classes with token recovery."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ...core.modeling_llava_next import tiled_layout
 from ...core.picture_tokens import Question, choose_tokens, window_mask
 from ...core.text_encoder import TokenRecoveryModules
 from ...core.vision import EncodedImages, needed_states, vision_states
-from .checks import count_tokens, request_section
+from .budgets import Budget, budget_from_tensor, count_tokens, request_section
 from .processing import (
     LlavaNextRecCompInfo,
     LlavaNextRecCompMultiModalProcessor,
@@ -34,7 +34,7 @@ from .processing import (
 from .tower import clip_tower
 
 TOWER_TILES = 8
-"""Tiles that go through the vision tower at once: vLLM's encoder budget counts kept tokens, of which many are few."""
+"""Most tiles in one call of the vision tower: vLLM limits a step by kept tokens, which many images share."""
 
 # transformers 5 writes a vision tower's keys without `vision_model.`.
 _VISION_KEYS = WeightsMapper(
@@ -43,47 +43,47 @@ _VISION_KEYS = WeightsMapper(
 
 
 @dataclasses.dataclass
-class _Picture:
-    """A picture as a request brings it.
+class _RequestImage:
+    """An image of a request.
 
     Args:
         tiles: (T, 3, H, W).
         size: Width and height in pixels.
-        budget: Of the request, see `request_section`.
+        budget: Budget of the request.
         question: (W, L) ids and mask; `None` where the question is not read.
     """
 
     tiles: Tensor
     size: tuple[int, int]
-    budget: float
+    budget: Budget
     question: tuple[Tensor, Tensor] | None
 
 
 class RecoveryModelMixin:
-    """Token recovery for one of vLLM's LLaVA classes, which stands next in the bases."""
+    """Token recovery for one of vLLM's LLaVA classes, which must be the next base class."""
 
     config: Any
     vision_tower: Any
     multi_modal_projector: Any
     hf_to_vllm_mapper: WeightsMapper
     token_recovery: TokenRecoveryModules | None
-    supports_tower_connector_lora = False  # vLLM maps adapters by a number of tokens that ours is not
+    supports_tower_connector_lora = False  # vLLM would map adapters by the uncompressed number of tokens
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        """Build the stock model, its vision tower with all blocks, and CLIP's text side.
+        """Build the stock model with all blocks of its vision tower, and CLIP's text encoder.
 
         Raises:
-            ValueError: Tensor parallelism, which splits the heads that the saliency is computed from.
+            ValueError: Tensor parallelism, which would split the attention heads that the saliency is computed from.
         """
-        recovers = vllm_config.model_config.hf_config.token_recovery.enabled and _has_tower(vllm_config)
-        if recovers and (size := vllm_config.parallel_config.tensor_parallel_size) > 1:
+        enabled = vllm_config.model_config.hf_config.token_recovery.enabled and _has_tower(vllm_config)
+        if enabled and (size := vllm_config.parallel_config.tensor_parallel_size) > 1:
             raise ValueError(
                 f"Token recovery reads whole attention heads of the vision tower, which tensor parallelism splits: "
                 f"got --tensor-parallel-size {size}. Use 1, with --data-parallel-size for more devices."
             )
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.token_recovery = None
-        if not recovers:
+        if not enabled:
             return
         # Stock vLLM stops at LLaVA's feature layer; saliency and relevance may read the last block too.
         self.vision_tower = CLIPVisionModel(
@@ -97,64 +97,64 @@ class RecoveryModelMixin:
             self.token_recovery.requires_grad_(False)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load a checkpoint that either line of transformers wrote.
+        """Load a checkpoint written by transformers 4 or 5.
 
         Raises:
-            ValueError: Weights of CLIP's text side are missing; vLLM itself checks the others.
+            ValueError: Weights of CLIP's text encoder are missing; vLLM itself checks the others.
         """
-        ours = self.token_recovery
-        loader = AutoWeightsLoader(self, ignore_unexpected_prefixes=["token_recovery."] if ours is None else None)
+        modules = self.token_recovery
+        loader = AutoWeightsLoader(self, ignore_unexpected_prefixes=["token_recovery."] if modules is None else None)
         loaded = loader.load_weights(weights, mapper=self.hf_to_vllm_mapper)
-        if ours is not None:
-            wanted = {f"token_recovery.{name}" for name in ours.state_dict()}
-            if missing := sorted(wanted - loaded):
+        if modules is not None:
+            needed = {f"token_recovery.{name}" for name in modules.state_dict()}
+            if missing := sorted(needed - loaded):
                 raise ValueError(
-                    f"The checkpoint lacks {len(missing)} weights of CLIP's text side, {missing[0]} for one. Convert "
-                    "it again: reccomp_hf.convert(llava, clip, output)."
+                    f"The checkpoint lacks {len(missing)} weights of CLIP's text encoder, among them {missing[0]}. "
+                    "Convert it again: reccomp_hf.convert(llava, clip, output)."
                 )
         return loaded
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        """The tokens of every picture, each (K, D), in the order of the pictures."""
+        """The tokens of every image, each (K, D), in the order of the images."""
         embeds = kwargs.get("image_embeds")
         if embeds is not None:
-            return list(embeds)  # of any length each; the stock class wants them equal
+            return list(embeds)  # their lengths may differ, unlike in the stock class
         if not self.config.token_recovery.enabled:
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
         if kwargs.get("pixel_values") is None:
             return []
-        pictures = self._pictures(**kwargs)
-        outputs: list[Tensor] = [torch.empty(0)] * len(pictures)
-        for batch in _batches(pictures):
-            for index, tokens in zip(batch, self._recovered([pictures[at] for at in batch]), strict=True):
+        images = self._images(**kwargs)
+        outputs: list[Tensor] = [torch.empty(0)] * len(images)
+        for batch in _batches(images):
+            for index, tokens in zip(batch, self._compress([images[at] for at in batch]), strict=True):
                 outputs[index] = tokens
         return outputs
 
-    def _pictures(
+    def _images(
         self,
         pixel_values: Any,
-        recovery_budget: Tensor,
+        recovery_budget: Any,
         recovery_input_ids: Any = None,
         recovery_attention_mask: Any = None,
         **kwargs: Any,
-    ) -> list[_Picture]:
-        """What a batch of requests brings, picture by picture; tensors of unequal shapes come as lists."""
+    ) -> list[_RequestImage]:
+        """The images of a batch of requests; tensors of different shapes arrive as lists."""
         questions: list[Any] = [None] * len(recovery_budget)
         if recovery_input_ids is not None:
             questions = list(zip(recovery_input_ids, recovery_attention_mask, strict=True))
         tiles = self._tiles(pixel_values, **kwargs)
         return [
-            _Picture(*picture, budget, question)
-            for picture, budget, question in zip(tiles, recovery_budget.tolist(), questions, strict=True)
+            _RequestImage(*image, budget_from_tensor(budget), question)
+            for image, budget, question in zip(tiles, recovery_budget, questions, strict=True)
         ]
 
     def _tiles(self, pixel_values: Tensor, **kwargs: Any) -> list[tuple[Tensor, tuple[int, int]]]:
-        """Tiles and size of every picture."""
+        """Tiles and size of every image."""
         size = (self.config.vision_config.image_size,) * 2
         return [(tile, size) for tile in pixel_values.unsqueeze(1)]
 
-    def _layout(self, tiles: Tensor, pictures: list[_Picture]) -> ImageLayout:
-        """Which placeholder of the uncompressed pictures stands for which patch."""
+    def _layout(self, tiles: Tensor, images: list[_RequestImage]) -> ImageLayout:
+        """The patch that each placeholder of the uncompressed images stands for."""
         return ImageLayout.of_grids(len(tiles), self._side**2)
 
     @property
@@ -162,26 +162,26 @@ class RecoveryModelMixin:
         vision = self.config.vision_config
         return vision.image_size // vision.patch_size
 
-    def _recovered(self, pictures: list[_Picture]) -> Iterable[Tensor]:
-        """The tokens (K, D) of pictures with one budget, by the computation that the transformers models do."""
-        config, budget = self.config, pictures[0].budget
+    def _compress(self, images: list[_RequestImage]) -> Iterable[Tensor]:
+        """The tokens (K, D) of images with one budget, computed as in the transformers models."""
+        config, budget = self.config, images[0].budget
         section, layer = request_section(config.token_recovery, budget), config.vision_feature_layer
-        tower, tiles = clip_tower(self.vision_tower.vision_model), torch.cat([picture.tiles for picture in pictures])
-        asked = pictures[0].question is not None
-        states = vision_states(tower, tiles, needed_states(section, layer, len(tower.encoder.layers), asked))
-        layout = self._layout(tiles, pictures)
+        tower, tiles = clip_tower(self.vision_tower.vision_model), torch.cat([image.tiles for image in images])
+        reads_question = images[0].question is not None
+        states = vision_states(tower, tiles, needed_states(section, layer, len(tower.encoder.layers), reads_question))
+        layout = self._layout(tiles, images)
         choice = choose_tokens(
             tower,
             self.token_recovery,
             EncodedImages(states, layout, (self._side, self._side)),
-            _question(pictures, layout.image_of_tile(tiles.device)) if asked else None,
+            _question(images, layout.image_of_tile(tiles.device)) if reads_question else None,
             section,
             layer,
             num_heads=config.vision_config.num_attention_heads,
             projector=self.multi_modal_projector,
         )
         choice.sync()
-        expected = [count_tokens(config, budget, picture.size) for picture in pictures]
+        expected = [count_tokens(config, budget, image.size) for image in images]
         known = choice.selection.known_sizes
         is_certain = known is not None and (known.longest, known.total) == (expected[0], sum(expected))
         if not is_certain and choice.lengths.tolist() != expected:
@@ -197,7 +197,7 @@ class RecoveryModelMixin:
     LlavaRecCompMultiModalProcessor, info=LlavaRecCompInfo, dummy_inputs=RecoveryDummyInputsBuilder
 )
 class LlavaRecCompForConditionalGeneration(RecoveryModelMixin, LlavaForConditionalGeneration):
-    """LLaVA-1.5 that reads recovered tokens."""
+    """LLaVA-1.5 with token recovery."""
 
     hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | _VISION_KEYS
 
@@ -206,47 +206,49 @@ class LlavaRecCompForConditionalGeneration(RecoveryModelMixin, LlavaForCondition
     LlavaNextRecCompMultiModalProcessor, info=LlavaNextRecCompInfo, dummy_inputs=RecoveryDummyInputsBuilder
 )
 class LlavaNextRecCompForConditionalGeneration(RecoveryModelMixin, LlavaNextForConditionalGeneration):
-    """LLaVA-NeXT that reads recovered tokens."""
+    """LLaVA-NeXT with token recovery."""
 
     hf_to_vllm_mapper = LlavaNextForConditionalGeneration.hf_to_vllm_mapper | _VISION_KEYS
 
     def _tiles(
         self, pixel_values: Any, image_sizes: Any = None, **kwargs: Any
     ) -> list[tuple[Tensor, tuple[int, int]]]:
-        """Tiles and size of every picture, without the padding that the processor puts behind its tiles."""
+        """Tiles and size of every image, without the tiles that the processor appends as padding."""
         sizes = [(width, height) for height, width in (size.tolist() for size in image_sizes)]
         return [
             (tiles[: picture_tokens(self.config, size)[0]], size)
             for tiles, size in zip(pixel_values, sizes, strict=True)
         ]
 
-    def _layout(self, tiles: Tensor, pictures: list[_Picture]) -> ImageLayout:
-        """Which placeholder of the uncompressed pictures stands for which patch, as stock LLaVA-NeXT packs them."""
-        sizes = [[picture.size[1], picture.size[0]] for picture in pictures]
+    def _layout(self, tiles: Tensor, images: list[_RequestImage]) -> ImageLayout:
+        """The patch that each placeholder of the uncompressed images stands for, as stock LLaVA-NeXT packs them."""
+        sizes = [[image.size[1], image.size[0]] for image in images]
         return tiled_layout(self.config, tiles, sizes)[1]
 
 
 def _has_tower(vllm_config: VllmConfig) -> bool:
-    """Whether requests may bring pictures; else vLLM leaves the vision tower out."""
+    """Whether requests may contain images; otherwise vLLM builds no vision tower."""
     return vllm_config.model_config.get_multimodal_config().get_limit_per_prompt("image") > 0
 
 
-def _batches(pictures: list[_Picture]) -> Iterator[list[int]]:
-    """Numbers of pictures with one budget that go through the vision tower together."""
-    batch: list[int] = []
-    for index in sorted(range(len(pictures)), key=lambda at: pictures[at].budget):
-        tiles = sum(len(pictures[at].tiles) for at in (*batch, index))
-        if batch and (pictures[index].budget != pictures[batch[0]].budget or tiles > TOWER_TILES):
-            yield batch
-            batch = []
-        batch = [*batch, index]
-    if batch:
+def _batches(images: list[_RequestImage]) -> Iterator[list[int]]:
+    """Indices of images with one budget that go through the vision tower together."""
+    by_budget: dict[str, list[int]] = {}
+    for index, image in enumerate(images):
+        by_budget.setdefault(repr(image.budget), []).append(index)  # 1 token is not the share 1.0
+    for indices in by_budget.values():
+        batch: list[int] = []
+        for index in indices:
+            if batch and sum(len(images[at].tiles) for at in (*batch, index)) > TOWER_TILES:
+                yield batch
+                batch = []
+            batch.append(index)
         yield batch
 
 
-def _question(pictures: list[_Picture], rows: Tensor) -> Question:
-    """The pictures' questions side by side, each in as many windows as the longest has."""
-    given = [picture.question for picture in pictures if picture.question is not None]
+def _question(images: list[_RequestImage], rows: Tensor) -> Question:
+    """The questions of the images, padded to the number of windows of the longest one."""
+    given = [image.question for image in images if image.question is not None]
     ids, mask = (torch.nn.utils.rnn.pad_sequence(list(part), batch_first=True) for part in zip(*given, strict=True))
     return Question(ids, window_mask(ids, mask), rows)
 

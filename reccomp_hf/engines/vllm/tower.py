@@ -1,7 +1,7 @@
-"""vLLM's CLIP vision tower in the words of transformers' own, which the choice of tokens speaks.
+"""Adapter giving vLLM's CLIP vision tower the attribute names of transformers'.
 
-vLLM fuses the three projections of an attention into one. They are called as they are and their output is taken
-apart, so that quantised weights and kernels of vLLM's stay at work.
+vLLM fuses the query, key and value projections of an attention into one layer. The adapter calls the fused layer and
+splits its output, so that quantised weights and vLLM's kernels stay in use.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 
 
 class _Attention:
-    """A `CLIPAttention` with one callable per projection."""
+    """vLLM's `CLIPAttention`, with one callable per projection."""
 
     def __init__(self, attention: Any) -> None:
         self._fused = attention.qkv_proj
         self._out = attention.out_proj
-        self.q_proj, self.k_proj, self.v_proj = (self._part(index) for index in range(3))
+        self.q_proj, self.k_proj, self.v_proj = (self._projection(index) for index in range(3))
 
-    def _part(self, index: int) -> Callable[[Tensor], Tensor]:
+    def _projection(self, index: int) -> Callable[[Tensor], Tensor]:
         return lambda states: self._fused(states)[0].chunk(3, dim=-1)[index]
 
     def out_proj(self, states: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ class _Attention:
 
 
 class _Block:
-    """A `CLIPEncoderLayer` that is called as transformers' own."""
+    """vLLM's `CLIPEncoderLayer`, with the signature of transformers'."""
 
     def __init__(self, layer: Any) -> None:
         self._layer = layer
@@ -41,7 +41,11 @@ class _Block:
 
 
 def clip_tower(vision_model: Any) -> Any:
-    """A `CLIPVisionTransformer` of vLLM's, with all its blocks, as `vision_states` and `visual_features` want it."""
+    """Wrap vLLM's `CLIPVisionTransformer` for `vision_states` and `choose_tokens`.
+
+    Args:
+        vision_model: The transformer with all its blocks, the last one included.
+    """
     return types.SimpleNamespace(
         embeddings=vision_model.embeddings,
         pre_layrnorm=vision_model.pre_layrnorm,

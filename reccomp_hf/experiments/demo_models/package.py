@@ -14,8 +14,8 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, LlavaForC
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ...checkpoints.cards import render_card
-from ...checkpoints.cards.shipped import demo_facts
 from ...checkpoints.convert import convert
+from ..shipped_cards import demo_facts
 from .config import TrainingConfig
 from .tokenizers import CHAT_TEMPLATE, IMAGE_TOKEN, save_clip_tokenizer, save_llama_tokenizer
 

@@ -1,4 +1,4 @@
-"""What must fit before a LLaVA and a CLIP become one checkpoint: configs, keys and shapes, and the vision tower."""
+"""Checks that a LLaVA and a CLIP fit together: configs, keys and shapes, and the vision tower."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .shards import TEXT_SIDE, Headers, place_of, read_tensor
 logger = logging.getLogger(__name__)
 
 SIZES = ("hidden_size", "patch_size", "image_size", "num_hidden_layers")
-"""What of a vision config tells CLIPs apart."""
+"""Fields of a vision config that tell CLIPs apart."""
 KNOWN_CLIPS = {
     (1024, 14, 336, 24): "openai/clip-vit-large-patch14-336",
     (1024, 14, 224, 24): "openai/clip-vit-large-patch14",
@@ -21,30 +21,30 @@ KNOWN_CLIPS = {
     (768, 16, 224, 12): "openai/clip-vit-base-patch16",
 }
 LEAST_COSINE = 0.5
-"""Mean cosine of weights below which two towers have nothing to do with each other."""
+"""Mean cosine of the weights below which two towers are unrelated."""
 
 
 def guess_clip(vision: Any) -> str:
-    """The Hub id of the CLIP that a vision tower of these sizes comes from.
+    """The Hub id of OpenAI's CLIP whose vision tower has the sizes of this one.
 
     Raises:
-        ValueError: No published CLIP that we know has these sizes.
+        ValueError: None of OpenAI's CLIPs has these sizes.
     """
     sizes = tuple(getattr(vision, name, None) for name in SIZES)
     if getattr(vision, "model_type", None) != "clip_vision_model" or sizes not in KNOWN_CLIPS:
-        what = ", ".join(f"{name} {size}" for name, size in zip(SIZES, sizes, strict=True))
+        text = ", ".join(f"{name} {size}" for name, size in zip(SIZES, sizes, strict=True))
         raise ValueError(
-            f"CLIP is missing, and LLaVA's vision tower ({what}) is none of OpenAI's, so it cannot be guessed: name "
-            "the CLIP that the tower came from, or make a visual-only model (--visual-only, clip=None)."
+            f"CLIP is missing, and LLaVA's vision tower ({text}) is not one of OpenAI's, so the CLIP cannot be "
+            "guessed: name the CLIP that the tower came from, or make a visual-only model (--visual-only, clip=None)."
         )
     return KNOWN_CLIPS[sizes]
 
 
 def check_clip(vision: Any, clip: Any) -> None:
-    """Refuse a CLIP whose vision tower cannot be the one that LLaVA uses.
+    """Check that a CLIP's vision tower can be the one that LLaVA uses.
 
     Raises:
-        ValueError: Another width, patch size, image size or number of blocks.
+        ValueError: The width, patch size, image size or number of blocks differs.
     """
     for name in SIZES:
         ours, theirs = getattr(vision, name), getattr(clip.vision_config, name)
@@ -56,10 +56,10 @@ def check_clip(vision: Any, clip: Any) -> None:
 
 
 def check_keys(headers: Headers, model_class: Any, config: Any, name: str) -> None:
-    """Compare the weights of a checkpoint with those of the model, which is built without any.
+    """Compare the keys and shapes of a checkpoint with those of the model, which is built on the meta device.
 
     Raises:
-        ValueError: Weights are missing, have another shape, or belong to nothing.
+        ValueError: Weights are missing, have another shape, or do not belong to the model.
     """
     with torch.device("meta"):
         wanted = {place_of(key): tuple(value.shape) for key, value in model_class(config).state_dict().items()}
@@ -67,7 +67,7 @@ def check_keys(headers: Headers, model_class: Any, config: Any, name: str) -> No
     missing = sorted(wanted.keys() - headers.keys() - tied)
     if missing:
         raise ValueError(
-            f"{name} is no complete {model_class.__name__}: {len(missing)} weights are missing, "
+            f"{name} is not a complete {model_class.__name__}: {len(missing)} weights are missing, "
             f"{', '.join(missing[:3])} among them."
         )
     extra = sorted(headers.keys() - wanted.keys())
@@ -86,24 +86,24 @@ def check_keys(headers: Headers, model_class: Any, config: Any, name: str) -> No
 
 
 def check_text_side(headers: Headers, name: str) -> None:
-    """Refuse a CLIP without what token recovery takes from it."""
+    """Check that a CLIP has the weights that token recovery needs."""
     for start in TEXT_SIDE:
         if not any(place.startswith(start) for place in headers):
-            raise ValueError(f"{name} is no complete CLIPModel: it has no weights {start}*; use a whole CLIP.")
+            raise ValueError(f"{name} is not a complete CLIPModel: it has no weights {start}*; use a whole CLIP.")
 
 
 def check_same_tower(llava: tuple[Path, Headers], clip: tuple[Path, Headers], *, force: bool = False) -> float | None:
-    """Compare LLaVA's vision tower with the CLIP's, tensor by tensor: equal is silent, a fine-tuned one a warning.
+    """Compare LLaVA's vision tower with the CLIP's, tensor by tensor, and warn if it was fine-tuned.
 
     Weights that differ only by the rounding to the narrower of the two dtypes are equal.
 
     Args:
         llava: Folder and headers of LLaVA.
         clip: Folder and headers of the CLIP.
-        force: Take a CLIP with another tower too.
+        force: Accept a CLIP with an unrelated tower.
 
     Returns:
-        The mean cosine of the weights' matrices, `None` for equal towers.
+        The mean cosine of the weight matrices; `None` for equal towers.
 
     Raises:
         ValueError: Weights so different that LLaVA's tower cannot come from this CLIP, without `force`.
@@ -126,13 +126,13 @@ def check_same_tower(llava: tuple[Path, Headers], clip: tuple[Path, Headers], *,
     if cosine < LEAST_COSINE and not force:
         raise ValueError(
             f"LLaVA's vision tower does not come from this CLIP: the mean cosine of their weights is {cosine:.2f}. "
-            "Use the CLIP that the tower came from, or clip=None (--visual-only); force=True (--force) takes it."
+            "Use the CLIP that the tower came from, or clip=None (--visual-only); force=True (--force) accepts it."
         )
-    origin = "it was fine-tuned, or is another CLIP's" if cosine >= LEAST_COSINE else "they have nothing in common"
+    origin = "it was fine-tuned, or is another CLIP's" if cosine >= LEAST_COSINE else "they are unrelated"
     logger.warning(
         f"LLaVA's vision tower differs from the CLIP's (mean cosine of their weights {cosine:.4f}): {origin}. The "
-        "text encoder was trained with the CLIP's own tower, so it may say less well which patches belong to the "
-        "question; the further from 1, the less. Compare with text_share 0 on your data."
+        "text encoder was trained with the CLIP's own tower, so it may tell less well which patches belong to the "
+        "question, the worse the further the cosine is from 1. Compare with text_share 0 on your data."
     )
     return cosine
 
