@@ -1,4 +1,4 @@
-"""What the README shows runs."""
+"""The README's code runs, and the files, commands and modules that it names exist."""
 
 import json
 import re
@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import LLAVA_NEXT
 from chat_client import running
 from demo_model import demo_model
 from oracle_layout import packed_oracle
-from paths import README
+from paths import README, ROOT
+from second_device import run_elsewhere
 
 import reccomp_hf
+from reccomp_hf import TokenRecoveryConfig
 from reccomp_hf.cli import main as cli
 from reccomp_hf.core.layout import NEWLINE
-from reccomp_hf.core.methods.registry import _METHODS, method_names
+from reccomp_hf.core.methods import registry
+from reccomp_hf.core.methods.registry import get_method, method_names
 from reccomp_hf.demo import checkpoint_folder, draw_scene
 from reccomp_hf.engines.server.answering import Service
 from reccomp_hf.measure.evaluation.settings import parse_settings
@@ -27,21 +31,43 @@ def blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
+@pytest.fixture(scope="module")
+def text() -> str:
+    return README.read_text(encoding="utf-8")
+
+
 def test_the_first_snippets_run(blocks, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(blocks[0], names)
     assert capsys.readouterr().out.split("\n")[:2] == ["N", "tensor([16])"]
     exec(blocks[1].replace("llava-1.5-7b-reccomp", str(checkpoint_folder("demo"))), names)
-    before = dict(_METHODS)
-    try:
-        exec(blocks[2], names)
-        model, inputs = names["model"], names["inputs"]
-        (record,) = model.recover(**inputs, token_recovery={"method": "corners", "budget": 4})
-        assert record.places.tolist() == [[0, 11, 132, 143]]
-    finally:
-        _METHODS.clear()
-        _METHODS.update(before)
+
+
+@pytest.fixture
+def own_method(blocks, monkeypatch):
+    """The snippet's method, registered for the test, and the names of the first snippet."""
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    (snippet,) = [block for block in blocks if "register_method" in block]
+    names: dict[str, Any] = {}
+    exec(blocks[0], names)
+    exec(snippet, names)
+    return get_method("corners"), names
+
+
+@torch.no_grad()
+def test_the_method_of_ones_own_chooses_the_corners(own_method):
+    _, names = own_method
+    (record,) = names["model"].recover(**names["inputs"], token_recovery={"method": "corners", "budget": 4})
+    assert record.places.tolist() == [[0, 11, 132, 143]]
+    tiled = LLAVA_NEXT.build().recover(**LLAVA_NEXT.encode(), token_recovery={"method": "corners", "budget": 9})
+    assert [int(record.counts.sum()) for record in tiled] == [9] * len(tiled)  # among all tiles of an image
+
+
+@pytest.mark.parametrize("tiles", [None, [2, 1]], ids=["an image", "tiles"])
+def test_the_method_of_ones_own_runs_on_another_device(own_method, tiles):
+    method, _ = own_method
+    assert run_elsewhere(method, TokenRecoveryConfig(method="corners", budget=4), tiles) == {"meta"}
 
 
 def test_the_snippet_about_many_questions_runs(blocks, tmp_path, monkeypatch, capsys):
@@ -139,3 +165,37 @@ def test_the_stock_counts_of_llava_next_are_true():
         order, _, count = packed_oracle((height, width))
         assert (len(order), count) == (total, tiles + 1)
         assert (sum(slot != NEWLINE for slot in order), order.count(NEWLINE)) == (patches, newlines)
+
+
+# ---- paths and names -----------------------------------------------------------------------------------------------
+
+
+def test_links_lead_to_files_and_headings(text):
+    headings = {
+        "#" + re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in re.findall(r"^#+ (.*)$", text, re.M)
+    }
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
+    assert len(targets) > 15
+    assert [target for target in targets if target not in headings and not (ROOT / target).exists()] == []
+
+
+def test_modules_that_are_run_exist(text):
+    modules = set(re.findall(r"-m\s(reccomp_hf[.\w]*\w)", text))
+    assert "reccomp_hf.experiments.selection" in modules
+    paths = [ROOT / name.replace(".", "/") for name in modules]
+    assert [path for path in paths if not (path.with_suffix(".py").exists() or (path / "__main__.py").exists())] == []
+
+
+def test_the_table_of_folders_is_complete(text):
+    table = text.partition("| `reccomp_hf/` | contents |")[2].partition("\n\n")[0]
+    folders = {name.partition("/")[0] for name in re.findall(r"^\| `(\w+/.*?)` \|", table, re.M)}
+    assert folders == {file.parent.name for file in (ROOT / "reccomp_hf").glob("*/__init__.py")}
+
+
+def test_the_steps_to_add_a_method_name_what_exists(text):
+    steps = text.partition("To add a method:")[2].partition("\n## ")[0]
+    named = re.findall(r"`(_?[A-Z_]+)` in `([\w/]+\.py)`", " ".join(steps.split()))
+    assert len(named) == 4
+    for name, path in named:
+        file = ROOT / path if path.startswith("tests/") else ROOT / "reccomp_hf" / path
+        assert re.search(rf"^{name}\b", file.read_text(encoding="utf-8"), re.M), (name, path)
