@@ -17,7 +17,7 @@ from PIL import Image
 from .pictures import open_picture
 
 _PARQUET = b"PAR1"  # magic bytes
-_LONGEST_SHOWN = 80  # characters of a value in a message
+_LONGEST_PREVIEW = 80  # characters of a value in a message
 
 
 class Rows(abc.ABC):
@@ -84,7 +84,7 @@ class _Lines(Rows):
         except (ValueError, RecursionError) as error:
             raise ValueError(f"not JSON ({error}).") from error
         if not isinstance(row, dict):
-            raise ValueError(f"expected an object, got {shown(row)}.")
+            raise ValueError(f"expected an object, got {preview(row)}.")
         return row
 
     def where(self, number: int) -> str:
@@ -247,7 +247,7 @@ def picture_of(value: Any, base: Path) -> Picture:
     if isinstance(data, bytes) and data:
         return Picture(data, path)
     if path is None:
-        raise ValueError(f"image must be the path of a picture, got {shown(value)}.")
+        raise ValueError(f"image must be the path of a picture, got {preview(value)}.")
     return Picture(base / path, path)
 
 
@@ -258,9 +258,9 @@ def question_of(value: Any) -> str:
         ValueError: It is not a non-empty string of valid Unicode.
     """
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"the question is missing or empty, got {shown(value)}.")
+        raise ValueError(f"the question is missing or empty, got {preview(value)}.")
     if not _is_unicode(value):
-        raise ValueError(f"the question is not valid Unicode, got {shown(value)}.")
+        raise ValueError(f"the question is not valid Unicode, got {preview(value)}.")
     return value.strip()
 
 
@@ -271,7 +271,7 @@ def id_of(value: Any, column: str = "id") -> str | int:
         ValueError: It is not a string of valid Unicode or an integer.
     """
     if isinstance(value, bool) or not isinstance(value, str | int) or not _is_unicode(str(value)):
-        raise ValueError(f"{column} must be a string or an integer, got {shown(value)}.")
+        raise ValueError(f"{column} must be a string or an integer, got {preview(value)}.")
     return value
 
 
@@ -288,7 +288,7 @@ def check_unique_id(row_id: str | int, number: int, first: dict[str | int, int],
         ValueError: An earlier row has the id.
     """
     if (earlier := first.setdefault(row_id, number)) != number:
-        raise ValueError(f"the id {shown(row_id)} is already the id of {rows.where(earlier)}.")
+        raise ValueError(f"the id {preview(row_id)} is already the id of {rows.where(earlier)}.")
 
 
 def _is_unicode(text: str) -> bool:
@@ -300,10 +300,10 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def shown(value: Any) -> str:
-    """A value for a message, cut where it is long."""
+def preview(value: Any) -> str:
+    """A value for a message, shortened if it is long."""
     text = repr(value)
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+    return text if len(text) <= _LONGEST_PREVIEW else f"{text[:_LONGEST_PREVIEW]}..."
 
 
-__all__ = ["Picture", "Rows", "check_unique_id", "id_of", "open_rows", "picture_of", "question_of", "shown"]
+__all__ = ["Picture", "Rows", "check_unique_id", "id_of", "open_rows", "picture_of", "preview", "question_of"]

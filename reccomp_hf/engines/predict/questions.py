@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from ...data.rows import Picture, Rows, check_unique_id, id_of, picture_of, question_of, shown
+from ...data.rows import Picture, Rows, check_unique_id, id_of, picture_of, preview, question_of
 from .defaults import DEFAULT_ID_COLUMN
 
 Id = str | int | None
@@ -162,7 +162,7 @@ class Questions:
             raise ValueError(f"the question contains {self._processor.image_token}, the placeholder of an image.")
         clip_texts = self._processor.questions_of([{"role": "user", "content": text}])
         if not clip_texts:
-            raise ValueError(f"the question is only an answer instruction, got {shown(text)}.")
+            raise ValueError(f"the question is only an answer instruction, got {preview(text)}.")
         return text, clip_texts
 
     def _pictures(self, row: dict[str, Any]) -> tuple[Picture, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from ...data.prompts import add_instruction, encode_rows
-from ...data.rows import Rows, open_rows, picture_of, question_of, shown
+from ...data.rows import Rows, open_rows, picture_of, preview, question_of
 from ...demo import EVALUATION_SEEDS, IMAGE_SIZE, draw_scene, questions
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -106,7 +106,7 @@ def _sample(rows: Rows, number: int) -> Sample:
         answers = row.get("answers", row.get("answer"))
         answers = [answers] if isinstance(answers, str) else answers
         if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-            raise ValueError(f"answers must be a list of strings, not an empty one, got {shown(answers)}.")
+            raise ValueError(f"answers must be a list of strings, not an empty one, got {preview(answers)}.")
         kind = row.get("kind")
         picture = picture_of(row.get("image"), rows.base)
         picture.open()
