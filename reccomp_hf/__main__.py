@@ -1,4 +1,4 @@
-"""`python -m reccomp_hf`, which is `reccomp-hf`."""
+"""`python -m reccomp_hf`, the same as `reccomp-hf`."""
 
 from .cli.main import main
 

@@ -1,4 +1,4 @@
-"""Every test runs offline: hub clients are told so, and a connection that leaves the machine's own sockets raises.
+"""Every test runs offline: hub clients are set offline, and a connection that leaves the machine's own sockets raises.
 
 The one exception is the `hub` fixture, a server in the test's own process.
 """
@@ -19,7 +19,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is no failure
+hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine must not fail a test
 hypothesis.settings.load_profile("suite")
 
 OPEN_PORTS: set[int] = set()

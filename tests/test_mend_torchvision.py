@@ -1,4 +1,4 @@
-"""The script that mends torchvision beside a CPU build of torch, on a torchvision of two files."""
+"""The script that mends torchvision next to a CPU build of torch, on a torchvision of two files."""
 
 import os
 import subprocess

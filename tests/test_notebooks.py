@@ -22,7 +22,7 @@ MACHINES = re.compile(
         ]
     )
 )
-"""What only the machine that a notebook ran on has."""
+"""Patterns of texts that belong to the machine a notebook ran on."""
 
 each_notebook = pytest.mark.parametrize("path", paths(), ids=lambda path: path.stem)
 

@@ -4,39 +4,33 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import re
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from ..checkpoints.loading import DTYPES, load
-from ..core.settings import PRESETS
-from ..measure.benchmark import (
-    BATCH_SIZES,
-    BUDGETS,
-    CONFIGS,
-    DYNAMIC,
-    check_gpu,
-    compare,
-    comparison_text,
-    largest_batches,
-    named_config,
-    noise_batch,
-    plot_comparison,
-    random_model,
-    scene_batch,
-    sharpen,
+from .choices import BENCH_BATCH_SIZES, BENCH_BUDGETS, BENCH_CONFIGS, BENCH_NEW_TOKENS, BENCH_ROUNDS
+from .options import (
+    add_checkpoint,
+    add_command,
+    add_device,
+    add_dtype,
+    add_json_file,
+    add_preset,
+    budgets,
+    count,
+    counts,
+    image_size,
+    output_image,
 )
-from .common import add_command, picture_size, quiet, say
-from .models import check_file, check_picture
+from .output import say, write_results
 
 DEFAULT_PRESET = "balanced"
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
-    rounds = {} if arguments.repeats is None else {"rounds": arguments.repeats}
-    shared = {**rounds, "cpu_time": arguments.cpu_time}
+    from ..checkpoints.quiet import quiet
+    from ..measure.benchmark import check_gpu, compare, comparison_text, largest_batches, plot_comparison
+
     with quiet():
         name, model, inputs_of = _contender(arguments)
         if arguments.largest_batch:
@@ -47,14 +41,16 @@ def run(arguments: argparse.Namespace) -> None:
             batch_sizes=arguments.batch_sizes,
             budgets=arguments.budgets,
             new_tokens=arguments.new_tokens,
-            **shared,
+            rounds=arguments.repeats,
+            cpu_time=arguments.cpu_time,
         )
         if arguments.largest_batch:
             facts["largest_batches"] = largest_batches(
                 model, inputs_of, budgets=arguments.budgets, new_tokens=arguments.new_tokens
             )
     facts = {"name": name, "seed": arguments.seed, "picture": arguments.image_size, **facts}
-    _finish(arguments, facts, comparison_text(name, facts), functools.partial(plot_comparison, name))
+    say(comparison_text(name, facts))
+    write_results(arguments, lambda: facts, lambda: plot_comparison(name, facts))
 
 
 def register(commands: Any) -> None:
@@ -62,55 +58,57 @@ def register(commands: Any) -> None:
     command = add_command(
         commands,
         run,
-        "measure time, memory and reads of the device: stock, ours, and the limit",
-        "Times a model on prompts with pictures, in turns within one process: the stock model; ours; and the\n"
-        "oracle, the limit, which is the stock vision tower and the short prompt's embeddings for nothing.\n"
-        "Ratios are taken within a round and come with their quartiles. A --config has random weights, so\n"
+        "measure time, memory and device reads: stock, compressed, and the limit",
+        "Times a model on prompts with images, in turns within one process: the stock model; ours; and the\n"
+        "oracle, the limit: the stock vision tower and the embeddings of the short prompt at no cost.\n"
+        "Ratios are taken within a round and reported with their quartiles. A --config has random weights, so\n"
         "nothing is downloaded; its dynamic counts are set to about a tenth.",
         " demo --batch-sizes 1,8 --budgets dynamic,16",
         " --config mid --device cpu --json bench.json --plot bench.png",
         " --config llava-1.5-7b --device cuda --dtype bfloat16 --batch-sizes 1,8,32 --largest-batch",
     )
-    what = command.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "model", metavar="MODEL", nargs="?", help="a compressed checkpoint: folder, Hub id, demo or demo-global"
+    source = command.add_mutually_exclusive_group(required=True)
+    add_checkpoint(source, nargs="?")
+    source.add_argument(
+        "--config", choices=BENCH_CONFIGS, metavar="NAME", help=f"random weights; one of {', '.join(BENCH_CONFIGS)}"
     )
-    what.add_argument("--config", metavar="NAME", help=f"random weights; one of {', '.join(CONFIGS)}")
-    command.add_argument("--preset", choices=PRESETS, help=f"settings of a --config ({DEFAULT_PRESET})")
-    command.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
+    add_preset(command, text=f"settings of a --config (default: {DEFAULT_PRESET})")
+    add_device(command)
+    add_dtype(command, "float32 on a CPU, elsewhere bfloat16, or as a checkpoint stores them")
     command.add_argument(
-        "--dtype", choices=DTYPES, help="of the weights (float32 on a CPU; else bfloat16, or as a checkpoint's are)"
-    )
-    command.add_argument(
-        "--batch-sizes",
-        type=_counts,
-        default=BATCH_SIZES,
-        metavar="LIST",
-        help=f"rows read at once ({_list(BATCH_SIZES)})",
+        "--batch-sizes", type=counts, default=_joined(BENCH_BATCH_SIZES), metavar="LIST", help="prompts per batch"
     )
     command.add_argument(
         "--budgets",
-        type=_budgets,
-        default=BUDGETS,
+        type=budgets,
+        default=_joined(BENCH_BUDGETS),
         metavar="LIST",
-        help=f"tokens per image, shares of its patches, or dynamic ({_list(BUDGETS)})",
-    )
-    command.add_argument("--new-tokens", type=int, default=16, metavar="N", help="tokens to decode (16)")
-    command.add_argument("--repeats", type=int, metavar="N", help="rounds of turns (7)")
-    command.add_argument(
-        "--image-size", type=picture_size, metavar="WxH", help="of the pictures; tiles depend on it (640x480)"
+        help="tokens per image, shares of its patches, or dynamic",
     )
     command.add_argument(
-        "--cpu-time", action="store_true", help="count the process's CPU seconds: for a machine with other work"
+        "--new-tokens", type=count, default=BENCH_NEW_TOKENS, metavar="N", help="tokens to decode per prompt"
+    )
+    command.add_argument("--repeats", type=count, default=BENCH_ROUNDS, metavar="N", help="rounds of turns")
+    command.add_argument(
+        "--image-size",
+        type=image_size,
+        metavar="WxH",
+        help="pixels of the images, which decide the tiles (default: 640x480; scenes as drawn for a checkpoint)",
+    )
+    command.add_argument(
+        "--cpu-time", action="store_true", help="count CPU seconds of the process, for a machine with other work"
     )
     command.add_argument("--largest-batch", action="store_true", help="search for the largest batch that a GPU holds")
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and inputs (0)")
-    command.add_argument("--json", type=check_file, metavar="FILE", help="write everything as JSON")
-    command.add_argument("--plot", type=check_picture, metavar="FILE", help="draw it")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="seed of weights and inputs")
+    add_json_file(command)
+    command.add_argument("--plot", type=output_image, metavar="FILE", help="draw the results")
 
 
 def _contender(arguments: argparse.Namespace) -> tuple[str, Any, Any]:
-    """Name, model, and what gives a batch of a size."""
+    """Name, model, and a function that makes a batch of a size."""
+    from ..checkpoints.loading import load
+    from ..measure.benchmark import named_config, noise_batch, random_model, scene_batch, sharpen
+
     if arguments.config is None:
         if arguments.preset is not None:
             raise ValueError("--preset goes with --config; a checkpoint has its own settings.")
@@ -129,38 +127,8 @@ def _contender(arguments: argparse.Namespace) -> tuple[str, Any, Any]:
     return f"{arguments.config} with random weights", model, inputs_of
 
 
-def _finish(arguments: argparse.Namespace, facts: dict[str, Any], text: str, draw: Any) -> None:
-    """Say what was found, and write what was asked for."""
-    say(text)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    if arguments.plot:
-        draw(facts).savefig(arguments.plot)
-    written = [path for path in (arguments.json, arguments.plot) if path]
-    if written:
-        say("", f"Wrote {' and '.join(written)}.")
-
-
-def _list(values: Any) -> str:
+def _joined(values: Sequence[Any]) -> str:
     return ",".join(map(str, values))
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
-        raise argparse.ArgumentTypeError(f"expected counts separated by commas as in 1,4,16, got {text!r}")
-    return tuple(dict.fromkeys(int(part) for part in text.split(",")))
-
-
-def _budgets(text: str) -> tuple[int | float | str, ...]:
-    found: list[int | float | str] = []
-    for part in text.split(","):
-        try:
-            found.append(part if part == DYNAMIC else int(part) if part.isdecimal() else float(part))
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"expected tokens, shares or dynamic, separated by commas as in dynamic,64,0.1, got {text!r}"
-            ) from None
-    return tuple(dict.fromkeys(found))
 
 
 __all__ = ["register", "run"]

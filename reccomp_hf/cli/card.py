@@ -6,12 +6,15 @@ import argparse
 import sys
 from typing import Any
 
-from ..checkpoints.cards import render_card, write_card
-from .common import add_command, quiet, say
+from .options import add_command
+from .output import say
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
+    from ..checkpoints.cards import render_card, write_card
+    from ..checkpoints.quiet import quiet
+
     settings = {
         "base_model": arguments.base_model,
         "license": arguments.license,
@@ -32,8 +35,8 @@ def register(commands: Any) -> None:
         commands,
         run,
         "write a checkpoint's model card",
-        "Writes README.md: metadata for the Hub, how to load, the settings explained, tokens measured on\n"
-        "drawn scenes, estimated cost, limits. A card that a person edited is left as it is.",
+        "Writes README.md: metadata for the Hub, how to load the checkpoint, its settings explained, tokens measured\n"
+        "on drawn scenes, estimated cost, limits. A card that was edited by hand is not replaced.",
         " ./llava-reccomp --base-model llava-hf/llava-1.5-7b-hf --base-model openai/clip-vit-large-patch14-336",
         " ./llava-reccomp --repo me/llava-reccomp --stdout",
     )
@@ -42,16 +45,16 @@ def register(commands: Any) -> None:
         "--base-model",
         action="append",
         metavar="ID",
-        help="Hub id of what it was made of: the LLaVA, and given again the CLIP",
+        help="Hub id of a source: the LLaVA, and repeated for the CLIP",
     )
-    command.add_argument("--license", metavar="ID", help="the weights' licence, if the base model's is not known")
-    command.add_argument("--repo", metavar="ID", help="where the card will stand: owner/name")
+    command.add_argument("--license", metavar="ID", help="licence of the weights, if the base model's is unknown")
+    command.add_argument("--repo", metavar="ID", help="repository that the card is for: owner/name")
     command.add_argument(
         "--measure",
         action=argparse.BooleanOptionalAction,
-        help="count tokens on drawn scenes, or not; usually only where the count depends on the picture",
+        help="count tokens on drawn scenes, or do not (default: only if the count depends on the image)",
     )
-    command.add_argument("--force", action="store_true", help="replace a card that was edited")
+    command.add_argument("--force", action="store_true", help="replace a card that was edited by hand")
     command.add_argument("--stdout", action="store_true", help="print the card and write nothing")
 
 

@@ -9,22 +9,27 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from .choices import DTYPES
+from .options import add_command, add_preset, add_settings
+from .output import line, say, section_lines
 
-from ..checkpoints.conversion.plan import Plan, Source, plan_conversion
-from ..checkpoints.conversion.shards import DTYPES
-from ..checkpoints.conversion_record import ConversionRecord
-from ..checkpoints.convert import check_output, convert, section_of
-from ..checkpoints.hub import Pushed, push
-from ..checkpoints.info import describe
-from ..core.settings import PRESETS
-from .common import add_command, line, quiet, say, section_lines, setting
+if TYPE_CHECKING:
+    from ..checkpoints.conversion.plan import Plan, Source
+    from ..checkpoints.hub import Pushed
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    from ..checkpoints.conversion.plan import plan_conversion
+    from ..checkpoints.conversion_record import ConversionRecord
+    from ..checkpoints.convert import check_output, convert, section_of
+    from ..checkpoints.info import describe
+    from ..checkpoints.quiet import quiet
+
     if arguments.push is None and (arguments.private or arguments.revision):
         option = "--private" if arguments.private else "--revision"
         raise ValueError(f"{option} says how to push, but nothing is pushed: add --push REPO, or leave it out.")
@@ -35,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output).expanduser()
     check_output(output)
     clip = None if arguments.visual_only else arguments.clip or "auto"
-    with quiet(progress_bars=sys.stderr.isatty()), _killed_like_interrupted():
+    with quiet(progress_bars=sys.stderr.isatty()), _sigterm_interrupts():
         if arguments.dry_run:
             plan = plan_conversion(arguments.llava, clip, section, dtype=arguments.dtype)
             say(*_plan_lines(plan, output, arguments))
@@ -64,6 +69,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _push(folder: Path, arguments: argparse.Namespace) -> Pushed:
+    from ..checkpoints.hub import push
+    from ..checkpoints.quiet import quiet
+
     private = True if arguments.private else None
     try:
         with quiet(progress_bars=sys.stderr.isatty()):
@@ -71,12 +79,12 @@ def _push(folder: Path, arguments: argparse.Namespace) -> Pushed:
     except (OSError, ValueError) as error:
         command = ["reccomp-hf push", str(folder), arguments.push, *(["--private"] if private else [])]
         command += ["--revision", arguments.revision] if arguments.revision else []
-        raise type(error)(f"{error} {folder} is whole: what is left is `{' '.join(command)}`.") from error
+        raise type(error)(f"{error} {folder} is complete; what remains is `{' '.join(command)}`.") from error
 
 
 @contextlib.contextmanager
-def _killed_like_interrupted() -> Iterator[None]:
-    """A SIGTERM tidies up as Ctrl-C does."""
+def _sigterm_interrupts() -> Iterator[None]:
+    """Let a SIGTERM raise `KeyboardInterrupt`, so that temporary files are removed."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -85,7 +93,9 @@ def _killed_like_interrupted() -> Iterator[None]:
 
 
 def _plan_lines(plan: Plan, output: Path, arguments: argparse.Namespace) -> list[str]:
-    """What would be done, for a reader."""
+    """The plan of a dry run, in lines."""
+    from ..checkpoints.info import describe
+
     with tempfile.TemporaryDirectory() as folder:
         plan.config.save_pretrained(folder)
         facts = describe(Path(folder), str(output))
@@ -102,7 +112,7 @@ def _plan_lines(plan: Plan, output: Path, arguments: argparse.Namespace) -> list
         line("llava", f"{_source(plan.llava)}; {layers}"),
         line("clip", clip),
         line("output", f"{output}{f', {_bytes(size)}' if known else ''}"),
-        line("dtype", plan.dtype or "as it is"),
+        line("dtype", plan.dtype or "unchanged"),
         *section_lines(facts),
         *([] if arguments.push is None else [line("push", arguments.push)]),
         line("checked", "settings, sizes, and the keys and shapes of the weights" if known else "settings and sizes"),
@@ -111,7 +121,7 @@ def _plan_lines(plan: Plan, output: Path, arguments: argparse.Namespace) -> list
 
 def _source(source: Source) -> str:
     if source.headers is None:
-        return f"{source.name}, whose weights are no safetensors or not here: they are looked at when converting"
+        return f"{source.name}, whose weights are not safetensors or not downloaded: they are read when converting"
     files = len({header.file for header in source.headers.values()})
     size = sum(header.nbytes() for header in source.headers.values())
     dtypes = ", ".join(sorted({header.dtype for header in source.headers.values()}))
@@ -127,33 +137,28 @@ def register(commands: Any) -> None:
     command = add_command(
         commands,
         run,
-        "make a compressed model of a LLaVA and its CLIP",
-        "Writes a folder that transformers loads as a compressed LLaVA. Nothing is trained, weights keep\n"
+        "make a compressed model from a LLaVA and its CLIP",
+        "Writes a folder that transformers loads as a compressed LLaVA. Nothing is trained, and weights keep\n"
         "their dtype. LLAVA and CLIP are folders, Hub ids or org/name@revision; OUTPUT must not exist, or be\n"
-        "empty. Weights are copied file by file, so that a model of any size needs little memory, and the\n"
-        "result is proven against its sources before it appears.",
+        "empty. Weights are copied file by file, so a model of any size needs little memory, and the result is\n"
+        "verified against its sources before the folder is created.",
         " llava-hf/llava-1.5-7b-hf llava-reccomp --preset balanced",
         " llava-hf/llava-1.5-7b-hf openai/clip-vit-large-patch14-336 llava-reccomp --push me/llava-reccomp",
         " ./llava ./clip ./llava-reccomp --set budget=64 --set text_share=0.25 --dry-run",
     )
     command.add_argument("llava", metavar="LLAVA", help="a LLaVA-1.5 or LLaVA-NeXT in transformers' format")
     command.add_argument(
-        "clip", metavar="CLIP", nargs="?", help="the CLIP that its vision tower came from (guessed by its sizes)"
+        "clip", metavar="CLIP", nargs="?", help="the CLIP of its vision tower (default: guessed by the tower's sizes)"
     )
     command.add_argument("output", metavar="OUTPUT", help="folder to write")
-    command.add_argument("--preset", choices=PRESETS, default="paper", help="settings to start from (paper)")
-    command.add_argument(
-        "--set",
-        type=setting,
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="one field of the token_recovery section, its value as JSON or a plain word; may be repeated",
+    add_preset(command, default="paper")
+    add_settings(
+        command, "one field of the token_recovery section, its value as JSON or a plain word; may be repeated"
     )
-    command.add_argument("--visual-only", action="store_true", help="no text encoder: CLIP is not needed, nor read")
-    command.add_argument("--dtype", choices=DTYPES, help="cast the weights (they stay as they are)")
-    command.add_argument("--force", action="store_true", help="take a CLIP with an unrelated vision tower")
-    command.add_argument("--dry-run", action="store_true", help="check, show the plan, and write nothing")
+    command.add_argument("--visual-only", action="store_true", help="no text encoder; CLIP is neither needed nor read")
+    command.add_argument("--dtype", choices=DTYPES, help="cast the weights (default: they keep their dtype)")
+    command.add_argument("--force", action="store_true", help="accept a CLIP with an unrelated vision tower")
+    command.add_argument("--dry-run", action="store_true", help="check, print the plan, and write nothing")
     command.add_argument("--push", metavar="REPO", help="push the result to this repository on the Hub")
     command.add_argument("--private", action="store_true", help="with --push: make a new repository private")
     command.add_argument("--revision", metavar="BRANCH", help="with --push: the branch to push to")

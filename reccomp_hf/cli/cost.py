@@ -6,17 +6,13 @@ import argparse
 import json
 from typing import Any
 
-from ..checkpoints.info import folder_of
-from ..core.configuration import TokenRecoveryConfig
-from ..core.counting import PICTURE
-from ..core.settings import PRESETS
-from ..measure.cost import DTYPES, HARDWARE, compare_costs
-from ..measure.published import FULL_SIZE, full_size
-from .common import add_command, line, picture_size, quiet, say
+from .choices import COST_DTYPES, COST_IMAGE_SIZE, HARDWARE, PUBLISHED
+from .options import add_command, add_preset, count, image_size
+from .output import line, say
 
 DEFAULT_CONFIG, DEFAULT_PRESET = "llava-1.5-7b", "balanced"
 
-# Entry of a row -> its name for a reader, the factor to its unit, and how it is printed.
+# Entry of a row -> label, factor to the label's unit, and number format.
 CELLS: dict[str, tuple[str, float, str]] = {
     "visual_tokens": ("visual tokens", 1, ",d"),
     "prompt_tokens": ("prompt tokens", 1, ",d"),
@@ -38,6 +34,8 @@ CELLS: dict[str, tuple[str, float, str]] = {
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
+    from ..measure.cost import compare_costs
+
     name, config = _config(arguments)
     facts = compare_costs(
         config,
@@ -52,12 +50,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def report(name: str, facts: dict[str, Any]) -> str:
-    """The comparison for a reader: a column per row, with its ratio to the stock model where one is of use."""
+    """The comparison as a table: a column per row, with its ratio to the stock model where that is useful."""
     rows = facts["rows"]
     lines = [
         line("model", f"{name}, {facts['parameters']['total'] / 1e9:,.2f} B parameters"),
         line("hardware", f"{facts['hardware']['name']} ({facts['hardware']['source']}), {facts['dtype']}"),
-        line("prompt", f"{facts['text_tokens']} text tokens and a picture{_picture(facts)}, batch {facts['batch']}"),
+        line("prompt", f"{facts['text_tokens']} text tokens and an image{_image(facts)}, batch {facts['batch']}"),
         "",
         f"  {'':<30}{'stock':>14}" + "".join(f"{'compressed':>22}" for _ in rows[1:]),
     ]
@@ -84,51 +82,77 @@ def register(commands: Any) -> None:
         commands,
         run,
         "estimate time, memory and batch size, stock against compressed",
-        "Estimates by a roofline model what a LLaVA costs before and after its visual tokens are cut. Needs\n"
-        "no weights and no accelerator. With LLaVA-1.5-7B at 56 visual tokens it gives the paper's table.",
+        "Estimates with a roofline model what a LLaVA costs with all its visual tokens and with fewer. Needs no\n"
+        "weights and no accelerator. With LLaVA-1.5-7B at 56 visual tokens it reproduces the paper's table.",
         "",
         " --config llava-1.5-7b --visual-tokens 56 --dtype int8",
         " ./llava-reccomp --hardware H100 --batch 8 --json",
     )
     source = command.add_mutually_exclusive_group()
     source.add_argument("folder", metavar="FOLDER", nargs="?", help="a compressed checkpoint, or a Hub id")
-    source.add_argument("--config", metavar="NAME", help=f"one of {', '.join(FULL_SIZE)} ({DEFAULT_CONFIG})")
-    command.add_argument("--preset", choices=PRESETS, help=f"settings of a named --config ({DEFAULT_PRESET})")
-    command.add_argument("--hardware", default="A100", metavar="NAME", help=f"one of {', '.join(HARDWARE)} (A100)")
-    command.add_argument("--dtype", choices=DTYPES, default="fp16", help="numbers of the language model (fp16)")
+    source.add_argument(
+        "--config",
+        choices=PUBLISHED,
+        metavar="NAME",
+        help=f"one of {', '.join(PUBLISHED)} (default: {DEFAULT_CONFIG})",
+    )
+    add_preset(command, text=f"settings of a named --config (default: {DEFAULT_PRESET})")
     command.add_argument(
-        "--text-tokens", type=int, default=60, metavar="N", help="tokens besides the visual ones (60)"
+        "--hardware", type=_hardware, default="A100", metavar="NAME", help=f"one of {', '.join(HARDWARE)}"
+    )
+    command.add_argument("--dtype", choices=COST_DTYPES, default="fp16", help="data type of the language model")
+    command.add_argument(
+        "--text-tokens", type=int, default=60, metavar="N", help="tokens of a prompt in addition to the visual ones"
     )
     command.add_argument(
-        "--visual-tokens", type=int, nargs="+", metavar="N", help="counts to compare (what the settings come to)"
+        "--visual-tokens",
+        type=count,
+        nargs="+",
+        metavar="N",
+        help="numbers of visual tokens to compare (default: the number that the settings give)",
     )
-    command.add_argument("--batch", type=int, default=1, metavar="N", help="prompts at a time (1)")
+    command.add_argument("--batch", type=count, default=1, metavar="N", help="prompts per batch")
     command.add_argument(
         "--picture",
-        type=picture_size,
-        default=PICTURE,
+        type=image_size,
+        default="x".join(map(str, COST_IMAGE_SIZE)),
         metavar="WxH",
-        help=f"pixels of the picture, for LLaVA-NeXT ({PICTURE[0]}x{PICTURE[1]})",
+        help="pixels of the image, for LLaVA-NeXT",
     )
     command.add_argument("--json", action="store_true", help="print one JSON object, in bytes and seconds")
 
 
+def _hardware(text: str) -> str:
+    """Read the name of an accelerator, in any case."""
+    for name in HARDWARE:
+        if name.replace(" ", "").lower() == text.replace(" ", "").lower():
+            return name
+    raise argparse.ArgumentTypeError(f"unknown hardware {text!r}; known are {', '.join(HARDWARE)}")
+
+
 def _config(arguments: argparse.Namespace) -> tuple[str, Any]:
+    """Name and config of the model to estimate."""
     if arguments.folder is None:
+        from ..measure.published import full_size
+
         name = arguments.config or DEFAULT_CONFIG
         return name, full_size(name).config(arguments.preset or DEFAULT_PRESET)
     if arguments.preset is not None:
         raise ValueError("--preset goes with --config; a checkpoint has its own settings.")
     from transformers import AutoConfig
 
+    from ..checkpoints.info import folder_of
+    from ..checkpoints.quiet import quiet
+    from ..core.configuration import TokenRecoveryConfig
+
     with quiet():
         config = AutoConfig.from_pretrained(folder_of(arguments.folder), trust_remote_code=False)
     if not isinstance(getattr(config, "token_recovery", None), TokenRecoveryConfig):
-        raise ValueError(f"{arguments.folder} is no compressed LLaVA: its model_type is {config.model_type!r}.")
+        raise ValueError(f"{arguments.folder} is not a compressed LLaVA: its model_type is {config.model_type!r}.")
     return arguments.folder, config
 
 
-def _picture(facts: dict[str, Any]) -> str:
+def _image(facts: dict[str, Any]) -> str:
     if facts["picture"] is None:
         return ""
     width, height = facts["picture"]

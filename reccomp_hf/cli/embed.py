@@ -8,30 +8,27 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
-from tqdm import tqdm
+from .options import add_checkpoint, add_command, add_model_options, count, section_fields
+from .output import say
 
-from ..checkpoints.convert import check_output
-from ..checkpoints.loading import load_encoder
-from ..data.rows import Picture, Rows, check_unique_id, id_of, open_rows, picture_of, question_of
-from ..engines.embedding import ImageEmbeds, embed_images
-from .common import add_command, check_counts, quiet, say
-from .models import add_model_options, fields_of
+if TYPE_CHECKING:
+    from ..data.rows import Picture, Rows
+    from ..engines.embedding import ImageEmbeds
 
 INDEX = "index.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """What is embedded.
+    """A checked row.
 
     Attributes:
-        where: Its place in the data, for messages.
-        id: As the data has it, or the row's number.
-        question: Not empty.
-        picture: Not opened.
+        where: Place in the data, for messages.
+        id: The data's id, or the row's number.
+        question: Question, not empty.
+        picture: Image, not opened yet.
     """
 
     where: str
@@ -42,12 +39,16 @@ class _Row:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
-    check_counts(arguments, "limit", "batch_size")
+    from ..checkpoints.convert import check_output
+    from ..checkpoints.loading import load_encoder
+    from ..checkpoints.quiet import quiet
+    from ..data.rows import open_rows
+
     output = Path(arguments.output).expanduser()
     check_output(output)
     rows = _read(open_rows(arguments.data, arguments.limit))
     with quiet(progress_bars=sys.stderr.isatty()):
-        model, processor = load_encoder(arguments.model, fields_of(arguments), arguments.device, arguments.dtype)
+        model, processor = load_encoder(arguments.model, section_fields(arguments), arguments.device, arguments.dtype)
         parent = output.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=parent) as work:
@@ -63,17 +64,19 @@ def run(arguments: argparse.Namespace) -> None:
     say(f"Wrote {output}: {files} of (tokens, {width}) in {dtype}, {tokens}, and {INDEX}.")
     if section.position_ids == "original":
         say(
-            "These settings keep every token's own position (`places`); an engine that counts tokens on reads them "
-            "as position_ids 'compact' would: --set position_ids=compact if that is what you want to measure."
+            "These settings keep every token's own position (`places`). An engine that numbers tokens consecutively "
+            "reads them as with position_ids 'compact'; to measure that, use --set position_ids=compact."
         )
 
 
 def _read(rows: Rows) -> list[_Row]:
-    """Check all rows, and the headers of their pictures, before any work is done.
+    """Check all rows, and the headers of their images, before any work is done.
 
     Raises:
-        ValueError: A row that lacks something, or an id that is there twice.
+        ValueError: A row lacks a column, or an id is repeated.
     """
+    from ..data.rows import check_unique_id, id_of, picture_of, question_of
+
     rows.require("image", "question")
     read: list[_Row] = []
     first: dict[str | int, int] = {}
@@ -95,9 +98,14 @@ def _read(rows: Rows) -> list[_Row]:
 
 def _write(folder: Path, rows: list[_Row], model: Any, processor: Any, batch_size: int) -> list[tuple[int, int]]:
     """Write a file for each row, and the index; returns tokens after and before."""
+    from safetensors.torch import save_file
+    from tqdm import tqdm
+
+    from ..engines.embedding import embed_images
+
     digits, counts = max(5, len(str(len(rows)))), []
     with (
-        tqdm(total=len(rows), desc="pictures", file=sys.stderr, disable=None) as bar,
+        tqdm(total=len(rows), desc="images", file=sys.stderr, disable=None) as bar,
         (folder / INDEX).open("w", encoding="utf-8") as index,
     ):
         for start in range(0, len(rows), batch_size):
@@ -131,24 +139,24 @@ def register(commands: Any) -> None:
     command = add_command(
         commands,
         run,
-        "write what pictures become for the language model, for serving engines",
-        "Compresses the picture of every row by its question and writes what the language model would read,\n"
-        "(tokens, width) as `image_embeds`, a safetensors file for each row, with index.jsonl to find them by.\n"
-        "The layers of the language model are not loaded. All rows are checked first, a bad one ends the command,\n"
-        "and the folder appears when it is complete. reccomp_hf.image_embeds_part makes of them what\n"
-        "vLLM's server takes (--enable-mm-embeds).",
+        "write compressed image embeddings, for serving engines",
+        "Compresses the image of every row by its question and writes the tokens that the language model would\n"
+        "read, `image_embeds` of (tokens, width), a safetensors file for each row and an index.jsonl. The layers of\n"
+        "the language model are not loaded. All rows are checked first, a bad one ends the command, and the folder\n"
+        "is created when it is complete. reccomp_hf.image_embeds_part turns the embeddings into a message part for\n"
+        "vLLM's server (--enable-mm-embeds).",
         " ./llava-reccomp questions.jsonl embeds --set position_ids=compact",
         " demo questions.jsonl embeds --budget dynamic --dtype bfloat16",
     )
-    command.add_argument("model", metavar="MODEL", help="a compressed checkpoint: folder, Hub id, demo or demo-global")
+    add_checkpoint(command)
     command.add_argument(
         "data",
         metavar="DATA",
-        help="JSON lines with image, question and perhaps id; a Parquet file; or a folder that datasets wrote",
+        help="JSON lines with image, question and perhaps id; a Parquet file; or a folder of the datasets library",
     )
-    command.add_argument("output", metavar="OUTPUT", help="folder to write, which must not exist, or be empty")
-    command.add_argument("--limit", type=int, metavar="N", help="the first N rows (all)")
-    command.add_argument("--batch-size", type=int, default=16, metavar="N", help="read at once (16)")
+    command.add_argument("output", metavar="OUTPUT", help="folder to write; it must not exist, or be empty")
+    command.add_argument("--limit", type=count, metavar="N", help="the first N rows (default: all)")
+    command.add_argument("--batch-size", type=count, default=16, metavar="N", help="images per batch")
     add_model_options(command)
 
 

@@ -6,12 +6,15 @@ import argparse
 import json
 from typing import Any
 
-from ..checkpoints.info import describe, folder_of
-from .common import add_command, line, quiet, say, section_lines
+from .options import add_command
+from .output import line, say, section_lines
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
+    from ..checkpoints.info import describe, folder_of
+    from ..checkpoints.quiet import quiet
+
     with quiet():
         facts = describe(folder_of(arguments.folder), arguments.folder)
     if arguments.json:
@@ -34,9 +37,9 @@ def register(commands: Any) -> None:
     command = add_command(
         commands,
         run,
-        "what a compressed checkpoint is: settings, parameters, tokens",
+        "show a compressed checkpoint's settings, parameters and visual tokens",
         "Shows the settings, parameters and visual tokens of a compressed checkpoint. Reads its config and\n"
-        "the headers of its weights; a Hub repository's weights are not downloaded.",
+        "the headers of its weights; the weights of a Hub repository are not downloaded.",
         " ./llava-reccomp",
         " ./llava-reccomp --json",
     )

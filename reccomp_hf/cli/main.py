@@ -8,13 +8,21 @@ import sys
 import traceback
 from typing import NoReturn
 
-from .. import __version__
+from .. import __version__, register
 from . import COMMANDS
-from .common import say
+from .output import say
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit code. An error is one line on stderr and the code 2."""
+    """Run a command; returns the exit code. An error is one line on stderr and the code 2, Ctrl-C the code 130."""
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:
+        sys.stderr.write("reccomp-hf: interrupted\n")
+        return 130
+
+
+def _main(argv: list[str] | None) -> int:
     parser = _parser()
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -24,12 +32,10 @@ def main(argv: list[str] | None = None) -> int:
         say(parser.format_help().rstrip())
         return 2
     try:
+        register()  # imports torch and transformers
         arguments.run(arguments)
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        sys.stderr.write("reccomp-hf: interrupted\n")
-        return 130
     except Exception as error:
         if arguments.debug:
             traceback.print_exc()
@@ -56,7 +62,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> _Parser:
     parser = _Parser(
         prog="reccomp-hf",
-        description="LLaVA that reads a fraction of its visual tokens, as models of transformers.",
+        description="Compressed LLaVA models for transformers, which read a fraction of their visual tokens.",
         epilog="example:\n  reccomp-hf demo\n\nEvery command has a --help with an example.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

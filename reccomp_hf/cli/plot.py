@@ -6,20 +6,29 @@ import argparse
 import sys
 from typing import Any
 
-from ..checkpoints.loading import load
-from ..data.prompts import encode_rows
-from ..measure.plot import plot_recovery
-from .common import add_command, quiet, say
-from .demo_panels import picture_file
-from .models import add_model_options, check_kept, check_picture, fields_of
+from .image_questions import file_questions
+from .options import (
+    add_checkpoint,
+    add_command,
+    add_model_options,
+    check_not_overwritten,
+    output_image,
+    section_fields,
+)
+from .output import say
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
-    check_kept(arguments.image, arguments.output)
-    picture = picture_file(arguments.image, arguments.question)
+    from ..checkpoints.loading import load
+    from ..checkpoints.quiet import quiet
+    from ..data.prompts import encode_rows
+    from ..measure.plot import plot_recovery
+
+    check_not_overwritten(arguments.image, [arguments.output])
+    picture = file_questions(arguments.image, arguments.question)
     with quiet(progress_bars=sys.stderr.isatty()):
-        model, processor = load(arguments.model, fields_of(arguments), arguments.device, arguments.dtype)
+        model, processor = load(arguments.model, section_fields(arguments), arguments.device, arguments.dtype)
         section = model.config.token_recovery
         if not section.enabled:
             raise ValueError("There is nothing to plot: token_recovery.enabled is false, and every token is read.")
@@ -40,19 +49,19 @@ def register(commands: Any) -> None:
     command = add_command(
         commands,
         run,
-        "draw which patches of a picture a checkpoint reads, and why",
-        "Draws the picture as the model sees it, once for each question: framed patches are read as they are,\n"
+        "draw which patches of an image a checkpoint reads, and why",
+        "Draws the image as the model sees it, once for each question: framed patches are read as they are,\n"
         "tinted areas as one average each, dark ones not at all. No answer is generated.",
         ' ./llava-reccomp --image photo.jpg --question "What does the sign say?" "How many people are there?"',
         ' demo --image photo.jpg --question "Is there a red circle?" --preset paper --output paper.png',
     )
-    command.add_argument("model", metavar="MODEL", help="a compressed checkpoint: folder, Hub id, or demo")
-    command.add_argument("--image", metavar="FILE", required=True, help="the picture")
+    add_checkpoint(command)
+    command.add_argument("--image", metavar="FILE", required=True, help="the image file")
     command.add_argument(
         "--question", nargs="+", action="extend", required=True, metavar="TEXT", help="one or several questions"
     )
     command.add_argument(
-        "--output", type=check_picture, default="reccomp-plot.png", metavar="FILE", help="what to write"
+        "--output", type=output_image, default="reccomp-plot.png", metavar="FILE", help="image to write"
     )
     add_model_options(command)
 

@@ -6,37 +6,42 @@ import argparse
 import dataclasses
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.loading import load
-from ..engines.predict import (
-    DEFAULT_BATCH_SIZE,
-    DEFAULT_ID_COLUMN,
-    DEFAULT_NEW_TOKENS,
-    Columns,
-    Prediction,
-    open_data,
-    predict,
-    process_state,
+from ..engines.predict.defaults import DEFAULT_BATCH_SIZE, DEFAULT_ID_COLUMN, DEFAULT_NEW_TOKENS
+from .options import (
+    add_answer_options,
+    add_checkpoint,
+    add_command,
+    add_model_options,
+    count,
+    output_file,
+    section_fields,
 )
-from .common import add_command, quiet, say
-from .models import add_model_options, check_file, fields_of
+from .output import say
+
+if TYPE_CHECKING:
+    from ..engines.predict import Prediction
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
+    from ..checkpoints.loading import load
+    from ..checkpoints.quiet import quiet
+    from ..engines.predict import Columns, open_data, predict, process_state
+
     state = process_state(arguments.device)
     columns = Columns(arguments.image_column, arguments.question_column, arguments.id_column, arguments.question)
     options = {name: getattr(arguments, name) for name in ("limit", "overwrite", "batch_size", "max_new_tokens")}
     open_data(arguments.data, arguments.output, columns, **options)
     with quiet():
-        model, processor = load(arguments.model, fields_of(arguments), _device(state, arguments), arguments.dtype)
+        model, processor = load(arguments.model, section_fields(arguments), _device(state, arguments), arguments.dtype)
         what = (model, processor, arguments.data, arguments.output)
         try:
             done = predict(*what, columns=columns, instruction=arguments.instruction, **options)
         except KeyboardInterrupt:
             if state.is_main_process:
-                kept = f"{arguments.output}.parts keeps the answers so far; the same command goes on from them."
+                kept = f"{arguments.output}.parts keeps the answers so far; the same command resumes."
                 sys.stderr.write(f"reccomp-hf: {kept}\n")
             raise
     state.destroy_process_group()
@@ -50,24 +55,24 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _device(state: Any, arguments: argparse.Namespace) -> str | None:
-    """Where the model goes: where it was asked to, or where accelerate puts this one of several processes."""
+    """The device for the model: `--device`, or accelerate's choice for this one of several processes."""
     if state.num_processes == 1:
         return arguments.device
     if arguments.device not in (None, "cpu"):
         raise ValueError(
-            f"--device {arguments.device} is for one process: of several, accelerate gives each its device."
+            f"--device {arguments.device} is for one process; with several, accelerate gives each its device."
         )
     return str(state.device)
 
 
 def _text(done: Prediction) -> str:
-    """What was done, for a reader."""
+    """The result in lines."""
     lines = [f"Wrote {done.output}: {done.answers} answers."]
     if done.visual_tokens is not None:
         tokens = f"{done.visual_tokens:.1f} of {done.uncompressed_visual_tokens:.1f} visual tokens"
         lines.append(f"A question read {tokens} on average.")
     processes = "1 process" if done.processes == 1 else f"{done.processes} processes"
-    before = f"; {done.rows - done.new} were there from before" if done.new < done.rows else ""
+    before = f"; {done.rows - done.new} had been answered before" if done.new < done.rows else ""
     lines.append(
         f"{done.new} rows in {done.seconds:.1f} s, {done.rows_per_second:.1f} a second ({processes}){before}."
     )
@@ -81,12 +86,12 @@ def register(commands: Any) -> None:
         run,
         "answer every question of a file or folder, in one process or many",
         "Asks a checkpoint every question of the data and writes a line of JSON for each, in the order of the data:\n"
-        "row, id, image, question, answer, visual_tokens, uncompressed_visual_tokens. A row that cannot be asked\n"
-        "(no or a broken picture, no question, no JSON, an id that was there before) gets row, id and error instead;\n"
-        "the run goes on, ends with status 0, and tells their number in a warning, in --json as errors. Where no\n"
-        "row at all could be answered the status is 2.\n\n"
-        "What is answered is kept in OUTPUT.parts until all is there. The same command after a kill goes on from it,\n"
-        "with any --batch-size and number of processes, and refuses to with other data, model or settings.",
+        "row, id, image, question, answer, visual_tokens, uncompressed_visual_tokens. A row that cannot be answered\n"
+        "(missing or broken image, no question, invalid JSON, repeated id) gets row, id and error instead; the run\n"
+        "continues, ends with status 0, and reports their number in a warning, or as errors with --json. If no row\n"
+        "could be answered, the status is 2.\n\n"
+        "Answers are kept in OUTPUT.parts until all are complete. After a kill the same command resumes from there,\n"
+        "with any --batch-size and number of processes; it refuses to resume with other data, model or settings.",
         " questions.jsonl --model ./llava-reccomp --output answers.jsonl",
         ' photos/ --question "What is shown?" --model demo --budget 0.1 --output answers.jsonl',
     )
@@ -97,36 +102,24 @@ def register(commands: Any) -> None:
     command.add_argument(
         "data",
         metavar="DATA",
-        help="JSON lines, a Parquet file, or a folder of the datasets library (pictures, or a saved dataset); paths "
-        "of pictures are relative to it",
+        help="JSON lines, a Parquet file, or a folder of the datasets library (images, or a saved dataset); paths of "
+        "images are relative to it",
     )
+    add_checkpoint(command, "--model", required=True)
+    command.add_argument("--output", required=True, type=output_file, metavar="FILE", help="file for the answers")
+    command.add_argument("--overwrite", action="store_true", help="start over: remove the output, finished or not")
+    command.add_argument("--question", metavar="TEXT", help="ask every row this question, in place of a column")
     command.add_argument(
-        "--model", required=True, metavar="MODEL", help="a compressed checkpoint: folder, Hub id, demo or demo-global"
+        "--image-column", default="image", metavar="NAME", help="column with an image or a list of images"
     )
-    command.add_argument("--output", required=True, type=check_file, metavar="FILE", help="where the answers go")
-    command.add_argument("--overwrite", action="store_true", help="start over: remove the output, finished or begun")
-    command.add_argument("--question", metavar="TEXT", help="ask this of every row, in place of a column")
-    command.add_argument("--image-column", default="image", metavar="NAME", help="a picture or a list of them (image)")
-    command.add_argument("--question-column", default="question", metavar="NAME", help="what is asked (question)")
+    command.add_argument("--question-column", default="question", metavar="NAME", help="column with the question")
     command.add_argument(
         "--id-column",
         metavar="NAME",
-        help=f"what tells rows apart ({DEFAULT_ID_COLUMN} where there is one, else the row's number)",
+        help=f"column that identifies rows (default: {DEFAULT_ID_COLUMN} if it exists, else the row's number)",
     )
-    command.add_argument("--limit", type=int, metavar="N", help="the first N rows (all)")
-    command.add_argument(
-        "--batch-size", type=int, default=DEFAULT_BATCH_SIZE, metavar="N", help=f"read at once ({DEFAULT_BATCH_SIZE})"
-    )
-    command.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=DEFAULT_NEW_TOKENS,
-        metavar="N",
-        help=f"longest answer ({DEFAULT_NEW_TOKENS})",
-    )
-    command.add_argument(
-        "--instruction", default="", metavar="TEXT", help="written below each question, CLIP does not read it"
-    )
+    command.add_argument("--limit", type=count, metavar="N", help="the first N rows (default: all)")
+    add_answer_options(command, DEFAULT_BATCH_SIZE, DEFAULT_NEW_TOKENS)
     add_model_options(command)
     command.add_argument("--json", action="store_true", help="print one JSON object")
 

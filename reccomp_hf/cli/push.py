@@ -8,12 +8,15 @@ import json
 import sys
 from typing import Any
 
-from ..checkpoints.hub import push
-from .common import add_command, quiet, say
+from .options import add_command
+from .output import say
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
+    from ..checkpoints.hub import push
+    from ..checkpoints.quiet import quiet
+
     with quiet(progress_bars=sys.stderr.isatty()):
         pushed = push(
             arguments.folder,
@@ -29,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     done = (
         f"{pushed.files} files in one commit{removed}"
         if pushed.changed
-        else "nothing had changed, so there is no new commit"
+        else "nothing has changed, so there is no new commit"
     )
     source = pushed.repo if arguments.revision is None else f"{pushed.repo}@{pushed.branch}"
     say(f"Pushed {arguments.folder}: {done}.", f"  {pushed.url}", "", f"Next: reccomp-hf info {source}")
@@ -48,9 +51,11 @@ def register(commands: Any) -> None:
         " ./llava-reccomp me/llava-reccomp --private --revision budget-64",
     )
     command.add_argument("folder", metavar="FOLDER", help="a folder that `reccomp-hf convert` wrote")
-    command.add_argument("repo", metavar="REPO", help="where to: owner/name on the Hub; made if it is not there")
-    command.add_argument("--private", action="store_true", help="make the new repository private")
-    command.add_argument("--revision", metavar="BRANCH", help="branch to commit to; made if it is not there (main)")
+    command.add_argument("repo", metavar="REPO", help="owner/name on the Hub; created if it does not exist")
+    command.add_argument("--private", action="store_true", help="make a new repository private")
+    command.add_argument(
+        "--revision", metavar="BRANCH", help="branch to commit to; created if it does not exist (default: main)"
+    )
     command.add_argument("--message", metavar="TEXT", help="commit message")
     command.add_argument("--json", action="store_true", help="print one JSON object")
 

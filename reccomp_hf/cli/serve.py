@@ -12,14 +12,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.loading import load
-from .common import add_command, quiet, say
-from .models import add_model_options, fields_of
+from .options import add_checkpoint, add_command, add_model_options, section_fields
+from .output import say
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
     _check_packages()
+    from ..checkpoints.loading import load
+    from ..checkpoints.quiet import quiet
     from ..engines.server.answering import Service
     from ..engines.server.app import build_app
     from ..engines.server.images import ImageReader
@@ -27,7 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     listener = listen(arguments.host, arguments.port)  # before anything is loaded
     with listener, quiet(progress_bars=sys.stderr.isatty()):
-        model, processor = load(arguments.model, fields_of(arguments), arguments.device, arguments.dtype)
+        model, processor = load(arguments.model, section_fields(arguments), arguments.device, arguments.dtype)
         name, *aliases = names_of(arguments.model)
         service = Service(name, model, processor, aliases)
         server = Server(build_app(service, ImageReader(arguments.allow_urls)), service)
@@ -74,17 +75,17 @@ def register(commands: Any) -> None:
         " ./llava-reccomp --budget 64",
         " demo --port 8001 --preset paper",
     )
-    command.add_argument("model", metavar="MODEL", help="a compressed checkpoint: folder, Hub id, demo or demo-global")
-    command.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
+    add_checkpoint(command)
     command.add_argument(
-        "--port", type=int, default=8000, metavar="N", help="port to listen on, 0 for a free one (8000)"
+        "--host", default="127.0.0.1", help="address to listen on; 127.0.0.1 is reachable from this machine only"
     )
+    command.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on, 0 for a free one")
     command.add_argument(
         "--allow-urls",
         action="append",
         default=[],
         metavar="HOST",
-        help="fetch images that requests give as http(s) URLs of this host; may be repeated (none)",
+        help="fetch images that requests give as http(s) URLs of this host; may be repeated (default: no host)",
     )
     add_model_options(command)
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -266,24 +264,26 @@ def _pairs_to_compare(report: ConversationReport) -> list[tuple[str, str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate a checkpoint and print the tables."""
-    from ..checkpoints.loading import DTYPES, load
-    from ..cli.common import quiet, say
-    from ..cli.models import check_file
+    from ..checkpoints.loading import load
+    from ..checkpoints.quiet import quiet
+    from ..cli.options import HelpFormatter, add_checkpoint, add_device, add_dtype, add_json_file, count
+    from ..cli.output import say, write_results
 
     parser = argparse.ArgumentParser(
         prog="python -m reccomp_hf.experiments.conversations",
+        formatter_class=HelpFormatter,
         description="Holds conversations about the demo's held-out scenes in every mode and prints accuracy by turn.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a compressed checkpoint: folder, Hub id, demo or demo-global")
-    parser.add_argument("--settings", default=DEFAULT_SETTINGS, metavar="LIST", help=f"({DEFAULT_SETTINGS})")
-    parser.add_argument("--modes", default="keep,append,rebuild", metavar="LIST", help="(keep,append,rebuild)")
-    parser.add_argument("--limit", type=int, default=500, metavar="N", help="conversations (500)")
+    add_checkpoint(parser)
+    parser.add_argument("--settings", default=DEFAULT_SETTINGS, metavar="LIST", help="settings separated by commas")
+    parser.add_argument("--modes", default="keep,append,rebuild", metavar="LIST", help="modes separated by commas")
+    parser.add_argument("--limit", type=count, default=500, metavar="N", help="conversations")
     parser.add_argument("--skip", type=int, default=0, metavar="N", help="pass over the first N scenes")
-    parser.add_argument("--max-new-tokens", type=int, default=4, metavar="N", help="longest answer (4)")
-    parser.add_argument("--max-visual-tokens", type=int, metavar="N", help="cap of append")
-    parser.add_argument("--json", type=check_file, metavar="FILE", help="write everything as JSON")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (float32 on a CPU, else as they are)")
+    parser.add_argument("--max-new-tokens", type=count, default=4, metavar="N", help="tokens of the longest answer")
+    parser.add_argument("--max-visual-tokens", type=count, metavar="N", help="limit of append (default: none)")
+    add_json_file(parser)
+    add_device(parser)
+    add_dtype(parser)
     arguments = parser.parse_args(argv)
     dialogues = demo_dialogues(arguments.limit, arguments.skip)
     with quiet():
@@ -300,10 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pairs = _pairs_to_compare(report)
     say(f"{arguments.model}: {len(dialogues)} conversations, {len(report.kinds)} questions; 95 % intervals", "")
     say(report.markdown(pairs))
-    if arguments.json:
-        facts = {"model": arguments.model, **report.to_dict(pairs)}
-        Path(arguments.json).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        say("", f"Wrote {arguments.json}.")
+    write_results(arguments, lambda: {"model": arguments.model, **report.to_dict(pairs)})
     return 0
 
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -224,28 +222,29 @@ def _spread(values: Sequence[float]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, ask and print the table."""
     from ..checkpoints.loading import load
-    from ..cli.common import quiet, say
-    from ..cli.models import check_file
+    from ..checkpoints.quiet import quiet
+    from ..cli.options import HelpFormatter, add_checkpoint, add_device, add_json_file, count
+    from ..cli.output import say, write_results
 
     recipe = Recipe()
     parser = argparse.ArgumentParser(
         prog="python -m reccomp_hf.experiments.finetuning",
+        formatter_class=HelpFormatter,
         description="Trains LoRA on the demo's scenes with and without compression and prints accuracy on others.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a compressed checkpoint: folder, Hub id, demo or demo-global")
-    parser.add_argument("--setting", default=DEFAULT_SETTING, metavar="SETTING", help=f"({DEFAULT_SETTING})")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(0 1 2)")
-    parser.add_argument("--steps", type=int, default=recipe.steps, metavar="N", help=f"({recipe.steps})")
+    add_checkpoint(parser)
+    parser.add_argument("--setting", default=DEFAULT_SETTING, metavar="SETTING", help="the compressed setting")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="one training each")
+    parser.add_argument("--steps", type=count, default=recipe.steps, metavar="N", help="training steps")
+    parser.add_argument("--batch-size", type=count, default=recipe.batch_size, metavar="N", help="rows per step")
     parser.add_argument(
-        "--batch-size", type=int, default=recipe.batch_size, metavar="N", help=f"({recipe.batch_size})"
+        "--learning-rate", type=float, default=recipe.learning_rate, metavar="RATE", help="peak learning rate"
     )
-    rate = recipe.learning_rate
-    parser.add_argument("--learning-rate", type=float, default=rate, metavar="RATE", help=f"({rate})")
-    parser.add_argument("--compressed-only", action="store_true", help="leave the training on all tokens out")
-    parser.add_argument("--limit", type=int, default=600, metavar="N", help="held-out questions (600)")
+    parser.add_argument("--compressed-only", action="store_true", help="skip the training on all tokens")
+    parser.add_argument("--limit", type=count, default=600, metavar="N", help="held-out questions")
     parser.add_argument("--skip", type=int, default=0, metavar="N", help="pass over the first N held-out scenes")
-    parser.add_argument("--json", type=check_file, metavar="FILE", help="write everything as JSON")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
+    add_json_file(parser)
+    add_device(parser)
     arguments = parser.parse_args(argv)
     setting = parse_setting(arguments.setting)
     recipe = Recipe(arguments.steps, arguments.batch_size, arguments.learning_rate)
@@ -256,10 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     pictures = len({sample.picture for sample in samples})
     say(f"{arguments.model}, {setting.name}: {len(samples)} questions on {pictures} held-out scenes; {recipe}", "")
     say(report.markdown())
-    if arguments.json:
-        facts = {"model": arguments.model, "setting": setting.name, **dataclasses.asdict(recipe), **report.to_dict()}
-        Path(arguments.json).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        say("", f"Wrote {arguments.json}.")
+    facts = {"model": arguments.model, "setting": setting.name, **dataclasses.asdict(recipe)}
+    write_results(arguments, lambda: {**facts, **report.to_dict()})
     return 0
 
 

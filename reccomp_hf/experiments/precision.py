@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -199,18 +198,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     from transformers import AutoProcessor
 
     from ..checkpoints.info import folder_of
-    from ..cli.common import quiet, say
-    from ..cli.models import check_file
+    from ..checkpoints.quiet import quiet
+    from ..cli.options import HelpFormatter, add_checkpoint, add_json_file, count
+    from ..cli.output import say, write_results
 
     parser = argparse.ArgumentParser(
         prog="python -m reccomp_hf.experiments.precision",
+        formatter_class=HelpFormatter,
         description="Asks a checkpoint in several precisions the demo's held-out questions and prints the table.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a compressed checkpoint: folder, demo or demo-global")
-    parser.add_argument("--settings", default=DEFAULT_SETTINGS, metavar="LIST", help=f"({DEFAULT_SETTINGS})")
-    parser.add_argument("--precisions", default=",".join(PRECISIONS), metavar="LIST", help=f"({','.join(PRECISIONS)})")
-    parser.add_argument("--limit", type=int, default=600, metavar="N", help="held-out questions (600)")
-    parser.add_argument("--json", type=check_file, metavar="FILE", help="write everything as JSON")
+    add_checkpoint(parser)
+    parser.add_argument("--settings", default=DEFAULT_SETTINGS, metavar="LIST", help="settings separated by commas")
+    parser.add_argument(
+        "--precisions", default=",".join(PRECISIONS), metavar="LIST", help="precisions separated by commas"
+    )
+    parser.add_argument("--limit", type=count, default=600, metavar="N", help="held-out questions")
+    add_json_file(parser)
     arguments = parser.parse_args(argv)
     settings, samples = parse_settings(arguments.settings), demo_samples(arguments.limit)
     folder = folder_of(arguments.model)
@@ -219,10 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = compare(folder, processor, samples, settings, arguments.precisions.split(","))
     say(f"{arguments.model}: {len(samples)} questions on {len({sample.picture for sample in samples})} scenes", "")
     say(report.markdown())
-    if arguments.json:
-        facts = {"model": arguments.model, **report.to_dict()}
-        Path(arguments.json).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        say("", f"Wrote {arguments.json}.")
+    write_results(arguments, lambda: {"model": arguments.model, **report.to_dict()})
     return 0
 
 

@@ -18,7 +18,7 @@ from reccomp_hf.checkpoints.cards import CardFacts, content, is_unedited, licens
 from reccomp_hf.checkpoints.cards.content import field_descriptions, field_rows
 from reccomp_hf.checkpoints.cards.probe import measure_tokens
 from reccomp_hf.checkpoints.conversion_record import ConversionRecord
-from reccomp_hf.cli.common import setting
+from reccomp_hf.cli.options import setting
 from reccomp_hf.core.configuration import TokenRecoveryConfig
 from reccomp_hf.core.methods.registry import get_method, method_names
 from reccomp_hf.core.remote_code import write_remote_code

@@ -201,7 +201,7 @@ def test_a_dry_run_finds_what_headers_tell(run, sources, tmp_path):
 def test_a_dry_run_needs_no_weights(run, sources, tmp_path):
     bare = [shutil.copytree(s, tmp_path / s.name, ignore=shutil.ignore_patterns("*.safetensors")) for s in sources]
     code, out, _ = run(*bare, tmp_path / "out", "--dry-run")
-    assert code == 0 and "they are looked at when converting" in " ".join(out.split())
+    assert code == 0 and "they are read when converting" in " ".join(out.split())
 
 
 # ---- options -------------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_push_follows_when_the_folder_is_there(run, sources, tmp_path, monkeypat
         pushed.append((folder, repo, settings))
         return SimpleNamespace(url="the address", repo="me/model", branch="next")
 
-    monkeypatch.setattr("reccomp_hf.cli.convert.push", push)
+    monkeypatch.setattr("reccomp_hf.checkpoints.hub.push", push)
     arguments = [*sources, tmp_path / "out", "--push", "me/model"]
     code, out, _ = run(*arguments, "--private", "--revision", "next", "--dtype", "bfloat16")
     assert code == 0 and "Pushed to the address" in out and "from_pretrained('me/model', revision='next')" in out

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from architectures import LLAVA, prompt_of
-from paths import ROOT, SUPPORT
+from paths import INSTALLED, SUPPORT
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from reccomp_hf.cli import main as cli
@@ -39,7 +39,7 @@ def sources(hub, folders):
 
 def run(hub, home, *arguments):
     """A process that knows of the Hub by its environment alone."""
-    environment = hub_client.environment(hub.url, home, PYTHONPATH=f"{ROOT}:{SUPPORT}")
+    environment = hub_client.environment(hub.url, home, PYTHONPATH=f"{INSTALLED}:{SUPPORT}")
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=home.parent, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -55,7 +55,7 @@ def logits_of(name):
 def test_one_command_and_a_stranger(hub, sources, tmp_path):
     home, output = tmp_path / "home", tmp_path / "out"
     options = ["--set", "budget=24", "--push", "me/model", "--private", "--revision", "b24"]
-    done = run(hub, home, "-m", "reccomp_hf.cli.main", "convert", *sources, output, *options)
+    done = run(hub, home, "-m", "reccomp_hf", "convert", *sources, output, *options)
     assert f"{hub.url}/me/model/tree/b24" in done.stdout
     repo = hub.repos["me/model"]
     assert repo.private and len(repo.history("b24")) == 2 and len(repo.history("main")) == 1

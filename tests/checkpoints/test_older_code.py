@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, LLAVA, SETTINGS, each_architecture
+from architectures import ARCHITECTURES, LLAVA, MODEL_SETTINGS, each_architecture
 from paths import DATA, SUPPORT
 from remote_runs import assert_same, expected_of, run_child, unexpected
 from safetensors.torch import load_file
@@ -18,7 +18,7 @@ from reccomp_hf.core import remote_code
 # huggingface_hub 2.x uploads by `data=` where there is no Xet storage, which its own HTTP library deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")
 
-FEW = {name: SETTINGS[name] for name in ("paper", "spread")}
+FEW = {name: MODEL_SETTINGS[name] for name in ("paper", "spread")}
 NEW = remote_code.flat_sources()
 CARD = "---\nlicense: apache-2.0\n---\n# A model\n"
 

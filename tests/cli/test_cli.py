@@ -11,8 +11,8 @@ from transformers import AutoModelForImageTextToText, CLIPConfig
 from transformers.utils import logging
 
 import reccomp_hf
+from reccomp_hf.checkpoints import info
 from reccomp_hf.cli import COMMANDS as COMMAND_MODULES
-from reccomp_hf.cli import common, info
 from reccomp_hf.cli.main import main
 
 pytest_plugins = ("command_line",)
@@ -29,6 +29,7 @@ def test_help_shows_an_example(run, command):
     assert (code, err) == (0, "")
     assert f"example:\n  reccomp-hf {command}" in out
     assert "--debug" in out
+    assert "None" not in out and "UNSET" not in out and "False" not in out
 
 
 def test_the_main_help_names_every_command(run):
@@ -136,22 +137,6 @@ def test_info_without_weights(run, converted, tmp_path):
     (tmp_path / "config.json").write_bytes((converted / "config.json").read_bytes())
     code, out, _ = run("info", tmp_path)
     assert code == 0 and "no safetensors files" in out
-
-
-@pytest.mark.parametrize(
-    ("text", "pair"),
-    [
-        ("budget=64", ("budget", 64)),
-        ("budget=0.5", ("budget", 0.5)),
-        ("budget=null", ("budget", None)),
-        ("enabled=false", ("enabled", False)),
-        ("text_relevance=value", ("text_relevance", "value")),
-        ('text_relevance="last"', ("text_relevance", "last")),
-        ("name=a=b", ("name", "a=b")),
-    ],
-)
-def test_set_takes_json_or_a_word(text, pair):
-    assert common.setting(text) == pair
 
 
 # ---- errors --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from PIL import Image
 from torchao_noise import without_torchao
 
 import reccomp_hf
-from reccomp_hf.cli import demo_panels as command
+from reccomp_hf.cli.demo import demo_fields
+from reccomp_hf.cli.image_questions import file_questions, scene_questions
 from reccomp_hf.demo import EVALUATION_SEEDS
 from reccomp_hf.measure.plot import COLORS, plot_recovery
 
@@ -35,8 +36,8 @@ LONG_QUESTION = "Is there a red circle anywhere near the upper left corner of th
         (["--preset", "authors", "--budget", "8"], "method 'authors' fixes the number of tokens itself"),
         (["--seed", "-1"], "non-negative"),
         (["--seed", "1", "--image", "a.png"], "not allowed with argument"),
-        (["--image", "no-such.png"], "no-such.png cannot be read as a picture: no such file"),
-        (["--image", __file__], "cannot be read as a picture: cannot identify image file"),
+        (["--image", "no-such.png"], "no-such.png cannot be read as an image: no such file"),
+        (["--image", __file__], "cannot be read as an image: cannot identify image file"),
         (["--question", " "], "A question is empty"),
         (["--output", "."], ". is a folder, expected a file"),
         (["--output", "picture.txt"], "expected a file that ends in .png"),
@@ -49,7 +50,7 @@ def test_demo_errors(error, arguments, message, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_models_that_are_none_are_refused(error, sources):
+def test_other_models_are_refused(error, sources):
     for name in ("demo", "plot", "eval"):
         model = ["--model"] if name == "demo" else []
         asked = ["--image", "x.png", "--question", "?"] if name == "plot" else []
@@ -63,7 +64,7 @@ def test_models_that_are_none_are_refused(error, sources):
 def test_a_truncated_picture_is_one_line(error, tmp_path):
     tiny.pictures(1)[0].save(tmp_path / "whole.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
-    assert "half.png cannot be read as a picture: " in error("demo", "--image", tmp_path / "half.png")
+    assert "half.png cannot be read as an image: " in error("demo", "--image", tmp_path / "half.png")
 
 
 # ---- demo and plot -------------------------------------------------------------------------------------------------
@@ -109,7 +110,7 @@ def test_demo_answers_from_a_ninth_of_the_tokens(tmp_path):
     package = str(Path(reccomp_hf.__file__).parents[1])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": package}
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "reccomp_hf.cli.main", "demo", "--json"],
+        [sys.executable, "-W", "error", "-m", "reccomp_hf", "demo", "--json"],
         env=environment,
         cwd=tmp_path,
         capture_output=True,
@@ -128,7 +129,7 @@ def test_demo_answers_from_a_ninth_of_the_tokens(tmp_path):
     wanted = [answer for answer in answers if answer["question"].startswith(("What color", "Is there"))]
     assert len(wanted) == 3
     assert all(answer["compressed"] == answer["uncompressed"] == answer["expected"] for answer in wanted)
-    check_marks(tmp_path / "reccomp-demo.png", command.drawn_picture(), command.settings("balanced"))
+    check_marks(tmp_path / "reccomp-demo.png", scene_questions(), demo_fields("balanced"))
 
 
 def test_demo_prints_a_table_and_draws(run, tmp_path, monkeypatch):
@@ -185,26 +186,20 @@ def test_plot_draws_with_a_checkpoints_own_settings_or_others(run, error, conver
 @pytest.mark.parametrize("size", [(1, 1), (3, 3), (300, 2)])
 def test_pictures_of_any_size_and_mode_become_rgb(tmp_path, mode, size):
     Image.new(mode, size).save(tmp_path / "picture.tif")
-    picture = command.picture_file(str(tmp_path / "picture.tif"))
+    picture = file_questions(str(tmp_path / "picture.tif"))
     assert picture.image.mode == "RGB"
     assert min(picture.image.size) >= 8
     assert picture.expected == [None] * len(picture.questions)
 
 
-@pytest.mark.parametrize(("text", "value"), [("12", 12), ("0.5", 0.5), (".5", 0.5), ("1", 1), ("dynamic", None)])
-def test_budgets_on_the_command_line(text, value):
-    (budget,) = command.budget(text)
-    assert (budget, type(budget)) == (value, type(value))
-
-
-def test_what_is_read_is_not_written_over(error, tmp_path):
+def test_the_input_is_not_overwritten(error, tmp_path):
     picture, data = tmp_path / "mine.png", tmp_path / "mine.jsonl"
     Image.new("RGB", (32, 32)).save(picture)
     data.write_text(json.dumps({"image": "mine.png", "question": "Is there a red circle?", "answers": ["no"]}) + "\n")
     before = picture.read_bytes(), data.read_bytes()
     asked = ["--image", str(picture), "--question", "Is there a red circle?", "--output", str(picture)]
     for words in (["demo", *asked], ["plot", "demo", *asked], ["eval", "demo", "--data", data, "--json", data]):
-        assert "is what is read, and would be written over" in error(*words)
+        assert "is the input and would be overwritten" in error(*words)
     assert (picture.read_bytes(), data.read_bytes()) == before
 
 

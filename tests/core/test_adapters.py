@@ -13,7 +13,7 @@ CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text":
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
-    """Of an architecture: folder of its checkpoint, folder of an adapter, and what the adapted model computes."""
+    """Per architecture: the folders of a checkpoint and of an adapter, and the adapted model's logits."""
     written = {}
 
     def of(architecture):

@@ -42,18 +42,18 @@ def test_random_keeps_exactly_the_budget_as_it_is(budget):
 
 def test_random_depends_on_the_picture_alone():
     case = make_case(batch=6, n=PATCHES)
-    together = case.recover(config("random", 30))
+    output = case.recover(config("random", 30))
     for row in range(6):
         # Alone, without the question, in another place of the batch, and with the rounding of another order of sums.
-        assert torch.equal(case.row(row).recover(config("random", 30)).visual_mask[0], together.visual_mask[row])
-    assert torch.equal(case.without_text().recover(config("random", 30)).visual_mask, together.visual_mask)
+        assert torch.equal(case.row(row).recover(config("random", 30)).visual_mask[0], output.visual_mask[row])
+    assert torch.equal(case.without_text().recover(config("random", 30)).visual_mask, output.visual_mask)
     rounded = make_case(batch=6, n=PATCHES)
     rounded.hidden_states = rounded.hidden_states * (1 + 1e-7)
-    assert torch.equal(rounded.recover(config("random", 30)).visual_mask, together.visual_mask)
-    kept = [frozenset(row.nonzero().flatten().tolist()) for row in together.visual_mask]
+    assert torch.equal(rounded.recover(config("random", 30)).visual_mask, output.visual_mask)
+    kept = [frozenset(row.nonzero().flatten().tolist()) for row in output.visual_mask]
     assert len(set(kept)) == 6
     # A larger budget keeps what a smaller one does.
-    assert (case.recover(config("random", 40)).visual_mask | ~together.visual_mask).all()
+    assert (case.recover(config("random", 40)).visual_mask | ~output.visual_mask).all()
 
 
 def test_random_is_uniform():
@@ -69,8 +69,8 @@ def test_random_is_uniform():
     assert abs(float((mask.mean(0) - share).pow(2).mean()) / spread**2 - 1) < 0.5  # nor is it more even than chance
     both = mask.T @ mask / rows  # pairs are kept together as often as without replacement
     both = both[~torch.eye(PATCHES, dtype=torch.bool)]
-    together = share * (budget - 1) / (PATCHES - 1)
-    assert (both - together).abs().max() < 5.5 * math.sqrt(together * (1 - together) / rows)
+    expected = share * (budget - 1) / (PATCHES - 1)
+    assert (both - expected).abs().max() < 5.5 * math.sqrt(expected * (1 - expected) / rows)
 
 
 def test_random_tiles_of_one_content_differ():

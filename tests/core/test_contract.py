@@ -1,13 +1,14 @@
-"""What every compressed model promises about its forward pass, for every architecture, setting and kind of batch."""
+"""Promises of every compressed model about its forward pass, for every architecture, setting and kind of batch."""
 
 import pytest
 import tiny
 import torch
 from architectures import (
+    ARCHITECTURES,
     CACHE,
     METHODS,
+    MODEL_SETTINGS,
     ROWS,
-    SETTINGS,
     assert_clear_choices,
     assert_same_records,
     each_architecture,
@@ -47,37 +48,57 @@ def test_no_choice_depends_on_a_near_tie(architecture, setting):
     assert_clear_choices(architecture.compressed(), architecture.encode(), setting)
 
 
+def compressed(model, batch, setting):
+    """The short batch of `compress_inputs`, with labels and positions."""
+    positions = counted_positions(batch["attention_mask"])
+    labels = labels_of(model, batch)
+    return model.compress_inputs(**batch, labels=labels, position_ids=positions, token_recovery=setting)[0]
+
+
 @torch.no_grad()
 @each_architecture
 @each_setting
-@each_side
-def test_a_row_of_a_batch_is_its_single_run(architecture, setting, side):
-    model, batch = architecture.compressed(), architecture.encode(side=side)
-    assert batch["recovery_input_ids"].shape[1] > 1  # a row has a question of several windows
-    records = model.recover(**batch, token_recovery=setting)
+def test_every_stage_of_a_setting_chooses_tokens(architecture, setting):
+    records = architecture.compressed().recover(**architecture.encode(), token_recovery=setting)
     assert len(records) == PICTURES
     masks = METHODS[setting["method"]][1] if "method" in setting else ("visual", "text")
-    for name in masks if setting.get("text_share") != 0 else ("visual",):
+    if setting.get("text_share") == 0:
+        masks = ("visual",)
+    for name in masks:
         assert all(getattr(record, f"{name}_mask").any() for record in records), name
     if "budget" not in setting:
         assert len({int(record.counts.sum()) for record in records}) > 1
 
-    def compressed(inputs):
-        inputs = inputs | {"labels": labels_of(model, inputs), "token_recovery": setting}
-        return model.compress_inputs(position_ids=counted_positions(inputs["attention_mask"]), **inputs)[0]
 
-    short = compressed(batch)
-    for index, ((_, images), single) in enumerate(zip(ROWS, single_runs(architecture), strict=True)):
-        inside = short["attention_mask"][index].bool()
-        if images:
-            assert_same_records(
-                [records.pop(0) for _ in range(images)], model.recover(**single, token_recovery=setting)
-            )
-        alone = compressed(single)
+def test_the_batch_has_a_question_of_several_windows():
+    assert all(row.encode()["recovery_input_ids"].shape[1] > 1 for row in ARCHITECTURES)
+
+
+@torch.no_grad()
+@each_architecture
+@each_setting
+@each_side
+def test_the_records_of_a_row_are_those_of_its_single_run(architecture, setting, side):
+    model = architecture.compressed()
+    records = model.recover(**architecture.encode(side=side), token_recovery=setting)
+    singles = [batch for batch in single_runs(architecture) if "pixel_values" in batch]
+    alone = [record for batch in singles for record in model.recover(**batch, token_recovery=setting)]
+    assert_same_records(records, alone)
+
+
+@torch.no_grad()
+@each_architecture
+@each_setting
+@each_side
+def test_the_compressed_row_of_a_batch_is_its_single_run(architecture, setting, side):
+    model = architecture.compressed()
+    short = compressed(model, architecture.encode(side=side), setting)
+    for row, single in enumerate(single_runs(architecture)):
+        inside, alone = short["attention_mask"][row].bool(), compressed(model, single, setting)
         for name in ("input_ids", "labels", "position_ids"):
-            assert torch.equal(short[name][index, inside], alone[name][0]), name
+            assert torch.equal(short[name][row, inside], alone[name][0]), name
         embeds = alone.get("inputs_embeds", model.get_input_embeddings()(alone["input_ids"]))
-        torch.testing.assert_close(short["inputs_embeds"][index, inside], embeds[0], **CLOSE)
+        torch.testing.assert_close(short["inputs_embeds"][row, inside], embeds[0], **CLOSE)
 
 
 @torch.no_grad()
@@ -86,25 +107,38 @@ def test_a_row_of_a_batch_is_its_single_run(architecture, setting, side):
 @each_side
 def test_as_many_placeholders_stay_as_there_are_features(architecture, setting, side):
     model, batch = architecture.compressed(), architecture.encode(side=side)
-    labels, image = labels_of(model, batch), model.config.image_token_id
-    short, record = model.compress_inputs(**batch, labels=labels, token_recovery=setting)
-    output = model(**batch, labels=labels, token_recovery=setting)
-    slots = short["input_ids"] == image
+    short, record = model.compress_inputs(**batch, token_recovery=setting)
+    output = model(**batch, token_recovery=setting)
+    placeholders = short["input_ids"] == model.config.image_token_id
     features = int((output.visual_token_counts + output.newline_counts).sum())
-    assert int(slots.sum()) == len(output.image_hidden_states) == features
+    assert int(placeholders.sum()) == len(output.image_hidden_states) == features
     assert int(output.visual_token_counts.sum()) == int(record.counts.sum())
-    assert torch.equal(short["inputs_embeds"][slots], output.image_hidden_states)
+    assert torch.equal(short["inputs_embeds"][placeholders], output.image_hidden_states)
     assert output.image_hidden_states.shape[1] == model.config.get_text_config().hidden_size
+
+
+@torch.no_grad()
+@each_architecture
+@each_setting
+@each_side
+def test_everything_but_placeholders_stays(architecture, setting, side):
+    """Row by row: the same text and labels in the same order, padded on the same side, without longer padding."""
+    model, batch = architecture.compressed(), architecture.encode(side=side)
+    labels, image = labels_of(model, batch), model.config.image_token_id
+    short, _ = model.compress_inputs(**batch, labels=labels, token_recovery=setting)
+    lengths = short["attention_mask"].sum(-1)
     for row, mask in enumerate(short["attention_mask"]):
-        old, new = batch["input_ids"][row], short["input_ids"][row]
-        length = int(batch["attention_mask"][row].sum() - (old == image).sum() + (new == image).sum())
-        padding, ones = mask.new_zeros(len(mask) - length), mask.new_ones(length)
-        assert mask.tolist() == torch.cat([padding, ones] if side == "left" else [ones, padding]).tolist()
-        attended = batch["attention_mask"][row].bool()
-        for before, after in ((old, new), (labels[row], short["labels"][row])):
-            assert torch.equal(before[attended & (old != image)], after[mask.bool() & (new != image)])
-        assert (short["labels"][row][(mask == 0) | (new == image)] == -100).all()
-    assert short["attention_mask"].sum(-1).max() == short["input_ids"].shape[1]
+        attended, inside = batch["attention_mask"][row].bool(), mask.bool()
+        text_before = attended & (batch["input_ids"][row] != image)
+        text_after = inside & (short["input_ids"][row] != image)
+        assert torch.equal(batch["input_ids"][row][text_before], short["input_ids"][row][text_after])
+        assert torch.equal(labels[row][text_before], short["labels"][row][text_after])
+        assert (short["labels"][row][~text_after] == -100).all()
+        assert not (short["input_ids"][row][~inside] == image).any()
+        padding = (len(mask) - int(lengths[row])) * [0]
+        ones = int(lengths[row]) * [1]
+        assert mask.tolist() == (padding + ones if side == "left" else ones + padding)
+    assert lengths.max() == short["input_ids"].shape[1]
 
 
 @torch.no_grad()
@@ -133,7 +167,7 @@ def test_loss_and_logits_are_of_the_shortened_sequence(architecture, setting, si
 @each_architecture
 def test_settings_of_the_config_act_as_settings_of_a_call(architecture):
     batch = architecture.encode()
-    for setting in (SETTINGS["spread"], SETTINGS["method authors"]):
+    for setting in (MODEL_SETTINGS["spread"], MODEL_SETTINGS["method authors"]):
         model = architecture.build(**setting)
         with torch.no_grad():
             called = architecture.compressed()(**batch, token_recovery=setting).logits
@@ -159,7 +193,7 @@ def test_without_pictures_nothing_is_compressed(architecture):
 
 @torch.no_grad()
 @each_architecture
-def test_a_cache_of_the_short_prompt_reads_on(architecture):
+def test_decoding_continues_from_a_cache_of_the_short_prompt(architecture):
     model, batch, cache = architecture.compressed(), architecture.encode(), DynamicCache()
     short, _ = model.compress_inputs(**batch)
     model(**batch, **{CACHE: cache}, use_cache=True)

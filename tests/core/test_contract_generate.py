@@ -1,9 +1,9 @@
-"""What every compressed model promises about `generate`: stock generation on a short prompt that looks long."""
+"""Promises of every compressed model about `generate`: stock generation on a short prompt that looks long."""
 
 import pytest
 import tiny
 import torch
-from architectures import ROWS, SETTINGS, each_architecture, each_setting, generate, greedy_by_hand, single_runs
+from architectures import MODEL_SETTINGS, ROWS, each_architecture, each_setting, generate, greedy_by_hand, single_runs
 from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer, set_seed
 
 from reccomp_hf.core.splicing import counted_positions
@@ -113,7 +113,7 @@ def test_prompt_lookup_is_stock_prompt_lookup(architecture):
     theirs = generate(stock, plain, **options)
     for setting in ({"enabled": False}, *({"budget": budget} for budget in architecture.whole_image)):
         assert torch.equal(generate(model, batch, token_recovery=setting, **options), theirs)
-    for setting in (SETTINGS["paper"], SETTINGS["spread"]):
+    for setting in (MODEL_SETTINGS["paper"], MODEL_SETTINGS["spread"]):
         greedy = new_ids(model, batch, token_recovery=setting, new_tokens=12)
         looked_up = new_ids(model, batch, token_recovery=setting, **options)
         assert torch.equal(looked_up[:, : greedy.shape[1]], greedy)  # 4.57 may give more than it was asked for
@@ -182,7 +182,7 @@ def test_lengths_count_the_prompt_as_it_was_passed(architecture):
 
 
 @each_architecture
-def test_what_a_call_says_wins_over_the_generation_config(architecture):
+def test_arguments_of_a_call_override_the_generation_config(architecture):
     model, batch = architecture.build(), architecture.encode()
     width, first = batch["input_ids"].shape[1], new_ids(model, batch)[:, 1]
     model.generation_config.update(min_length=width + 8, eos_token_id=first.tolist())
@@ -201,7 +201,7 @@ def test_inputs_by_position_and_without_mask(architecture):
 @each_architecture
 def test_a_shortened_batch_generates_with_its_positions(architecture):
     model, batch = architecture.compressed(), architecture.encode()
-    for setting in (SETTINGS["paper"], SETTINGS["spread"]):
+    for setting in (MODEL_SETTINGS["paper"], MODEL_SETTINGS["spread"]):
         short = compressed(model, batch, setting)
         ids = generate(model, short)[:, short["input_ids"].shape[1] :]
         assert torch.equal(ids, new_ids(model, batch, token_recovery=setting))

@@ -1,4 +1,4 @@
-"""What outputs, autocast and freezing promise, whatever was compressed."""
+"""Outputs, autocast and freezing, with and without compression."""
 
 import contextlib
 import inspect
@@ -52,7 +52,7 @@ def test_projected_tokens_have_one_name_on_every_line(architecture, enabled):
 
 
 def stock_inputs(batch):
-    """What the stock model reads of a batch."""
+    """The fields of a batch that the stock model reads."""
     return {name: value for name, value in batch.items() if not name.startswith("recovery_")}
 
 

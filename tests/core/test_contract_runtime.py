@@ -1,10 +1,10 @@
-"""What every compressed model promises about where and how it runs: attention, precision, devices, training, PEFT."""
+"""Promises of every compressed model about where and how it runs: attention, precision, devices, training, PEFT."""
 
 import accelerate
 import pytest
 import torch
 from architectures import (
-    SETTINGS,
+    MODEL_SETTINGS,
     assert_same_records,
     call,
     each_architecture,
@@ -49,7 +49,7 @@ def test_eager_equals_sdpa(architecture, folders):
     )
     assert eager.config.get_text_config()._attn_implementation == "eager"
     batch = architecture.encode()
-    for setting in SETTINGS.values():
+    for setting in MODEL_SETTINGS.values():
         records = [model.recover(**batch, token_recovery=setting) for model in (eager, sdpa)]
         assert_same_records(*records)
         outputs = [model(**batch, token_recovery=setting) for model in (eager, sdpa)]
@@ -59,7 +59,9 @@ def test_eager_equals_sdpa(architecture, folders):
 
 @torch.no_grad()
 @each_architecture
-@pytest.mark.parametrize("setting", [SETTINGS["paper"], SETTINGS["spread"], SETTINGS["method authors"]], ids=str)
+@pytest.mark.parametrize(
+    "setting", [MODEL_SETTINGS["paper"], MODEL_SETTINGS["spread"], MODEL_SETTINGS["method authors"]], ids=str
+)
 def test_bfloat16_is_finite(architecture, setting, folders):
     model = architecture.model_class.from_pretrained(folders(architecture), dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -164,7 +166,7 @@ def test_nothing_is_logged(architecture, folders):
         processor = AutoProcessor.from_pretrained(folders(architecture))
         batch = processor(**call(), return_tensors="pt", padding=True)
         model(**batch)
-        for setting in SETTINGS.values():
+        for setting in MODEL_SETTINGS.values():
             generate(model, batch, token_recovery=setting)
         width = batch["input_ids"].shape[1]
         config = GenerationConfig(max_length=width + 4, bos_token_id=1, eos_token_id=2, pad_token_id=3)

@@ -1,4 +1,4 @@
-"""What a choice of tokens costs, counted rather than timed: graphs, operators, the largest tensor."""
+"""The cost of choosing tokens, counted rather than timed: graphs, operators, the largest tensor."""
 
 from collections import Counter
 
@@ -19,7 +19,7 @@ BUDGETS = {
     "visual": {"budget": 16, "text_share": 0.0, "visual_heads": "mean"},
 }
 METHODS = {name: {"method": name, "budget": 9} for name in method_names() if get_method(name).budget != "none"}
-HOST_SIDE = ("random", "pooling")  # what they draw and tabulate on the host is no part of a graph
+HOST_SIDE = ("random", "pooling")  # their drawing and tabulating on the host is not part of a graph
 each_budget = pytest.mark.parametrize("fields", BUDGETS.values(), ids=BUDGETS)
 COMPILED = {**BUDGETS, **{f"method {name}": fields for name, fields in METHODS.items() if name not in HOST_SIDE}}
 each_method_and_budget = pytest.mark.parametrize("fields", COMPILED.values(), ids=COMPILED)

@@ -1,4 +1,4 @@
-"""What cannot work is refused with a sentence that says so."""
+"""Invalid settings, batches and calls are refused with a message that names the cause."""
 
 import pytest
 import tiny
@@ -37,14 +37,14 @@ each_section = pytest.mark.parametrize(("fields", "message"), SECTIONS.values(),
 
 
 @each_section
-def test_sections(fields, message):
+def test_invalid_sections_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         TokenRecoveryConfig(**fields)
 
 
 @each_architecture
 @each_section
-def test_sections_of_a_model(architecture, fields, message):
+def test_invalid_sections_of_a_model_are_refused(architecture, fields, message):
     with pytest.raises(ValueError, match=message):
         architecture.config_class(token_recovery=fields)
     model = architecture.compressed()
@@ -58,7 +58,7 @@ def test_sections_of_a_model(architecture, fields, message):
     assert model.config.token_recovery == before
 
 
-def test_presets():
+def test_invalid_presets_are_refused():
     with pytest.raises(ValueError, match="Unknown preset 'papers'; choose one of 'paper', 'authors', 'balanced'"):
         TokenRecoveryConfig.from_preset("papers")
     with pytest.raises(ValueError, match="did you mean 'coverage_share'"):
@@ -77,7 +77,7 @@ def test_a_section_is_a_mapping(architecture, value):
 
 
 # Settings that only a model can refuse.
-MODEL_SETTINGS = {
+REFUSED_BY_A_MODEL = {
     "method": (
         {"method": "magic"},
         "Unknown token_recovery.method 'magic'; known methods are 'recoverable', 'authors'",
@@ -88,8 +88,8 @@ MODEL_SETTINGS = {
 
 
 @each_architecture
-@pytest.mark.parametrize(("fields", "message"), MODEL_SETTINGS.values(), ids=MODEL_SETTINGS)
-def test_settings_beyond_the_model(architecture, fields, message):
+@pytest.mark.parametrize(("fields", "message"), REFUSED_BY_A_MODEL.values(), ids=REFUSED_BY_A_MODEL)
+def test_settings_beyond_the_model_are_refused(architecture, fields, message):
     with pytest.raises(ValueError, match=message):
         architecture.build(**fields)
     with pytest.raises(ValueError, match=message):
@@ -113,7 +113,7 @@ CONFIGS = {
 
 @each_architecture
 @pytest.mark.parametrize(("fields", "message"), CONFIGS.values(), ids=CONFIGS)
-def test_feature_selections(architecture, fields, message):
+def test_unsupported_feature_selections_are_refused(architecture, fields, message):
     config = architecture.compressed().config.to_dict()
     with pytest.raises(ValueError, match=message):
         architecture.model_class(architecture.config_class(**{**config, **fields}))
@@ -127,67 +127,90 @@ def test_feature_selections(architecture, fields, message):
 
 
 @each_architecture
-def test_a_vision_tower_without_class_token(architecture):
+def test_a_vision_tower_without_class_token_is_refused(architecture):
     config = architecture.compressed().config.to_dict()
     config["vision_config"] = SiglipVisionConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
     with pytest.raises(ValueError, match=r"class token; the vision tower is 'siglip_vision_model', which is not supp"):
         architecture.model_class(architecture.config_class(**config))
 
 
-def calls(model):
-    """Everything that compresses."""
-    return model, model.compress_inputs, model.recover, model.generate
+PICTURES = ("pixel_values", "image_sizes")
 
 
-def refused(architecture, batch, message, **kwargs):
-    for call in calls(architecture.compressed()):
-        with pytest.raises(ValueError, match=message):
-            call(**batch, **kwargs)
+def pictures_of(rows):
+    """Makes a batch hold the pictures of other rows."""
+
+    def changed(architecture, batch):
+        return {**batch, **{name: value for name, value in architecture.encode(rows).items() if name in PICTURES}}
+
+    return changed
 
 
-@each_architecture
-def test_pictures_and_placeholders_that_do_not_fit(architecture):
-    both, one = architecture.encode(ROWS[1:2]), architecture.encode(ROWS[:1])
-    counts = r"prompts hold \d+ image placeholder tokens, \d+ image\(s\) need \d+"
-    pictures = ("pixel_values", "image_sizes")
-    refused(architecture, {**one, **{name: both[name] for name in pictures if name in both}}, counts)
-    refused(architecture, {**both, **{name: one[name] for name in pictures if name in one}}, counts)
-    words = architecture.encode(ROWS[2:3])
-    refused(architecture, {**words, **{name: one[name] for name in pictures if name in one}}, counts)
-
-
-@each_architecture
-def test_half_a_picture_in_a_row(architecture):
-    batch = architecture.encode([(tiny.SENTENCES[0], 1)] * 2)
+def placeholders_moved(architecture, batch):
+    """A batch whose first row has seven placeholders too few, and the second as many too many."""
     ids, image = batch["input_ids"].clone(), architecture.compressed().config.image_token_id
-    slots = (ids[0] == image).nonzero().flatten()
-    ids[0, slots[:7]] = 9
+    ids[0, (ids[0] == image).nonzero().flatten()[:7]] = 9
     ids[1, -7:] = image
-    refused(architecture, {**batch, "input_ids": ids}, r"Row 0 holds \d+ image placeholder tokens, which is not a")
+    return {**batch, "input_ids": ids}
+
+
+def without_question_of(row):
+    """Makes one row have no question."""
+
+    def changed(architecture, batch):
+        mask = batch["recovery_attention_mask"].clone()
+        mask[row] = 0
+        return {**batch, "recovery_attention_mask": mask}
+
+    return changed
+
+
+def without_questions(architecture, batch):
+    return {name: value for name, value in batch.items() if not name.startswith("recovery")}
+
+
+def question_ids(part):
+    """Makes a batch hold a part of its questions' ids alone."""
+
+    def changed(architecture, batch):
+        return {**batch, "recovery_input_ids": part(batch["recovery_input_ids"]), "recovery_attention_mask": None}
+
+    return changed
+
+
+COUNTS = r"prompts hold \d+ image placeholder tokens, \d+ image\(s\) need \d+"
+SHAPE = r"recovery_input_ids must have shape \(rows, windows, length\) with 4 rows, got \("
+# Name -> the rows of a batch, what is changed in it, and the message.
+BATCHES = {
+    "too many pictures": (ROWS[:1], pictures_of(ROWS[1:2]), COUNTS),
+    "too few pictures": (ROWS[1:2], pictures_of(ROWS[:1]), COUNTS),
+    "a picture without a placeholder": (ROWS[2:3], pictures_of(ROWS[:1]), COUNTS),
+    "half a picture in a row": (
+        [(tiny.SENTENCES[0], 1)] * 2,
+        placeholders_moved,
+        r"Row 0 holds \d+ image placeholder tokens, which is not a",
+    ),
+    "no questions": (ROWS, without_questions, "needs the question: recovery_input_ids is None"),
+    "no question in a row": (ROWS, without_question_of(1), "Row 1 has an image but no question"),
+    "questions of fewer rows": (ROWS, question_ids(lambda ids: ids[:2]), SHAPE),
+    "questions without windows": (ROWS, question_ids(lambda ids: ids[:, 0]), SHAPE),
+}
 
 
 @each_architecture
-def test_no_question(architecture):
-    batch = architecture.encode()
-    without = {name: value for name, value in batch.items() if not name.startswith("recovery")}
-    refused(architecture, without, "needs the question: recovery_input_ids is None")
-    mask = batch["recovery_attention_mask"].clone()
-    mask[1] = 0
-    refused(architecture, {**batch, "recovery_attention_mask": mask}, "Row 1 has an image but no question")
-    mask[1], mask[2] = 1, 0  # row 2 has no picture
-    architecture.compressed()(**{**batch, "recovery_attention_mask": mask})
-    architecture.compressed()(**without, token_recovery={"budget": 8, "text_share": 0.0})
+@pytest.mark.parametrize(("rows", "change", "message"), BATCHES.values(), ids=BATCHES)
+def test_batches_that_do_not_fit_are_refused(architecture, rows, change, message):
+    model, batch = architecture.compressed(), change(architecture, architecture.encode(rows))
+    for call in (model, model.compress_inputs, model.recover, model.generate):
+        with pytest.raises(ValueError, match=message):
+            call(**batch)
 
 
 @each_architecture
-def test_questions_of_other_rows(architecture):
-    batch = architecture.encode()
-    for ids in (batch["recovery_input_ids"][:2], batch["recovery_input_ids"][:, 0]):
-        refused(
-            architecture,
-            {**batch, "recovery_input_ids": ids, "recovery_attention_mask": None},
-            r"recovery_input_ids must have shape \(rows, windows, length\) with 4 rows, got \(",
-        )
+def test_questions_that_are_not_needed_may_be_missing(architecture):
+    model, batch = architecture.compressed(), architecture.encode()
+    model(**without_question_of(2)(architecture, batch))  # row 2 has no picture
+    model(**without_questions(architecture, batch), token_recovery={"budget": 8, "text_share": 0.0})
 
 
 @each_architecture
@@ -201,7 +224,7 @@ def test_authors_needs_a_question(architecture):
 
 @torch.no_grad()
 @each_architecture
-def test_a_full_prompt_beside_a_filled_cache(architecture):
+def test_a_full_prompt_with_a_filled_cache_is_refused(architecture):
     model, batch, cache = architecture.compressed(), architecture.encode(ROWS[:1]), DynamicCache()
     model(**batch, **{CACHE: cache}, use_cache=True)
     assert cache.get_seq_length() > 0
@@ -214,14 +237,14 @@ def test_a_full_prompt_beside_a_filled_cache(architecture):
 
 
 @each_architecture
-def test_assistants(architecture):
+def test_assistant_models_are_refused(architecture):
     model, batch = architecture.compressed(), architecture.encode(ROWS[:1])
     with pytest.raises(ValueError, match="assistant_model does not work on a compressed prompt"):
         model.generate(**batch, assistant_model=architecture.shared_stock())
 
 
 @each_architecture
-def test_original_positions_under_flash_attention(architecture):
+def test_original_positions_under_flash_attention_are_refused(architecture):
     model, batch = architecture.build(position_ids="original"), architecture.encode()
     model.config.get_text_config()._attn_implementation = "flash_attention_2"
     for call in (model, model.generate, model.compress_inputs):
@@ -230,22 +253,30 @@ def test_original_positions_under_flash_attention(architecture):
     model.compress_inputs(**batch, token_recovery={"position_ids": "compact"})
 
 
+# Name -> arguments made of the model and a batch, and the message.
+UNSUITABLE = {
+    "a mask of two dimensions more": (
+        lambda model, batch: {"attention_mask": torch.ones(4, 1, *[batch["input_ids"].shape[1]] * 2)},
+        r"attention_mask must have the shape of input_ids \(4, \d+\)",
+    ),
+    "embeddings too": (
+        lambda model, batch: {"inputs_embeds": model.get_input_embeddings()(batch["input_ids"])},
+        "Images need input_ids with their placeholders, and no inputs_embeds",
+    ),
+    "no ids": (lambda model, batch: {"input_ids": None}, "Images need input_ids with their placeholders"),
+}
+
+
 @each_architecture
-def test_inputs_that_cannot_be_cut(architecture):
+@pytest.mark.parametrize(("arguments", "message"), UNSUITABLE.values(), ids=UNSUITABLE)
+def test_inputs_that_cannot_be_shortened(architecture, arguments, message):
     model, batch = architecture.compressed(), architecture.encode()
-    rows, length = batch["input_ids"].shape
-    square = torch.ones(rows, 1, length, length)
-    embeds = model.get_input_embeddings()(batch["input_ids"])
     for call in (model, model.compress_inputs):
-        with pytest.raises(ValueError, match=rf"attention_mask must have the shape of input_ids \({rows}, {length}\)"):
-            call(**{**batch, "attention_mask": square})
-        with pytest.raises(ValueError, match="Images need input_ids with their placeholders, and no inputs_embeds"):
-            call(**batch, inputs_embeds=embeds)
-        with pytest.raises(ValueError, match="Images need input_ids with their placeholders"):
-            call(**{**batch, "input_ids": None})
+        with pytest.raises(ValueError, match=message):
+            call(**{**batch, **arguments(model, batch)})
 
 
-def test_other_families_are_no_source(tmp_path):
+def test_models_of_other_families_are_not_sources(tmp_path):
     import reccomp_hf
 
     text = transformers.LlamaForCausalLM(tiny.llava_config().text_config)

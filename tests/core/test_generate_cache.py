@@ -53,7 +53,7 @@ def from_scratch(architecture, held, new):
 @each_architecture
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("embedded", [False, True], ids=["ids", "embeddings"])
-def test_new_ids_alone_go_on(architecture, positions, embedded):
+def test_new_ids_alone_continue(architecture, positions, embedded):
     cache, last, held = first_turn(architecture, positions)
     new = second_turn(held, last)
     expected = from_scratch(architecture, held, new)
@@ -114,7 +114,7 @@ def test_whole_sequences_of_text_are_stock(architecture, enabled, masked):
 
 
 @each_architecture
-def test_what_does_not_fit_a_cache(architecture):
+def test_inputs_that_do_not_fit_a_cache_are_refused(architecture):
     model, rows = architecture.compressed(), ROWS[:1]
     cache, last, held = first_turn(architecture, rows=rows)
     new, past = second_turn(held, last, rows), cache.get_seq_length()
@@ -152,8 +152,8 @@ def test_what_does_not_fit_a_cache(architecture):
 
 
 @each_architecture
-def test_a_picture_goes_on_as_compress_inputs_leaves_it(architecture):
-    """What `Conversation` does: a second picture's tokens and text behind the cache of the first."""
+def test_a_second_image_continues_from_compress_inputs(architecture):
+    """As `Conversation` does it: a second image's tokens and text follow the cache of the first."""
     model, rows = architecture.compressed(), ROWS[:1]
     cache, _, held = first_turn(architecture, rows=rows)
     batch = architecture.encode([(tiny.SENTENCES[1], 1)], first=3)

@@ -73,7 +73,7 @@ def registry(monkeypatch):
 
 @torch.no_grad()
 @each_architecture
-def test_a_method_of_ones_own_works_end_to_end(architecture, registry, tmp_path):
+def test_a_registered_method_works_end_to_end(architecture, registry, tmp_path):
     register_method("every", EVERY)
     model, batch = architecture.build(), architecture.encode(ROWS[:3])
     model.config.token_recovery = {"method": "every", "method_options": {"step": 3}}

@@ -11,7 +11,7 @@ import torch
 from cases import Case, make_case, mask_of_counts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import budget_split, herded, limited, merge, nearest_centre, saliency_oracle, top
+from oracle import budget_split, herding, limited, merge, nearest_centre, saliency_oracle, top
 from torch import Tensor
 
 from reccomp_hf.core.choosing import recover_tokens
@@ -68,7 +68,7 @@ def image_oracle(
     kept = stages["visual_mask"] + stages["text_mask"]
     if config.coverage_by == "content":
         features = case.hidden_states.double().numpy().reshape(tiles * n, -1)
-        stages["coverage_mask"] = herded(features, patches, rest, n_coverage)
+        stages["coverage_mask"] = herding(features, patches, rest, n_coverage)
     else:
         stages["coverage_mask"] = spread_oracle(kept, rest, n_coverage, n, columns)
     rest = [j for j in rest if j not in stages["coverage_mask"]]
@@ -137,7 +137,7 @@ def budget_split_of(config: TokenRecoveryConfig, valid: Tensor, has_text: bool) 
 
 
 TILES = [1, 3, 5, 2]
-COUNTS = [25, 25, 15, 10, 20, 25, 5, 0, 24, 25, 20]  # of 25 patches, tile by tile: unpadding leaves so many
+COUNTS = [25, 25, 15, 10, 20, 25, 5, 0, 24, 25, 20]  # patches that unpadding leaves of 25, tile by tile
 SHARES: list[dict[str, Any]] = [
     {"budget": 12},
     {"budget": 20, "coverage_share": 0.4},

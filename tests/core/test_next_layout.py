@@ -164,7 +164,7 @@ def sizes_of(record: TokenRecoveryOutput) -> Sizes:
 
 
 def sequence_oracle(sizes: list[Size], record: TokenRecoveryOutput) -> list[tuple[list[int], list[int], int]]:
-    """Of every image: token of every new slot (the total for a newline), its old slot, and the newlines."""
+    """Per image: token of every new slot (the total for a newline), its old slot, and the newlines."""
     total, first, expected = int(record.counts.sum()), 0, []
     starts = [0]
     for count in record.counts.tolist():
@@ -195,7 +195,7 @@ def sequence_oracle(sizes: list[Size], record: TokenRecoveryOutput) -> list[tupl
 
 @some
 @given(sizes=sizes_strategy, seed=st.integers(0, 10**6))
-def test_what_is_kept_and_in_which_order(sizes: list[Size], seed: int, model: Any) -> None:
+def test_kept_slots_and_their_order(sizes: list[Size], seed: int, model: Any) -> None:
     layout = layout_of(model, sizes)
     record = random_choice(layout, seed)
     expected = sequence_oracle(sizes, record)

@@ -11,9 +11,9 @@ from next_model import (
     MIXED,
     NEXT,
     PATCHES,
-    SETTINGS,
     SIZES,
     TEXTS,
+    TILE_SETTINGS,
     each_setting,
     encode,
     layout_and_states,
@@ -33,7 +33,7 @@ each_text_and_batch = pytest.mark.parametrize(
     ("text", "rows"), [*(("llama", name) for name in BATCHES), ("mistral", "mixed"), ("mistral", "several")]
 )
 each_text_and_setting = pytest.mark.parametrize(
-    ("text", "name"), [*(("llama", name) for name in SETTINGS), ("mistral", "paper"), ("mistral", "spread")]
+    ("text", "name"), [*(("llama", name) for name in TILE_SETTINGS), ("mistral", "paper"), ("mistral", "spread")]
 )
 
 
@@ -79,13 +79,13 @@ def test_placeholders_are_counted_as_upstream_counts_them():
 
 @each_text_and_setting
 def test_no_choice_in_a_mixed_batch_depends_on_a_near_tie(text, name):
-    assert_clear_choices(TEXTS[text].compressed(), encode((*MIXED, ("thin",))), SETTINGS[name])
+    assert_clear_choices(TEXTS[text].compressed(), encode((*MIXED, ("thin",))), TILE_SETTINGS[name])
 
 
 @torch.no_grad()
 @each_text_and_setting
 def test_a_row_of_a_mixed_batch_is_its_single_run(text, name):
-    model, rows, setting = TEXTS[text].compressed(), (*MIXED, ("thin",)), SETTINGS[name]
+    model, rows, setting = TEXTS[text].compressed(), (*MIXED, ("thin",)), TILE_SETTINGS[name]
     batch = encode(rows)
     records, ids = model.recover(**batch, token_recovery=setting), generate(model, batch, token_recovery=setting)
     short, _ = model.compress_inputs(**batch, token_recovery=setting)
@@ -144,7 +144,7 @@ def test_counts(setting, side):
 
 @torch.no_grad()
 @each_setting
-def test_what_unpadding_removes_is_neither_kept_nor_merged(setting):
+def test_patches_removed_by_unpadding_are_neither_kept_nor_merged(setting):
     model, batch = NEXT.compressed(), encode(BATCHES["several"])
     layout, _ = layout_and_states(model, batch)
     records = model.recover(**batch, token_recovery=setting)
@@ -266,7 +266,7 @@ def test_base_tile(architecture):
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_does_not_fit_is_refused():
+def test_image_sizes_that_do_not_fit_are_refused():
     model, batch = NEXT.compressed(), encode([("wide",)])
     for call in (model, model.compress_inputs, model.recover, model.generate):
         with pytest.raises(ValueError, match="needs image_sizes with pixel_values"):
@@ -284,15 +284,15 @@ def test_what_does_not_fit_is_refused():
 
 @torch.no_grad()
 def test_a_budget_may_be_as_large_as_the_largest_picture():
-    """Smaller pictures keep all they have, whatever stands beside them in the batch."""
+    """Smaller images keep all their tokens, whatever else is in the batch."""
     model, stock, tiny_alone = NEXT.compressed(), NEXT.shared_stock(), encode([("tiny",)])
     with pytest.raises(ValueError, match=f"budget is {LARGEST + 1}, but an image has only {LARGEST} patches"):
         model(**encode([("large",)]), token_recovery={"budget": LARGEST + 1})
     with pytest.raises(ValueError, match=f"only {LARGEST} patches"):
         NEXT.build(budget=LARGEST + 1)
-    together = model(**encode([("tiny",), ("large",)]), token_recovery={"budget": 450}).visual_token_counts.tolist()
-    assert together[1] == 450
-    assert together[0] < 2 * PATCHES
+    counts = model(**encode([("tiny",), ("large",)]), token_recovery={"budget": 450}).visual_token_counts.tolist()
+    assert counts[1] == 450
+    assert counts[0] < 2 * PATCHES
     alone = model(**tiny_alone, token_recovery={"budget": 450})
-    assert alone.visual_token_counts.tolist() == together[:1]
+    assert alone.visual_token_counts.tolist() == counts[:1]
     assert torch.equal(alone.logits, stock(**stock_inputs(tiny_alone)).logits)

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from architectures import LLAVA, each_side, generate, greedy_by_hand
-from next_model import MIXED, NEXT, SETTINGS, encode, layout_and_states, picture
+from next_model import MIXED, NEXT, TILE_SETTINGS, encode, layout_and_states, picture
 
 import reccomp_hf
 from reccomp_hf.checkpoints.cards.content import field_rows
@@ -14,12 +14,12 @@ from reccomp_hf.core.layout import NEWLINE
 
 NONE = {"newlines": "none"}
 # Pooling's tokens are all merged ones and have no row.
-FIXED = {name: fields for name, fields in SETTINGS.items() if "budget" in fields and name != "pooling"}
+FIXED = {name: fields for name, fields in TILE_SETTINGS.items() if "budget" in fields and name != "pooling"}
 each_fixed = pytest.mark.parametrize("setting", FIXED.values(), ids=FIXED)
 
 
 def without_newlines(model, batch, setting, fill):
-    """What `compress_inputs` gives with newlines, and which of its slots are newlines, found by their embedding."""
+    """The short inputs with newlines, and a mask of the newlines among their slots, found by embedding."""
     short, _ = model.compress_inputs(**batch, token_recovery=setting)
     newline = (short["inputs_embeds"] == model.model.image_newline).all(-1)
     return short, newline & (short["input_ids"] == model.config.image_token_id) & fill
@@ -72,7 +72,7 @@ def test_a_picture_may_lose_all_its_tokens_but_the_budgets():
         assert output.visual_token_counts.tolist() == wanted
 
 
-def test_labels_are_cut_along():
+def test_labels_are_shortened_with_the_ids():
     model, batch = NEXT.compressed(), encode(MIXED)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     short, _ = model.compress_inputs(**batch, labels=labels, token_recovery={"budget": 24, **NONE})
@@ -112,7 +112,7 @@ def test_the_layout_alone():
         assert torch.equal(rows, (layout.slots == NEWLINE) & (newlines == "kept"))
 
 
-def test_the_field():
+def test_the_newlines_field():
     with pytest.raises(ValueError, match=r"token_recovery.newlines must be 'kept' or 'none', got 'all'"):
         reccomp_hf.TokenRecoveryConfig(newlines="all")
     section = reccomp_hf.TokenRecoveryConfig(budget=16, newlines="none")

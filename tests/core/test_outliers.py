@@ -47,7 +47,7 @@ def sklearn_lof(row: np.ndarray, k: int) -> np.ndarray:
 
 
 def has_tied_boundary(row: np.ndarray, k: int) -> bool:
-    """Whether for some value the k-th neighbour on the left is as far, to 1e-12, as the next one on the right."""
+    """True if for some value the k-th neighbour on the left is as far, to 1e-12, as the next one on the right."""
     ordered = np.sort(row.astype(np.float64))
     n, k = len(ordered), min(k, len(ordered) - 1)
     for left in range(k + 1):  # `left` neighbours on the left and k - left on the right; the next one on either side

@@ -1,4 +1,4 @@
-"""Recovery switched off, or told to keep every token, is the stock model: bit for bit, from the same files."""
+"""Recovery switched off, or with every token kept, is the stock model: bit for bit, from the same files."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ POSITIONS = ("compact", "original")
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """Of every architecture the stock model and ours, loaded from what the stock class wrote and `convert` made."""
+    """Per architecture: the stock model, and ours, converted from the checkpoint that the stock class wrote."""
     loaded = {}
 
     def pair_of(architecture):

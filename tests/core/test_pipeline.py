@@ -28,7 +28,7 @@ def pipes(tmp_path_factory):
 
 
 def answer(pipe, image, prompt, **recovery):
-    """What `generate` says to a rendered prompt."""
+    """The answer of `generate` to a rendered prompt."""
     inputs = pipe.processor(images=image, text=prompt, return_tensors="pt", **recovery)
     ids = pipe.model.generate(**inputs, **RECOVERY)
     return pipe.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

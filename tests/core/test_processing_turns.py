@@ -1,4 +1,4 @@
-"""Which turns of a conversation give the question: chat messages and rendered prompts alike."""
+"""Selection of the turns that give the question, from chat messages and from rendered prompts."""
 
 import json
 
@@ -64,7 +64,7 @@ def test_messages_and_rendered_prompts_agree(name, turns):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_call_may_say_which_turns(nested):
+def test_a_call_may_name_the_turns_of_the_question(nested):
     processor = tiny.recovery_processor()
     prompt = processor.apply_chat_template(CONVERSATION, add_generation_prompt=True)
     assert processor(images=PICTURE, text=prompt)["recovery_input_ids"] == [windows_of([QUESTION])]

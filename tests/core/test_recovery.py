@@ -1,4 +1,4 @@
-"""recover_tokens against the plain loop in oracle.py."""
+"""recover_tokens equals the plain loop in oracle.py."""
 
 from __future__ import annotations
 
@@ -8,21 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import (
-    MASKS,
-    SETTINGS,
-    Case,
-    check_against_oracle,
-    make_case,
-    mask_of_counts,
-)
+from cases import MASKS, RECOVERY_FIELDS, Case, check_against_oracle, make_case, mask_of_counts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import budget_split, farthest_points, top, upper_outliers
+from oracle import budget_split, cosine, farthest_points, top, upper_outliers
 
 from reccomp_hf.core.configuration import TokenRecoveryConfig
 
-# --- the oracle itself, by hand -------------------------------------------------------------------------------------
+# --- the oracle itself, by hand --------------------------------------------------------------------------------------
 
 
 def test_oracle_budget_split_by_hand() -> None:
@@ -56,7 +49,12 @@ def test_oracle_counts_outliers_and_then_takes_the_top() -> None:
     assert top(range(44), scores, len(outliers)) == [43]
 
 
-# --- equal to the oracle --------------------------------------------------------------------------------------------
+def test_oracle_cosine_of_a_zero_vector_is_zero() -> None:
+    assert cosine(np.zeros(3), np.ones(3)) == 0.0
+    assert cosine(np.array([1.0, 1.0]), np.array([1.0, 0.0])) == pytest.approx(math.sqrt(0.5))
+
+
+# --- equal to the oracle ---------------------------------------------------------------------------------------------
 
 
 def is_dynamic(fields: dict[str, Any]) -> bool:
@@ -65,7 +63,7 @@ def is_dynamic(fields: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("text", [True, False], ids=["text", "no_text"])
-@pytest.mark.parametrize("fields", SETTINGS, ids=str)
+@pytest.mark.parametrize("fields", RECOVERY_FIELDS, ids=str)
 def test_equals_the_oracle(fields: dict[str, Any], text: bool, dtype: torch.dtype) -> None:
     case = make_case(dtype=dtype)
     case = case if text else case.without_text()
@@ -213,3 +211,23 @@ def test_the_sum_of_outliers_counts_and_the_top_is_taken() -> None:
     assert 0 < len(outliers) == len(chosen)
     assert chosen != outliers
     assert chosen == sorted(top(range(n), row, len(outliers)))
+
+
+def test_text_recovers_only_what_the_visual_stage_left() -> None:
+    """Scores of patches the visual stage took neither count as outliers nor hide others."""
+    case = make_case(batch=1, n=100, seed=4)
+    visual = case.recover(TokenRecoveryConfig()).visual_mask[0]
+    assert visual.any()
+    plain = check_against_oracle(case, TokenRecoveryConfig())
+    case.text_similarity[0, visual] = 1e3 + torch.arange(float(visual.sum()))
+    loud = check_against_oracle(case, TokenRecoveryConfig())
+    assert plain.text_mask.any()
+    assert torch.equal(plain.text_mask, loud.text_mask)
+
+
+@pytest.mark.parametrize(("grid", "n"), [((4, 9), 36), ((9, 4), 36), ((1, 36), 36), ((6, 6), 36), (None, 36)])
+def test_coverage_spreads_over_the_given_grid(grid: tuple[int, int] | None, n: int) -> None:
+    case = make_case(batch=2, n=n, c=8, seed=5)
+    config = TokenRecoveryConfig(budget=9, coverage_share=0.5, merged_tokens=1)
+    output = check_against_oracle(case, config, grid=grid)
+    assert output.coverage_mask.sum(dim=1).tolist() == [4, 4]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import tiny
 import transformers
-from architectures import ARCHITECTURES, SETTINGS, each_architecture
-from paths import DATA, ROOT, SUPPORT
+from architectures import ARCHITECTURES, MODEL_SETTINGS, each_architecture
+from paths import DATA, INSTALLED, SUPPORT
 from remote_runs import assert_same, expected_of, run_child, unexpected
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files, get_relative_imports
@@ -19,10 +19,10 @@ import reccomp_hf
 from reccomp_hf.core import remote_code
 from reccomp_hf.core.remote_code import write_remote_code
 
-ALL = {**SETTINGS, **{name: {"method": name} for name in ("pooling_2x2", "base_tile")}}
-FEW = {name: SETTINGS[name] for name in ("paper", "spread")}
+ALL = {**MODEL_SETTINGS, **{name: {"method": name} for name in ("pooling_2x2", "base_tile")}}
+FEW = {name: MODEL_SETTINGS[name] for name in ("paper", "spread")}
 HEADS = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForMultimodalLM")
-WRITERS = ("saved", "4x", "5x")  # model.save_pretrained here, and files of either line with the code put beside
+WRITERS = ("saved", "4x", "5x")  # model.save_pretrained here, and files of either line with the code added
 
 
 def written(architecture, writer, folder):
@@ -81,7 +81,7 @@ def test_the_same_answers_without_the_package(architecture, writer, folders, wit
 
 @each_architecture
 @pytest.mark.parametrize("writer", WRITERS)
-def test_what_remote_code_saves_is_what_it_was_loaded_from(architecture, writer, folders, without_package):
+def test_remote_code_saves_the_files_it_was_loaded_from(architecture, writer, folders, without_package):
     folder, again = (
         base / f"{architecture.name}-{writer}"
         for base in (folders[next(iter(folders))].parent, without_package["work"])
@@ -99,7 +99,7 @@ def test_what_remote_code_saves_is_what_it_was_loaded_from(architecture, writer,
 
 def test_package_and_remote_code_in_one_process(folders, tmp_path):
     chosen = {name: folder for name, folder in folders.items() if name.endswith("saved")}
-    results = run_child("installed", chosen, tmp_path, [str(SUPPORT), str(ROOT)], lambda name: FEW)
+    results = run_child("installed", chosen, tmp_path, [str(SUPPORT), str(INSTALLED)], lambda name: FEW)
     for result in results.values():
         trusted = "package" if transformers.__version__ >= "5" else "remote"  # 5.x prefers what is registered
         package = ("package",) * 3
@@ -109,7 +109,7 @@ def test_package_and_remote_code_in_one_process(folders, tmp_path):
 
 
 @each_architecture
-def test_with_the_package_nothing_is_asked_and_nothing_is_said(architecture, folders, monkeypatch, tmp_path):
+def test_with_the_package_nothing_is_asked_and_nothing_is_logged(architecture, folders, monkeypatch, tmp_path):
     monkeypatch.setattr("builtins.input", lambda *args: pytest.fail(f"asked {args}"))
     folder = folders[f"{architecture.name}-saved"]
     with tiny.logged_warnings() as logged:
@@ -174,7 +174,7 @@ def test_every_entry_file_names_all_others(architecture, folders):
 
 @each_architecture
 def test_code_of_an_older_layout_is_replaced(architecture, folders, tmp_path):
-    """What an older version wrote goes; files of other people stay."""
+    """Files that an older version wrote are removed; other files stay."""
     saved = folders[f"{architecture.name}-saved"]
     for name in ("config.json", "processor_config.json"):
         (tmp_path / name).write_bytes((saved / name).read_bytes())
@@ -189,7 +189,7 @@ def test_code_of_an_older_layout_is_replaced(architecture, folders, tmp_path):
 
 
 @each_architecture
-def test_code_beside_a_folder_without_any(architecture, folders, tmp_path):
+def test_code_is_written_into_a_folder_without_any(architecture, folders, tmp_path):
     saved = folders[f"{architecture.name}-saved"]
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -210,13 +210,13 @@ def test_code_beside_a_folder_without_any(architecture, folders, tmp_path):
 
 
 @each_architecture
-def test_code_beside_a_model_alone(architecture, folders, tmp_path):
+def test_code_is_written_next_to_a_model_without_a_processor(architecture, folders, tmp_path):
     (tmp_path / "config.json").write_bytes((folders[f"{architecture.name}-saved"] / "config.json").read_bytes())
     names = {file.name for file in write_remote_code(str(tmp_path))}
     assert names == {file.name for file in folders[f"{architecture.name}-saved"].glob("*.py")}
 
 
-def test_code_beside_a_stock_model_is_refused(tmp_path):
+def test_code_next_to_a_stock_model_is_refused(tmp_path):
     tiny.llava_config().save_pretrained(tmp_path)
     with pytest.raises(
         ValueError, match=r"model of type 'llava', not 'llava_reccomp' or 'llava_next_reccomp'.*convert"

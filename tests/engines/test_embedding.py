@@ -17,13 +17,13 @@ from reccomp_hf.demo import checkpoint_folder, draw_scene
 pytest_plugins = ("command_line",)
 
 QUESTIONS = tiny.SENTENCES[:3]
-SETTINGS = {
+EMBEDDING_SETTINGS = {
     "dynamic": {"outlier_neighbors": 8},
     "budget": {"budget": 20, "text_relevance": "value"},
     "original": {"budget": 20, "position_ids": "original"},
     "none merged": {"budget": 0.3, "merged_tokens": 0, "position_ids": "original"},
 }
-each_setting = pytest.mark.parametrize("fields", SETTINGS.values(), ids=SETTINGS)
+each_setting = pytest.mark.parametrize("fields", EMBEDDING_SETTINGS.values(), ids=EMBEDDING_SETTINGS)
 
 
 def stock_logits(architecture, ids, result):
@@ -203,7 +203,10 @@ def test_what_the_command_refuses(error, converted, data, tmp_path):
     assert "line 2: the picture 1.png cannot be read" in changed()
     broken.write_bytes(picture)
     data.write_text(whole, encoding="utf-8")
-    assert "--batch-size must be at least 1, got 0" in error("embed", converted, data, output, "--batch-size", "0")
+    for option in ("--batch-size", "--limit"):
+        assert f"{option}: expected a whole number of at least 1" in error(
+            "embed", converted, data, output, option, "0"
+        )
     assert "exists and is not an empty folder" in error("embed", converted, data, tmp_path)
     assert "enabled is false" in error("embed", converted, data, output, "--set", "enabled=false")
     assert sorted(tmp_path.iterdir()) == before

@@ -180,10 +180,10 @@ def test_an_interrupted_run_says_what_is_kept(run, data, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("reccomp_hf.cli.predict.predict", interrupted)
+    monkeypatch.setattr("reccomp_hf.engines.predict.predict", interrupted)
     output = tmp_path / "out.jsonl"
     code, _, err = run("predict", data, "--model", "demo", "--output", output)
-    assert code == 130 and f"{output}.parts keeps the answers so far; the same command goes on" in err
+    assert code == 130 and f"{output}.parts keeps the answers so far; the same command resumes." in err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -196,16 +196,16 @@ def test_errors_of_the_command(error, data, tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("nothing is loaded for what cannot be")
 
-    monkeypatch.setattr("reccomp_hf.cli.predict.load", never)
+    monkeypatch.setattr("reccomp_hf.checkpoints.loading.load", never)
     output = tmp_path / "out.jsonl"
     common = ("predict", data, "--model", "demo", "--output")
     assert "with --image-column, --question-column and --id-column" in error(*common, output, "--image-column", "x")
     assert "has no column 'text'" in error(*common, output, "--question-column", "text")
-    assert "batch_size must be at least 1" in error(*common, output, "--batch-size", 0)
+    assert "--batch-size: expected a whole number of at least 1, got '0'" in error(*common, output, "--batch-size", 0)
     assert "would be overwritten" in error(*common, data)
     assert "the folder of" in error(*common, tmp_path / "no" / "out.jsonl")
     assert "neither a file of JSON lines" in error("predict", tmp_path / "no", "--model", "demo", "--output", output)
     state = State(1, 2)
-    monkeypatch.setattr("reccomp_hf.cli.predict.process_state", lambda device: state)
+    monkeypatch.setattr("reccomp_hf.engines.predict.process_state", lambda device: state)
     assert "--device cuda:1 is for one process" in error(*common, output, "--device", "cuda:1")
     assert not list(tmp_path.iterdir())

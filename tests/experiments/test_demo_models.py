@@ -195,7 +195,7 @@ def test_bad_requests_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture)
         ValueError, match="There are 1000000 training seeds, but scenes and close_ups are 1000001 and 6"
     ):
         train("demo", dataclasses.replace(TINY, scenes=1_000_001), tmp_path)
-    for extra, message in ((["--scenes", "5"], "takes 24 scenes"), (["--threads", "0"], "at least 1, got 0")):
+    for extra, message in ((["--scenes", "5"], "takes 24 scenes"), (["--threads", "0"], "at least 1, got '0'")):
         with pytest.raises(SystemExit):
             main(["--model", "demo", "--output", str(tmp_path / "run"), *extra])
         assert message in capsys.readouterr().err

@@ -308,10 +308,8 @@ def test_a_checkpoints_own_settings(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config", "llava-2"], "Unknown configuration 'llava-2'; known ones are"),
-        (["--hardware", "abacus"], "Unknown hardware 'abacus'"),
-        (["--visual-tokens", "0"], "visual tokens must be 1 to 576"),
-        (["--batch", "0"], "batch must be at least 1"),
+        (["--visual-tokens", "577"], "visual tokens must be 1 to 576"),
+        (["--text-tokens", "0"], "text tokens must be at least 1"),
         (["no/such/folder"], "no/such/folder does not exist"),
     ],
 )
@@ -324,6 +322,10 @@ def test_errors_are_one_line(run, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--config", "llava-2"], "invalid choice: 'llava-2' (choose from"),
+        (["--hardware", "abacus"], "unknown hardware 'abacus'; known are A100"),
+        (["--visual-tokens", "0"], "--visual-tokens: expected a whole number of at least 1, got '0'"),
+        (["--batch", "0"], "--batch: expected a whole number of at least 1, got '0'"),
         (["--picture", "640"], "expected width x height as in 640x480, got '640'"),
         (["--dtype", "fp64"], "invalid choice: 'fp64'"),
         (["--config", "llava-1.5-7b", "folder"], "not allowed with argument"),

@@ -156,7 +156,7 @@ def test_patches_of_an_object_are_those_whose_middle_is_in_its_box():
 
 # ---- a run ---------------------------------------------------------------------------------------------------------
 
-SETTINGS = "text:16,visual:16,random:16,pool:16,balanced:16,paper"
+EVALUATED = "text:16,visual:16,random:16,pool:16,balanced:16,paper"
 PINNED = 200
 
 
@@ -167,11 +167,11 @@ def samples():
 
 @pytest.fixture(scope="module")
 def report(samples):
-    return evaluate(*demo_model(), samples, SETTINGS, progress=False)
+    return evaluate(*demo_model(), samples, EVALUATED, progress=False)
 
 
 def test_true_counts_and_times(report, samples):
-    assert list(report.results) == ["off", *SETTINGS.split(",")]
+    assert list(report.results) == ["off", *EVALUATED.split(",")]
     tokens = {name: result.tokens for name, result in report.results.items()}
     assert all(len(of) == len(samples) for of in tokens.values())
     assert set(tokens.pop("off")) == {144}
@@ -381,7 +381,7 @@ def test_a_tiled_model_is_evaluated_from_a_file(tmp_path, capsys):
     assert cli.main([str(argument) for argument in arguments]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert "6 questions on 3 pictures" in out and "| stored:20 minus off |" in out and "asked object" not in out
+    assert "6 questions on 3 images" in out and "| stored:20 minus off |" in out and "asked object" not in out
     facts = json.loads((tmp_path / "out.json").read_text())
     assert facts["settings"].keys() == {"off", "stored:20", "pool:20", "random:0.1"}
     assert facts["settings"]["off"]["tokens"]["min"] > 200

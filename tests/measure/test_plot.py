@@ -54,7 +54,7 @@ def is_near(pixel, color, tolerance=45):
     return np.abs(np.asarray(pixel) - np.asarray(color)).max() <= tolerance
 
 
-SETTINGS = {
+PLOT_SETTINGS = {
     "all": {"budget": 40, "coverage_share": 0.25, "merged_tokens": 6},
     "dropped": {"budget": 30, "coverage_share": 0.25, "merged_tokens": 0},
     "paper": {},
@@ -62,7 +62,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("setting", PLOT_SETTINGS.values(), ids=PLOT_SETTINGS)
 def test_marks_are_where_the_record_says(setting):
     record = record_of(tiny.pictures(1)[0], **setting)
     figure = plot_recovery(GREY, record, questions=QUESTION)
@@ -89,7 +89,7 @@ def test_marks_are_where_the_record_says(setting):
         "dropped": {"visual", "text", "coverage", "dropped"},
         "pooling": {"centre", "merged"},
     }
-    names = [name for name in SETTINGS if SETTINGS[name] is setting]
+    names = [name for name in PLOT_SETTINGS if PLOT_SETTINGS[name] is setting]
     assert seen == expected.get(names[0], seen) and len(seen) > 1
 
 

@@ -83,14 +83,17 @@ def test_the_command_refuses_data_in_one_line(data, capsys):
     for arguments, message in (
         (["--settings", "visual"], "needs a budget"),
         (["--settings", "text:4", "--compare", "text:4", "text:5"], "--compare names 'text:5', which is not among"),
-        (["--limit", "0"], "--limit must be at least 1"),
         (["--data", str(path), "--skip", "3"], "--skip passes over drawn scenes"),
     ):
         assert cli.main(["eval", "demo", *arguments]) == 2
         assert message in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main(["eval", "demo", "--plot", str(path)])
-    assert "expected a file that ends in .png" in capsys.readouterr().err
+    for arguments, message in (
+        (["--limit", "0"], "--limit: expected a whole number of at least 1, got '0'"),
+        (["--plot", str(path)], "expected a file that ends in .png"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["eval", "demo", *arguments])
+        assert message in capsys.readouterr().err
 
 
 # ---- folders of the datasets library -------------------------------------------------------------------------------

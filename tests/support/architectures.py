@@ -30,7 +30,7 @@ ROWS: tuple[Row, ...] = (
     ("Say hello.", 0),
     (LONG_QUESTION, 1),  # two windows of the text encoder
 )
-SETTINGS: dict[str, dict[str, Any]] = {
+MODEL_SETTINGS: dict[str, dict[str, Any]] = {
     "paper": {},
     "heads": {"visual_heads": "mean"},
     "budget": {"budget": 24},
@@ -57,18 +57,18 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "divprune": ({"budget": 0.2}, ("coverage",)),
     "cdpruner": ({"budget": 16, "position_ids": "original"}, ("text",)),
 }
-SETTINGS |= {f"method {name}": {"method": name, **fields} for name, (fields, _) in METHODS.items()}
+MODEL_SETTINGS |= {f"method {name}": {"method": name, **fields} for name, (fields, _) in METHODS.items()}
 _PARAMETERS = inspect.signature(LlavaForConditionalGeneration.forward).parameters
 CHOICES = ("counts", "visual_mask", "text_mask", "coverage_mask", "centre_mask", "cluster", "places")
 """Fields of a record in which two computations of the same thing agree exactly."""
 CACHE = "cache" if "cache" in _PARAMETERS else "past_key_values"
-"""What this transformers calls the key-value cache, in calls and outputs."""
+"""The name of the key-value cache in calls and outputs of the installed transformers."""
 OF_THE_STOCK_CONFIG = ("model_type", "architectures", "transformers_version")
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What the tests need to know about a model family.
+    """The facts about a model family that tests need.
 
     `stock` and `stock_processor` build the model and the processor of transformers itself. `whole_image` are the
     budgets that keep every token of a picture of `tiny.pictures`, `host_reads` what a prefill reads from the device.
@@ -192,7 +192,7 @@ LLAVA_NEXT = Architecture(
 ARCHITECTURES = (LLAVA, LLAVA_NEXT)
 
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda row: row.name)
-each_setting = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+each_setting = pytest.mark.parametrize("setting", MODEL_SETTINGS.values(), ids=MODEL_SETTINGS)
 each_side = pytest.mark.parametrize("side", ["left", "right"])
 
 
@@ -221,7 +221,7 @@ def labels_of(model: Any, batch: dict[str, Any]) -> Tensor:
 
 
 def generate(model: Any, batch: dict[str, Any], new_tokens: int = 6, **kwargs: Any) -> Tensor:
-    """Greedy ids unless told otherwise."""
+    """Generated ids, greedy unless `kwargs` say otherwise."""
     return model.generate(**batch, **{"do_sample": False, "max_new_tokens": new_tokens, **kwargs})
 
 

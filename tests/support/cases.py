@@ -67,7 +67,7 @@ def make_case(batch: int = 3, n: int = 100, c: int = 32, seed: int = 0, dtype: t
 
 
 def mask_of_counts(counts: list[int], n: int, seed: int = 0) -> Tensor:
-    """A mask (B, N) with so many valid patches in each row, scattered."""
+    """A mask (B, N) with the given number of valid patches in each row, scattered."""
     valid = torch.zeros(len(counts), n, dtype=torch.bool)
     for row, count in enumerate(counts):
         valid[row, torch.from_numpy(np.random.default_rng([seed, row]).permutation(n)[:count])] = True
@@ -144,4 +144,4 @@ LIMITED = [
     for budget, share, m in ((1, 1.0, 0), (20, 1.0, 0), (0.37, 0.5, 4), (99, 1.0, 3), (100, 1.0, 0))
     for limit, by in (("outliers", "content"), ("outliers", "place"), ("share", "content"))
 ]
-SETTINGS = [*DYNAMIC, *BUDGETS, *SHARES, *LIMITED]
+RECOVERY_FIELDS = [*DYNAMIC, *BUDGETS, *SHARES, *LIMITED]

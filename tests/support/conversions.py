@@ -3,7 +3,6 @@
 import functools
 import json
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from architectures import LLAVA
 from safetensors.torch import load_file, save_file
 
 import reccomp_hf
+from reccomp_hf.checkpoints import convert as CONVERT
 
-CONVERT = sys.modules["reccomp_hf.checkpoints.convert"]  # the package's attribute of that name is the function
 INDEX = "model.safetensors.index.json"
 LLM = "language_model.model.layers.1.mlp.up_proj.weight"
 SMALL = {

@@ -24,7 +24,7 @@ SIZES = {  # width, height
 MIXED = (("square",), ("wide", "tall"), (), ("tiny", "broad"), ("large",))
 QUESTIONS = (*tiny.SENTENCES[:3], "Is it red?", "How many squares are on the table?", "Describe the small cat.")
 BATCHES = {"mixed": MIXED, **{name: ((name,),) for name in SIZES}, "several": (("wide", "tiny", "large"),)}
-SETTINGS = {
+TILE_SETTINGS = {
     "paper": {},
     "budget": {"budget": 24},
     "share": {"budget": 0.1, "merged_tokens": 12, "visual_heads": "mean"},
@@ -36,7 +36,7 @@ SETTINGS = {
     "random": {"method": "random", "budget": 0.1},
     "pooling": {"method": "pooling", "budget": 50},
 }
-each_setting = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+each_setting = pytest.mark.parametrize("setting", TILE_SETTINGS.values(), ids=TILE_SETTINGS)
 
 
 def stock_model(text, **config):

@@ -103,7 +103,7 @@ def farthest_points(kept: Iterable[int], free: Iterable[int], count: int, column
     return chosen
 
 
-def herded(h: Array, patches: Sequence[int], free: Iterable[int], count: int) -> list[int]:
+def herding(h: Array, patches: Sequence[int], free: Iterable[int], count: int) -> list[int]:
     """Choose `count` of `free`, each time the one that brings the mean direction of the chosen nearest to the mean."""
     lengths = {j: math.sqrt(float(np.dot(h[j], h[j]))) for j in patches}
     unit = {j: h[j] / (lengths[j] or 1) for j in patches}
@@ -159,7 +159,7 @@ def budget_stages(
     text = [] if s is None else top(rest, s, n_text)
     rest = [j for j in rest if j not in text]
     if config.coverage_by == "content":
-        coverage = herded(h, patches, rest, n_coverage)
+        coverage = herding(h, patches, rest, n_coverage)
     else:
         coverage = farthest_points(visual + text, rest, n_coverage, columns) if n_coverage else []
     rest = [j for j in rest if j not in coverage]

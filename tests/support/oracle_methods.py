@@ -29,7 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass
 class Tile:
-    """What a method sees of one tile: `patches` are the raster indices of the valid ones."""
+    """The inputs of a method for one tile; `patches` are the raster indices of the valid ones."""
 
     h: Array  # (N, C)
     keys: Array  # (N, C), without the class token
@@ -68,7 +68,7 @@ class Choice:
 
 
 def image_budget(budget: float, patches: int) -> int:
-    """Tokens of an image of so many valid patches."""
+    """Tokens of an image, by its number of valid patches."""
     if isinstance(budget, int):
         return min(budget, patches)
     return min(patches, max(1, math.floor(budget * patches + 0.5)))
@@ -123,7 +123,7 @@ def centres_of_prumerge_plus(tile: Tile, k: int | None) -> list[int]:
 
 
 def merge_around(tile: Tile, centres: list[int], k: int | None) -> Choice:
-    """PruMerge's tokens: each centre with its neighbours added, and all that is no centre in one more token."""
+    """PruMerge's tokens: each centre with its neighbours added, and every other patch in one more token."""
     merged = []
     for i in sorted(centres):
         others = [j for j in tile.patches if j != i]

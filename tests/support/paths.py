@@ -1,11 +1,14 @@
-"""Where the tests find files: their own data, and the checkout's texts."""
+"""Folders and files of the tests and of the checkout."""
 
 from pathlib import Path
+
+import reccomp_hf
 
 SUPPORT = Path(__file__).parent
 TESTS = SUPPORT.parent
 DATA = TESTS / "data"
 ROOT = TESTS.parent
+INSTALLED = Path(reccomp_hf.__file__).parents[1]  # for child processes: the package under test, wheel or checkout
 README = ROOT / "README.md"
 NOTEBOOKS = ROOT / "notebooks"
 MODEL_CARDS = ROOT / "model_cards"

@@ -1,4 +1,4 @@
-"""What test_remote_code runs in processes of its own: a checkpoint's code, not the package's, has to do the work.
+"""Child process of test_remote_code: a checkpoint's code, not the package's, has to do the work.
 
 `python remote_child.py blocked|installed JOB RESULTS`: JOB is JSON with `folders` (name -> path), `rows` (texts and
 the number of pictures), `settings` (name -> settings by name) and `work` (a folder to write to).
@@ -55,7 +55,7 @@ def answers(model, batch, settings):
 
 
 def pipeline_text(pipe, question):
-    """What a pipeline says about a picture."""
+    """A pipeline's answer about an image."""
     chat = [tiny.turn("user", question, tiny.pictures(1))]
     return pipe(text=chat, generate_kwargs=GREEDY, return_full_text=False)[0]["generated_text"]
 

@@ -1,6 +1,6 @@
 """Execute the notebooks and write their outputs back: `python tests/support/run_notebooks.py [NOTEBOOK...]`.
 
-What a notebook prints is compared with what it prints when it is executed anew, so it must not depend on the machine.
+The printed text is compared with that of a fresh run, so it must not depend on the machine.
 A cell whose text does (a loss, a time) has the tag `varies`.
 """
 
@@ -63,7 +63,7 @@ def execute(path: Path) -> Any:
 
 
 def printed(cell: Any) -> list[tuple[str, str]]:
-    """Of every output of a cell: what kind of thing it is, and its text unless that varies."""
+    """Per output of a cell: its kind, and its text unless that varies."""
     outputs = []
     for output in cell.outputs:
         kind = "+".join([output.output_type, output.get("name", ""), *sorted(output.get("data", {}))])

@@ -70,7 +70,7 @@ def fixture_inputs(processor):
 
 
 def fixture_values(folder):
-    """What a saved checkpoint answers on the running line."""
+    """Answers of a saved checkpoint under the installed transformers."""
     model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

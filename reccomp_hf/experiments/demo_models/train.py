@@ -18,6 +18,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
+from ...cli.options import HelpFormatter, count
 from ...demo.scenes import TRAIN_SEEDS, VALIDATION_SEEDS
 from .clip import new_clip, train_clip
 from .config import MODELS, SCALES, TrainingConfig
@@ -129,7 +130,8 @@ def main(argv: list[str] | None = None) -> int:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(
         prog="python -m reccomp_hf.experiments.demo_models.train",
-        description="Train a demo checkpoint, or resume where training stopped.",
+        description="Trains a demo checkpoint, or resumes where training stopped.",
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--model", required=True, choices=MODELS, help="demo: its CLIP is trained with boxes")
     parser.add_argument("--output", required=True, type=Path, help="folder of the run; its final/ is the checkpoint")
@@ -139,11 +141,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--clip-steps", type=int, help="training steps of the CLIP (default: the scale's)")
     parser.add_argument("--llava-steps", type=int, help="training steps of the LLaVA (default: the scale's)")
     parser.add_argument("--llava-seed", type=int, help="seed of the LLaVA stage (default: the scale's)")
-    parser.add_argument("--device", default="cpu", help="for example cuda (default: cpu)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--device", default="cpu", help="for example cuda")
+    parser.add_argument("--threads", type=count, default=2, help="CPU threads")
     arguments = parser.parse_args(argv)
-    if arguments.threads < 1:
-        parser.error(f"--threads must be at least 1, got {arguments.threads}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(arguments.threads)
     try:

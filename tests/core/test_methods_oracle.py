@@ -1,0 +1,105 @@
+"""The plain loops of oracle_methods.py give what the papers define, worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from oracle_methods import Tile, choose, tile_budgets
+
+
+def tile(a, keys=None, h=None, p=None, s=None, heads=1, **options):
+    """One tile for the oracle, its features one-hot if they are not given."""
+    n = len(a)
+    h = np.eye(n) if h is None else h
+    return Tile(h, np.array(keys or np.eye(n)), np.array(a), s, p, list(range(n)), heads, options)
+
+
+def on_circle(*degrees):
+    return np.array([[math.cos(math.radians(angle)), math.sin(math.radians(angle))] for angle in degrees])
+
+
+def test_oracle_shares_a_budget_by_largest_remainder():
+    assert tile_budgets(10, [10, 10, 10]) == [4, 3, 3]
+    assert tile_budgets(7, [5, 3, 2]) == [4, 2, 1]
+    assert tile_budgets(2, [1, 1, 1]) == [1, 1, 0]
+    assert tile_budgets(1, [1, 4, 4]) == [0, 1, 0]
+    assert tile_budgets(100, [3, 4]) == [3, 4]
+    assert tile_budgets(0.25, [6, 1]) == [2, 0]  # 1.75 tokens, rounded half up
+    assert tile_budgets(0.01, [6, 6]) == [1, 0]
+
+
+def test_oracle_prumerge_by_hand():
+    a, keys = [0.5, 0.1, 0.3, 0.1], [[1, 0], [1, 0.1], [0, 1], [0.1, 1]]
+    choice = choose("prumerge", tile(a, keys, neighbors=1), 3)
+    tokens = [[1, 0.1, 0, 0], [0, 0, 1, 0.1], [0, 0.1, 0, 0.1]]
+    np.testing.assert_allclose([token for _, token, _ in choice.merged], tokens)
+    assert [place for place, _, _ in choice.merged] == [0, 2, 1]
+    assert [members for _, _, members in choice.merged] == [[0], [2], [1]]
+    ((place, token, _),) = choose("prumerge", tile(a, keys, neighbors=2), 1).merged
+    assert place == 0
+    np.testing.assert_allclose(token, [1, 0.1, 0, 0.1])
+
+
+def test_oracle_prumerge_plus_by_hand():
+    def places(k, **options):
+        choice = choose("prumerge_plus", tile([6, 5, 4, 3, 2, 1], neighbors=1, **options), k)
+        return [place for place, _, _ in choice.merged]
+
+    assert places(5, uniform_share=0.5) == [0, 1, 3, 5, 2]
+    assert places(5, uniform_share=0.0) == [0, 1, 2, 3, 4]
+    assert places(4, uniform_share=1.0) == [1, 3, 5, 0]
+    choice = choose("prumerge_plus", tile([1, 1, 1, 1, 9, 1, 1, 9], neighbors=1), None)
+    assert [place for place, _, _ in choice.merged] == [0, 4, 7, 1]  # every fourth: two of eight are outliers
+
+
+def test_oracle_visionzip_by_hand():
+    keys = [[9, 9], [9, 9], [1, 0], [0, 2], [0, 1], [1, 3]]
+    choice = choose("visionzip", tile([6, 5, 4, 3, 2, 1], keys, contextual_share=0.5), 4)
+    assert choice.visual == [0, 1]
+    assert [members for _, _, members in choice.merged] == [[2], [4, 3, 5]]
+    np.testing.assert_allclose([token for _, token, _ in choice.merged], [np.eye(6)[2], [0, 0, 0, 0.5, 1, 0.5]])
+    # With two heads, keys are compared by their mean: all the same here, so the first target takes everything.
+    choice = choose("visionzip", tile([6, 5, 4, 3, 2, 1], keys, contextual_share=0.5, heads=2), 4)
+    assert [members for _, _, members in choice.merged] == [[2, 3, 5], [4]]
+
+
+def test_oracle_vispruner_by_hand():
+    h = on_circle(0, 10, 90, 200, 205)
+    assert choose("vispruner", tile([1] * 5, h=h, important_share=0.0, step=1), 2).coverage == [2, 3]
+    assert choose("vispruner", tile([1] * 5, h=h, important_share=0.0, step=2), 3).coverage == [1, 2, 3]
+    choice = choose("vispruner", tile([1, 1, 1, 1, 2], h=h, important_share=1.0, step=1), 2)
+    assert (choice.visual, choice.coverage) == ([4], [3])
+
+
+def test_oracle_trim_by_hand():
+    choice = choose("trim", tile([1, 3, 2, 3], s=np.array([2.0, 5, 3, 4])), 3)
+    assert choice.text == [1, 3]
+    ((place, token, members),) = choice.merged
+    assert (place, members) == (2, [0, 2])
+    np.testing.assert_allclose(token, [0.5, 0, 0.5, 0])
+    assert choose("trim", tile([1, 1, 1, 1], s=np.array([0.0, 0, 9, 0])), None).text == [2]
+
+
+def test_oracle_divprune_by_hand():
+    p = on_circle(0, 10, 90, 180)
+    assert choose("divprune", tile([1] * 4, p=p), 3).coverage == [3, 0, 2]
+    assert choose("divprune", tile([1] * 2, p=p[:2]), 1).coverage == [0]  # equally far from each other
+
+
+def test_oracle_cdpruner_maximises_the_determinant_at_every_step():
+    rng = np.random.default_rng(0)
+    p, s = rng.normal(size=(14, 8)), rng.uniform(0.1, 0.4, 14)
+    chosen = choose("cdpruner", tile([1] * 14, p=p, s=s), 10).text
+    r = (s - s.min() + 1e-6) / (s.max() - s.min() + 1e-6)
+    unit = p / np.linalg.norm(p, axis=1, keepdims=True)
+    kernel = np.outer(r, r) * (unit @ unit.T)
+    for step in range(8):  # as many as the features are wide
+        volumes = {
+            j: np.linalg.det(kernel[np.ix_([*chosen[:step], j], [*chosen[:step], j])])
+            for j in range(14)
+            if j not in chosen[:step]
+        }
+        assert max(volumes, key=volumes.get) == chosen[step]
+    left = [j for j in range(14) if j not in chosen[:8]]
+    assert chosen[8:] == sorted(left, key=lambda j: -r[j])[:2]
