@@ -1,5 +1,6 @@
 """The README's code runs, and the files, commands and modules that it names exist."""
 
+import ast
 import json
 import re
 import shlex
@@ -186,10 +187,32 @@ def test_modules_that_are_run_exist(text):
     assert [path for path in paths if not (path.with_suffix(".py").exists() or (path / "__main__.py").exists())] == []
 
 
-def test_the_table_of_folders_is_complete(text):
+@pytest.fixture(scope="module")
+def folders(text) -> list[str]:
+    """The package's folders in the order of the table."""
     table = text.partition("| `reccomp_hf/` | contents |")[2].partition("\n\n")[0]
-    folders = {name.partition("/")[0] for name in re.findall(r"^\| `(\w+/.*?)` \|", table, re.M)}
-    assert folders == {file.parent.name for file in (ROOT / "reccomp_hf").glob("*/__init__.py")}
+    return re.findall(r"^\| `(\w+)/` \|", table, re.M)
+
+
+def test_the_table_of_folders_is_complete(folders):
+    assert sorted(folders) == sorted(file.parent.name for file in (ROOT / "reccomp_hf").glob("*/__init__.py"))
+
+
+def test_folders_import_only_from_those_above(folders):
+    """As seen by an `import` anywhere in a file, those in functions included."""
+    upwards, count = [], 0
+    for file in (ROOT / "reccomp_hf").glob("*/**/*.py"):
+        package = ("reccomp_hf", *file.relative_to(ROOT / "reccomp_hf").parts[:-1])
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            base = (*package[: len(package) - node.level + 1], *(node.module.split(".") if node.module else ()))
+            for name in node.names:
+                target = (*base, name.name)[1]
+                count += target in folders
+                if target in folders and folders.index(target) > folders.index(package[1]):
+                    upwards.append(f"{file.relative_to(ROOT)}:{node.lineno} imports {target}")
+    assert upwards == [] and count > 500
 
 
 def test_the_steps_to_add_a_method_name_what_exists(text):
