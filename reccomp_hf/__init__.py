@@ -11,6 +11,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from .core import __version__ as __version__
+
 if TYPE_CHECKING:  # the same names for type checkers and editors
     from .checkpoints.convert import convert
     from .checkpoints.loading import load_image_encoder
@@ -29,8 +31,6 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .measure.plot import plot_recovery
 
     AutoModelForVision2Seq: Any
-
-__version__ = "0.1.0"
 
 _MODULES = {
     "checkpoints.convert": ("convert",),

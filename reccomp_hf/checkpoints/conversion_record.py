@@ -30,7 +30,7 @@ class ConversionRecord:
         visual_only: Whether the checkpoint was made without a CLIP.
         dtype: Dtype that the weights were cast to; `None` if they were not.
         force: Whether a CLIP with an unrelated vision tower was accepted.
-        proof: What was verified before the folder was created, as a sentence.
+        proof: The checks that passed before the folder was created, as a sentence.
     """
 
     preset: str

@@ -95,7 +95,7 @@ def _sorted_factor(ordered: Tensor, n_neighbors: int, size: Tensor | None) -> Te
 
 
 def _left_neighbors(ordered: Tensor, k: int) -> Tensor:
-    """How many of the k nearest neighbours of every value stand on its left: (..., N) -> (..., N) int64."""
+    """Number of the k nearest neighbours of every value that are on its left: (..., N) -> (..., N) int64."""
     count, ends = ordered.shape[-1], ordered.new_full((*ordered.shape[:-1], k), torch.inf)
     padded = torch.cat([-ends, ordered, ends], dim=-1).unfold(-1, k, 1)  # (..., N + k + 1, k)
     here = ordered.unsqueeze(-1)

@@ -55,7 +55,7 @@ def write_remote_code(folder: str | Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: The folder has no config.json.
-        ValueError: Its model type is not ours.
+        ValueError: The model type is not ours.
     """
     folder = Path(folder)
     model_type = _read(folder / "config.json").get("model_type")

@@ -96,7 +96,7 @@ def test_encoded_pictures_of_the_stock_model_are_refused(architecture):
     off = {"token_recovery": {"enabled": False}}
     for call in (model, model.generate, architecture.base_class(model.config)):
         for pictures in ({}, pixels):
-            with pytest.raises(ValueError, match=r"mm_encoder_outputs hold encoded pictures.*pass pixel_values"):
+            with pytest.raises(ValueError, match=r"mm_encoder_outputs hold encoded images.*pass pixel_values"):
                 call(**batch, **pictures, mm_encoder_outputs=encoded)
     if "mm_encoder_outputs" in stock:
         logits = model(**batch, mm_encoder_outputs=encoded, **off).logits

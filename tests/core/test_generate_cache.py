@@ -136,7 +136,7 @@ def test_inputs_that_do_not_fit_a_cache_are_refused(architecture):
     )
     placeholder = ids.clone()
     placeholder[0, 2] = model.config.image_token_id
-    refused("without their pictures.*reccomp_hf.Conversation", input_ids=placeholder, attention_mask=mask)
+    refused("without their images.*reccomp_hf.Conversation", input_ids=placeholder, attention_mask=mask)
     batch = architecture.encode(rows)
     prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
     refused(f"hold image placeholders, but {CACHE} is not empty.*{how}", **prompt)

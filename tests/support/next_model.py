@@ -45,7 +45,7 @@ def stock_model(text, **config):
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     names += ("max_position_embeddings", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
     mistral = {name: getattr(base.text_config, name) for name in names}
-    torch.manual_seed(1)  # no choice depends on a near tie, see assert_clear_choices
+    torch.manual_seed(6)  # no choice depends on a near tie, see assert_clear_choices
     config = LlavaNextConfig(
         vision_config=base.vision_config,
         text_config=MistralConfig(sliding_window=None, **mistral) if text == "mistral" else base.text_config,

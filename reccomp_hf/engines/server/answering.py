@@ -101,7 +101,7 @@ class Service:
     Args:
         name: The model's name for clients.
         model: A compressed LLaVA in eval mode.
-        processor: Its processor.
+        processor: The model's processor.
         aliases: Other names that clients may use.
     """
 

@@ -47,7 +47,7 @@ class ImageReader:
 
         Args:
             url: The image.
-            where: Its place in the request, for errors.
+            where: The place in the request, for errors.
 
         Raises:
             RequestError: It is none of these, or not an image.

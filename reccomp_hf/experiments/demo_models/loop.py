@@ -42,7 +42,7 @@ def run_stage(
 
     Args:
         name: For the progress bar.
-        model: Its parameters that require a gradient are trained.
+        model: The model; parameters that require a gradient are trained.
         loss_of_step: Gives the loss of a step and figures to report. It must depend on the number of the step and on
             the weights alone, so that a resumed run equals an uninterrupted one.
         evaluate: Gives figures to report on validation scenes.

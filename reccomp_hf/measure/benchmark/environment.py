@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import transformers
 
+from ...core import __version__
+
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Versions, device, dtype and threads, as JSON values."""
-    from ... import __version__
-
     return {
         "reccomp_hf": __version__,
         "torch": torch.__version__,
