@@ -1,5 +1,6 @@
 """The README's code runs, and the files, commands and modules that it names exist."""
 
+import ast
 import json
 import re
 import shlex
@@ -27,13 +28,13 @@ from reccomp_hf.measure.evaluation.settings import parse_settings
 
 
 @pytest.fixture(scope="module")
-def blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+def text() -> str:
+    return README.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def text() -> str:
-    return README.read_text(encoding="utf-8")
+def blocks(text) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
 def test_the_first_snippets_run(blocks, tmp_path, monkeypatch, capsys):
@@ -84,16 +85,14 @@ def test_the_snippet_about_many_questions_runs(blocks, tmp_path, monkeypatch, ca
     assert json.loads(Path("answers.jsonl").read_text(encoding="utf-8").splitlines()[0])["answer"] == "N"
 
 
-def test_the_commands_about_many_questions_are_understood():
-    text = README.read_text(encoding="utf-8")
+def test_the_commands_about_many_questions_are_understood(text):
     commands = re.findall(r"^(?:reccomp-hf|accelerate .* -m reccomp_hf) (predict .*)$", text, flags=re.MULTILINE)
     assert len(commands) == 3
     for command in commands:
         assert cli._parser().parse_args(shlex.split(command)).output.endswith(".jsonl")
 
 
-def test_every_method_has_a_row():
-    text = README.read_text(encoding="utf-8")
+def test_every_method_has_a_row(text):
     rows = re.findall(r"^\| (`\"[^|]*) \|", text, flags=re.MULTILINE)
     assert sorted(re.findall(r'`"(\w+)"`', " ".join(rows))) == sorted(set(method_names()) - {"recoverable"})
 
@@ -137,8 +136,8 @@ def test_the_embeddings_are_made(blocks):
     assert names["part"]["type"] == "image_embeds"
 
 
-def test_the_first_forty_lines_hold_what_a_newcomer_needs():
-    top = "\n".join(README.read_text(encoding="utf-8").splitlines()[:42])
+def test_the_first_forty_lines_hold_what_a_newcomer_needs(text):
+    top = "\n".join(text.splitlines()[:42])
     for needed in (
         "pip install . && reccomp-hf demo",
         'pip install -e ".[test]" && pytest',
@@ -148,17 +147,34 @@ def test_the_first_forty_lines_hold_what_a_newcomer_needs():
         assert needed in top
 
 
-def test_the_commands_of_the_tables_are_understood():
-    commands = re.findall(r"^reccomp-hf (eval .*)$", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert commands
+def test_the_commands_are_understood(text):
+    listed = re.findall(r"^(?:.*&& )?reccomp-hf (.*)$", text, flags=re.M)
+    named = re.findall(r"`reccomp-hf (\w+ [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    commands = [shlex.split(command, comments=True) for command in listed + named if "--help" not in command]
+    assert {command[0] for command in commands} >= {
+        "demo",
+        "convert",
+        "eval",
+        "bench",
+        "cost",
+        "predict",
+        "serve",
+        "embed",
+    }
     for command in commands:
-        arguments = cli._parser().parse_args(shlex.split(command))
-        assert len(parse_settings(arguments.settings)) > 5
+        arguments = cli._parser().parse_args(command)
+        if command[0] == "eval":
+            assert parse_settings(arguments.settings)
 
 
-def test_the_stock_counts_of_llava_next_are_true():
+def test_the_command_of_the_tables_covers_its_rows(text):
+    (command,) = re.findall(r"^reccomp-hf (eval .*)$", text, flags=re.M)
+    assert len(parse_settings(cli._parser().parse_args(shlex.split(command)).settings)) > 5
+
+
+def test_the_stock_counts_of_llava_next_are_true(text):
     row = r"^\| (\d+) x (\d+) \| 1 \+ (\d) \| ([\d,]+) \+ (\d+) = ([\d,]+) \|"
-    rows = re.findall(row, README.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    rows = re.findall(row, text, flags=re.MULTILINE)
     assert len(rows) == 6
     for row in rows:
         width, height, tiles, patches, newlines, total = (int(cell.replace(",", "")) for cell in row)
@@ -186,10 +202,32 @@ def test_modules_that_are_run_exist(text):
     assert [path for path in paths if not (path.with_suffix(".py").exists() or (path / "__main__.py").exists())] == []
 
 
-def test_the_table_of_folders_is_complete(text):
+@pytest.fixture(scope="module")
+def folders(text) -> list[str]:
+    """The package's folders in the order of the table."""
     table = text.partition("| `reccomp_hf/` | contents |")[2].partition("\n\n")[0]
-    folders = {name.partition("/")[0] for name in re.findall(r"^\| `(\w+/.*?)` \|", table, re.M)}
-    assert folders == {file.parent.name for file in (ROOT / "reccomp_hf").glob("*/__init__.py")}
+    return re.findall(r"^\| `(\w+)/` \|", table, re.M)
+
+
+def test_the_table_of_folders_is_complete(folders):
+    assert sorted(folders) == sorted(file.parent.name for file in (ROOT / "reccomp_hf").glob("*/__init__.py"))
+
+
+def test_folders_import_only_from_those_above(folders):
+    """As seen by an `import` anywhere in a file, those in functions included."""
+    upwards, count = [], 0
+    for file in (ROOT / "reccomp_hf").glob("*/**/*.py"):
+        package = ("reccomp_hf", *file.relative_to(ROOT / "reccomp_hf").parts[:-1])
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            base = (*package[: len(package) - node.level + 1], *(node.module.split(".") if node.module else ()))
+            for name in node.names:
+                target = (*base, name.name)[1]
+                count += target in folders
+                if target in folders and folders.index(target) > folders.index(package[1]):
+                    upwards.append(f"{file.relative_to(ROOT)}:{node.lineno} imports {target}")
+    assert upwards == [] and count > 500
 
 
 def test_the_steps_to_add_a_method_name_what_exists(text):
