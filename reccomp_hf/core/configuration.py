@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from transformers import LlavaConfig, LlavaNextConfig, PretrainedConfig
 from transformers.activations import ACT2FN
 
+from .compat import default_auto_map
 from .methods.contract import METHOD_FIELDS, check_int, check_share
 from .methods.registry import get_method
 from .remote_code import model_auto_map, write_sources
@@ -309,6 +310,7 @@ class LlavaRecCompConfig(_RecCompConfigMixin, LlavaConfig):
     ) -> None:
         """Build the stock config and validate the section."""
         self.token_recovery = TokenRecoveryConfig.from_value(token_recovery)
+        kwargs = {**default_auto_map(model_auto_map(self.model_type)), **kwargs}
         super().__init__(vision_config=vision_config, text_config=text_config, **kwargs)
 
 
@@ -333,6 +335,7 @@ class LlavaNextRecCompConfig(_RecCompConfigMixin, LlavaNextConfig):
     ) -> None:
         """Build the stock config and validate the section."""
         self.token_recovery = TokenRecoveryConfig.from_value(token_recovery)
+        kwargs = {**default_auto_map(model_auto_map(self.model_type)), **kwargs}
         super().__init__(vision_config=vision_config, text_config=text_config, **kwargs)
 
 
