@@ -52,8 +52,10 @@ def check_feature_layer(config: Any, layer: int | None, strategy: str | None) ->
         raise ValueError(f"vision_feature_select_strategy must be 'default' (no class token), got {strategy!r}.")
 
 
-def check_question(recovery_input_ids: Tensor | None, rows: int, section: TokenRecoveryConfig) -> None:
-    """Refuse a call without a question if the method reads one."""
+def check_question(
+    recovery_input_ids: Tensor | None, recovery_attention_mask: Tensor | None, rows: int, section: TokenRecoveryConfig
+) -> None:
+    """Refuse a call without a question if the method reads one, and a question that does not fit the call."""
     if recovery_input_ids is None:
         raise ValueError(
             "Text recovery needs the question: recovery_input_ids is None. The processor of this checkpoint "
@@ -63,6 +65,26 @@ def check_question(recovery_input_ids: Tensor | None, rows: int, section: TokenR
         raise ValueError(
             f"recovery_input_ids must have shape (rows, windows, length) with {rows} rows, got "
             f"{tuple(recovery_input_ids.shape)}."
+        )
+    if recovery_attention_mask is not None and recovery_attention_mask.shape != recovery_input_ids.shape:
+        raise ValueError(
+            f"recovery_attention_mask must have the shape of recovery_input_ids {tuple(recovery_input_ids.shape)}, "
+            f"got {tuple(recovery_attention_mask.shape)}."
+        )
+
+
+def check_finite(non_finite: list[int], tiles: list[int]) -> None:
+    """Refuse images whose features are NaN or infinite.
+
+    Args:
+        non_finite: 1 for each tile with such features.
+        tiles: Number of tiles of each image.
+    """
+    if any(non_finite):
+        images = [image for image, size in enumerate(tiles) for _ in range(size)]
+        raise ValueError(
+            f"The vision tower's features of image {images[non_finite.index(1)]} hold NaN or infinity: check its "
+            "pixel_values, which must be finite, and whether the model's dtype can hold them."
         )
 
 
@@ -82,6 +104,11 @@ def check_call(config: Any, section: TokenRecoveryConfig, inputs: Mapping[str, A
         raise ValueError(
             f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)} with images, got "
             f"{tuple(attention_mask.shape)}."
+        )
+    if (labels := inputs.get("labels")) is not None and labels.shape != input_ids.shape:
+        raise ValueError(
+            f"labels must have the shape of input_ids {tuple(input_ids.shape)} with images, got "
+            f"{tuple(labels.shape)}; they are cut with the prompt."
         )
     check_encoder_outputs(inputs)
     if past := cache_length(cache_of(inputs)):
@@ -198,6 +225,7 @@ __all__ = [
     "check_continuation",
     "check_encoder_outputs",
     "check_feature_layer",
+    "check_finite",
     "check_question",
     "check_supported",
     "is_continuation",

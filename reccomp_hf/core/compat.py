@@ -176,6 +176,15 @@ def with_listed_content(conversation: Sequence[Any]) -> list[Any]:
     ]
 
 
+def default_auto_map(auto_map: dict[str, str]) -> dict[str, Any]:
+    """The config's argument `auto_map` for a config.json that has none.
+
+    Programs that find the class of a model by its config look there (TRL's reference models). It is left out on 4.57,
+    which would take `trust_remote_code=True` for a wish to run code that such a folder does not carry.
+    """
+    return {"auto_map": auto_map} if IS_V5 else {}
+
+
 def takes_processor_kwargs() -> bool:
     """Whether the stock `apply_chat_template` takes the arguments of `__call__` as a dictionary (transformers 5)."""
     return "processor_kwargs" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
@@ -199,6 +208,7 @@ __all__ = [
     "behind_cache",
     "cache_of",
     "clip_vision_model",
+    "default_auto_map",
     "default_max_length",
     "extended_positions",
     "image_fields",

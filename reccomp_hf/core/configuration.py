@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from transformers import LlavaConfig, LlavaNextConfig, PretrainedConfig
+from transformers.activations import ACT2FN
 
-from .methods.contract import METHOD_FIELDS
+from .compat import default_auto_map
+from .methods.contract import METHOD_FIELDS, check_int, check_share
 from .methods.registry import get_method
 from .remote_code import model_auto_map, write_sources
-from .settings import CHOICES, FIELDS, PRESETS, Settings
+from .settings import CHOICES, FIELDS, LARGEST, PRESETS, Settings, as_json, shown
 
 logger = logging.getLogger(__name__)
+
+_TEXT_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("max_position_embeddings", "vocab_size", "projection_dim"),
+)
 
 
 class TokenRecoveryConfig(Settings):
@@ -91,13 +97,9 @@ class TokenRecoveryConfig(Settings):
         defaults = default_fields(method)
         for name in (*METHOD_FIELDS, "method_options"):
             fields[name] = defaults[name] if fields[name] is None else fields[name]
-        if isinstance(fields["method_options"], Mapping):
-            fields["method_options"] = _as_json(dict(fields["method_options"]))
-        encoder = (
-            text_encoder_config.to_dict() if isinstance(text_encoder_config, PretrainedConfig) else text_encoder_config
-        )
-        fields["text_encoder_config"] = _as_json(dict(encoder)) if isinstance(encoder, Mapping) else encoder
-        self.__dict__.update(fields)
+        if isinstance(text_encoder_config, PretrainedConfig):
+            fields["text_encoder_config"] = text_encoder_config.to_dict()
+        self.__dict__.update({name: as_json(name, value) for name, value in fields.items()})
         self.validate()
         self.__dict__["_options"] = get_method(method).read_options(method, self.method_options)
 
@@ -113,7 +115,7 @@ class TokenRecoveryConfig(Settings):
         )
 
     @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> TokenRecoveryConfig:
+    def from_preset(cls, name: str, /, **overrides: Any) -> TokenRecoveryConfig:
         """Build the preset `"paper"`, `"authors"` or `"balanced"`, with single fields overridden.
 
         Raises:
@@ -130,7 +132,7 @@ class TokenRecoveryConfig(Settings):
             return value
         if value is not None and not isinstance(value, Mapping):
             raise ValueError(f"token_recovery must be a mapping of fields or None, got {type(value).__name__}.")
-        return cls(**(value or {}))
+        return cls(**overridden({}, value or {}))
 
     def replace(self, overrides: TokenRecoveryConfig | Mapping[str, Any] | None) -> TokenRecoveryConfig:
         """A copy with the given fields overridden, validated; an instance replaces all fields.
@@ -147,7 +149,7 @@ class TokenRecoveryConfig(Settings):
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values; validates, so that nothing impossible is ever written."""
         self.validate()
-        return _as_json({name: getattr(self, name) for name in FIELDS})
+        return {name: as_json(name, getattr(self, name)) for name in FIELDS}
 
     def overridable(self) -> dict[str, Any]:
         """The fields that a user may override, as plain JSON values: all but the text encoder's, which is loaded."""
@@ -161,9 +163,10 @@ class TokenRecoveryConfig(Settings):
         Raises:
             ValueError: A field or a combination is not valid; the message says what to write instead.
         """
-        if self.version != 1 or isinstance(self.version, bool):
+        if not _is_int(self.version) or self.version != 1:
             raise ValueError(
-                f"token_recovery.version must be 1, got {self.version!r}; a newer section needs a newer reccomp_hf."
+                f"token_recovery.version must be 1, got {shown(self.version)}; a newer section needs a newer "
+                "reccomp_hf."
             )
         _require(isinstance(self.enabled, bool), "enabled", "true or false", self.enabled)
         _require(isinstance(self.method, str) and self.method != "", "method", "a method's name", self.method)
@@ -171,17 +174,17 @@ class TokenRecoveryConfig(Settings):
         _require(is_mapping, "method_options", "a mapping of the method's options", self.method_options)
         _require(_is_budget(self.budget), "budget", "null, an int >= 1 or a float in (0, 1]", self.budget)
         for name in ("text_share", "coverage_share"):
-            value = getattr(self, name)
-            _require(_is_number(value) and 0 <= value <= 1, name, "a number in [0, 1]", value)
+            check_share(f"token_recovery.{name}", getattr(self, name))
         for name, least in (("merged_tokens", 0), ("outlier_neighbors", 1), ("merge_neighbors", 1)):
-            value = getattr(self, name)
-            _require(_is_int(value) and value >= least, name, f"an int >= {least}", value)
-        threshold = self.outlier_threshold
-        _require(_is_number(threshold) and threshold > 0, "outlier_threshold", "a number > 0", threshold)
-        _require(_is_int(self.visual_layer) and self.visual_layer < 0, "visual_layer", "an int < 0", self.visual_layer)
+            check_int(f"token_recovery.{name}", getattr(self, name), least)
+        threshold, layer = self.outlier_threshold, self.visual_layer
+        fits = _is_number(threshold) and 0 < threshold <= LARGEST
+        _require(fits, "outlier_threshold", f"a number > 0 and up to {LARGEST}", threshold)
+        _require(_is_int(layer) and layer < 0, "visual_layer", "an int < 0", layer)
+        check_int("token_recovery.visual_layer", layer, -LARGEST)
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
-            fits = not isinstance(value, bool) and value in allowed
+            fits = isinstance(value, type(allowed[0])) and not isinstance(value, bool) and value in allowed
             _require(fits, name, " or ".join(map(repr, allowed)), value)
         self._validate_text_encoder()
         self._validate_combination()
@@ -194,9 +197,14 @@ class TokenRecoveryConfig(Settings):
         model_type = encoder.get("model_type")
         if model_type != "clip_text_model":
             raise ValueError(
-                f"token_recovery.text_encoder_config must be of model_type 'clip_text_model', got {model_type!r}; "
-                "only CLIP text encoders match a CLIP vision tower."
+                "token_recovery.text_encoder_config must be of model_type 'clip_text_model', got "
+                f"{shown(model_type)}; only CLIP text encoders match a CLIP vision tower."
             )
+        for name in (name for name in _TEXT_SIZES if name in encoder):
+            check_int(f"token_recovery.text_encoder_config.{name}", encoder[name], 1)
+        activation = encoder.get("hidden_act", "quick_gelu")
+        fits = isinstance(activation, str) and activation in ACT2FN
+        _require(fits, "text_encoder_config.hidden_act", "an activation of transformers", activation)
 
     def _validate_combination(self) -> None:
         method = get_method(self.method)
@@ -307,6 +315,7 @@ class LlavaRecCompConfig(_RecCompConfigMixin, LlavaConfig):
     ) -> None:
         """Build the stock config and validate the section."""
         self.token_recovery = TokenRecoveryConfig.from_value(token_recovery)
+        kwargs = {**default_auto_map(model_auto_map(self.model_type)), **kwargs}
         super().__init__(vision_config=vision_config, text_config=text_config, **kwargs)
 
 
@@ -331,6 +340,7 @@ class LlavaNextRecCompConfig(_RecCompConfigMixin, LlavaNextConfig):
     ) -> None:
         """Build the stock config and validate the section."""
         self.token_recovery = TokenRecoveryConfig.from_value(token_recovery)
+        kwargs = {**default_auto_map(model_auto_map(self.model_type)), **kwargs}
         super().__init__(vision_config=vision_config, text_config=text_config, **kwargs)
 
 
@@ -346,27 +356,28 @@ def default_fields(method: Any) -> dict[str, Any]:
 
 
 def overridden(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields with overrides; another method brings its own defaults, see `TokenRecoveryConfig.replace`."""
+    """The fields with overrides; another method brings its own defaults, see `TokenRecoveryConfig.replace`.
+
+    Raises:
+        ValueError: An unknown field.
+    """
+    _refuse_unknown([name for name in overrides if name not in FIELDS])
     before = fields.get("method", "recoverable")
-    leaving = (*METHOD_FIELDS, "method_options") if overrides.get("method", before) != before else ()
+    after = overrides.get("method", before)
+    leaving = (*METHOD_FIELDS, "method_options") if isinstance(after, str) and after != before else ()
     return {**{name: value for name, value in fields.items() if name not in leaving}, **overrides}
 
 
-def _as_json(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields as a JSON file would return them."""
-    return json.loads(json.dumps(fields, default=str))
-
-
-def _refuse_unknown(fields: Mapping[str, Any]) -> None:
+def _refuse_unknown(fields: Iterable[Any]) -> None:
     for name in fields:
-        near = difflib.get_close_matches(name, FIELDS, n=1)
+        near = difflib.get_close_matches(str(name), FIELDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known fields are {', '.join(FIELDS)}."
         raise ValueError(f"Unknown token_recovery field {name!r}; {hint}")
 
 
 def _require(fits: bool, name: str, needed: str, received: Any) -> None:
     if not fits:
-        raise ValueError(f"token_recovery.{name} must be {needed}, got {received!r}.")
+        raise ValueError(f"token_recovery.{name} must be {needed}, got {shown(received)}.")
 
 
 def _is_int(value: Any) -> bool:
@@ -380,7 +391,7 @@ def _is_number(value: Any) -> bool:
 def _is_budget(value: Any) -> bool:
     if value is None:
         return True
-    return value >= 1 if _is_int(value) else isinstance(value, float) and 0 < value <= 1
+    return 1 <= value <= LARGEST if _is_int(value) else isinstance(value, float) and 0 < value <= 1
 
 
 __all__ = ["LlavaNextRecCompConfig", "LlavaRecCompConfig", "TokenRecoveryConfig", "default_fields", "overridden"]

@@ -15,6 +15,7 @@ from .checks import (
     check_call,
     check_encoder_outputs,
     check_feature_layer,
+    check_finite,
     check_question,
     check_supported,
     no_question_hint,
@@ -37,7 +38,7 @@ from .splicing import (
     plan_splice,
 )
 from .text_encoder import RecoveryModulesMixin
-from .vision import EncodedImages, check_pixels, needed_states, vision_states
+from .vision import EncodedImages, check_not_empty, check_pixels, needed_states, vision_states
 
 _QuestionIds: TypeAlias = "tuple[Tensor | None, Tensor | None]"  # recovery_input_ids, recovery_attention_mask
 
@@ -283,6 +284,7 @@ class RecCompMixin(RecoveryModulesMixin):
         self, pixel_values: Tensor, image_sizes: Tensor | None, section: TokenRecoveryConfig, feature_layer: int
     ) -> EncodedImages:
         """`encode_images` with its settings; no graph is built for a frozen tower."""
+        check_not_empty(pixel_values)
         pixel_values, layout = self._layout(pixel_values, image_sizes)
         tower, needed = clip_vision_model(self._llava.vision_tower), self._needed_states(section, feature_layer)
         frozen = not any(weight.requires_grad for weight in tower.parameters())
@@ -306,7 +308,7 @@ class RecCompMixin(RecoveryModulesMixin):
         """Run the vision tower and choose tokens; for LLaVA-1.5 nothing is read from the device."""
         reads_question = self._reads_question(section)
         if reads_question:
-            check_question(question[0], input_ids.shape[0], section)
+            check_question(*question, input_ids.shape[0], section)
         if isinstance(pixel_values, EncodedImages):
             encoded = pixel_values
         else:
@@ -334,21 +336,22 @@ class RecCompMixin(RecoveryModulesMixin):
         return _ChosenPrompts(choice, placeholders, missing)
 
     def _sync_and_validate(self, chosen: _ChosenPrompts, splice: Splice | None = None) -> tuple[int, int]:
-        """The one read from the device: sets the choice's sizes, and checks placeholders and questions.
+        """The one read from the device: sets the choice's sizes, and checks features, placeholders and questions.
 
         Returns:
             Tokens of the longest row before and after the cut of a splice, padding excluded; 0 without one.
 
         Raises:
-            ValueError: Placeholders that do not fit the images, or a row with an image and without a question.
+            ValueError: Features that are not finite, placeholders that do not fit, or an image without a question.
         """
         choice, per_row = chosen.choice, chosen.placeholders.per_row
         row_sizes = per_row.new_zeros(2) if splice is None else splice.sizes
-        wanted = [per_row, chosen.missing_question.long(), row_sizes, *choice.unread]
+        wanted = [per_row, chosen.missing_question.long(), row_sizes, *choice.unread, choice.non_finite]
         values = torch.cat([value.to(per_row.device) for value in wanted]).tolist()
-        rows = len(per_row)
+        rows, tiles = len(per_row), sum(choice.layout.tiles)
+        check_finite(values[-tiles:], choice.layout.tiles)
         check_placeholders(values[:rows], choice.layout.lengths)
-        missing, numbers = values[rows : 2 * rows], values[2 * rows :]
+        missing, numbers = values[rows : 2 * rows], values[2 * rows : -tiles]
         if any(missing):
             raise ValueError(
                 f"Row {missing.index(1)} has an image but no question: its recovery_attention_mask is all 0. Put a "

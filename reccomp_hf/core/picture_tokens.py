@@ -69,6 +69,11 @@ class Choice:
         return self.token_counts + self.newline_counts
 
     @property
+    def non_finite(self) -> Tensor:
+        """(T,) int64, 1 for each tile whose features hold NaN or infinity."""
+        return (~self.features.hidden_states.isfinite().flatten(1).all(1)).long()
+
+    @property
     def unread(self) -> list[Tensor]:
         """The numbers, as 1-D tensors, whose values `read` takes; none if a fixed budget says them."""
         if self.selection.known_sizes is not None:

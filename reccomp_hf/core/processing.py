@@ -19,6 +19,8 @@ from transformers.utils import cached_file
 
 from .compat import mend_tokenizer_config, takes_processor_kwargs, with_listed_content
 from .questions import (
+    check_images,
+    check_messages,
     check_turns,
     choose_questions,
     encode_windows,
@@ -124,6 +126,7 @@ class RecCompProcessorMixin(ProcessorMixin):
             ValueError: a row with images and no question, not one `recovery_text` per row, or unknown turns.
         """
         turns = self.recovery_turns if recovery_turns is None else check_turns(recovery_turns)
+        check_images(images)
         kwargs = {key: dict(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
         encoding = super().__call__(images=images, text=text, **kwargs)
         if self._recovery_tokenizer is None or text is None:
@@ -148,9 +151,10 @@ class RecCompProcessorMixin(ProcessorMixin):
         """
         options = dict(kwargs.pop("processor_kwargs", None) or {})
         options.update({name: kwargs.pop(name) for name in ("recovery_text", "recovery_turns") if name in kwargs})
-        turns = options.pop("recovery_turns", None)
+        turns, rows = options.pop("recovery_turns", None), _batched(conversation)
+        for messages in rows:
+            check_messages(messages)
         if kwargs.get("tokenize") and self._recovery_tokenizer is not None and options.get("recovery_text") is None:
-            rows = _batched(conversation)
             options["recovery_text"] = [self.questions_of(messages, turns) for messages in rows]
         if takes_processor_kwargs():
             kwargs["processor_kwargs"] = options
@@ -179,6 +183,7 @@ class RecCompProcessorMixin(ProcessorMixin):
 
     def questions_of(self, messages: Sequence[Any], recovery_turns: str | None = None) -> list[str]:
         """The questions of a conversation of chat messages that choose its visual tokens, see `extract_questions`."""
+        check_messages(messages)
         return self._choose(
             [message_text(message) for message in messages if message["role"] == "user"] or [""], recovery_turns
         )
@@ -344,7 +349,8 @@ def _load_recovery_tokenizer(source: str | os.PathLike[str], kwargs: dict[str, A
 
 def _batched(conversation: Sequence[Any]) -> Sequence[Sequence[Any]]:
     """A list of conversations, whether one or several were given."""
-    return conversation if isinstance(conversation[0], (list, tuple)) else [conversation]
+    several = isinstance(conversation, list | tuple) and conversation and isinstance(conversation[0], list | tuple)
+    return conversation if several else [conversation]
 
 
 def _converter(example: Any) -> Callable[[np.ndarray], Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from .settings import shown
 
 ANSWER_INSTRUCTIONS = (
     "Answer the question using a single word or phrase.",
@@ -30,6 +32,42 @@ def check_turns(turns: str) -> str:
     if turns not in TURNS:
         raise ValueError(f"recovery_turns must be 'last' or 'all', got {turns!r}.")
     return turns
+
+
+def check_images(images: Any) -> None:
+    """Refuse images that are a list of none, or of empty lists.
+
+    Raises:
+        ValueError: There is no image in it.
+    """
+    if isinstance(images, list | tuple) and all(isinstance(row, list | tuple) and not row for row in images):
+        raise ValueError(f"images must hold at least one image, got {images!r}: pass images=None for prompts without.")
+
+
+def check_messages(messages: Any) -> None:
+    """Refuse a chat without messages, a message without a role, and content that is neither text nor parts.
+
+    Raises:
+        ValueError: The chat is empty or not a list, or a message is malformed.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise ValueError(
+            "A chat must be a list of at least one message such as {'role': 'user', 'content': ...}, got "
+            f"{shown(messages)}."
+        )
+    for number, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, Mapping) else getattr(message, "role", None)
+        if not isinstance(role, str) or not role:
+            raise ValueError(
+                f"Message {number} of a chat needs a role ('user', 'assistant' or 'system'), got {shown(message)}."
+            )
+        content = message.get("content") if isinstance(message, Mapping) else None
+        parts = [] if content is None or isinstance(content, str) else content
+        if not isinstance(parts, Sequence) or not all(isinstance(part, Mapping) for part in parts):
+            raise ValueError(
+                f"The content of message {number} of a chat must be a text or a list of parts such as "
+                f"{{'type': 'text', 'text': ...}}, got {shown(content)}."
+            )
 
 
 def message_text(message: Any) -> str:
@@ -154,6 +192,8 @@ def _common_prefix(left: list[str], right: list[str]) -> list[str]:
 __all__ = [
     "ANSWER_INSTRUCTIONS",
     "TURNS",
+    "check_images",
+    "check_messages",
     "check_turns",
     "choose_questions",
     "encode_windows",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -71,4 +73,39 @@ CHOICES: dict[str, tuple[str | int, ...]] = {
 }
 """Values of the fields that have few."""
 
-__all__ = ["CHOICES", "FIELDS", "PRESETS", "Settings"]
+LARGEST = 2**31 - 1
+"""No number of the section is larger, except for the seed of a method."""
+
+
+def as_json(name: str, value: Any) -> Any:
+    """A field's value as a JSON file would return it.
+
+    Raises:
+        ValueError: JSON has no such value, or a number is not finite or does not fit into 64 bits.
+    """
+
+    def read_int(digits: str) -> int:
+        if not -(2**63) <= (number := int(digits)) < 2**63:
+            raise ValueError("an int does not fit into 64 bits")
+        return number
+
+    try:
+        value = dict(value) if isinstance(value, Mapping) else value
+        return json.loads(json.dumps(value, allow_nan=False), parse_int=read_int)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"token_recovery.{name} must be plain JSON with finite numbers, got {shown(value)} ({error}); write a "
+            "number of numpy or torch as value.item()."
+        ) from error
+
+
+def shown(value: Any) -> str:
+    """A value as an error message shows it: its `repr`, cut if it is long."""
+    try:
+        text = repr(value)
+    except Exception:  # an int of more than 4300 digits, or an object's own repr
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+__all__ = ["CHOICES", "FIELDS", "LARGEST", "PRESETS", "Settings", "as_json", "shown"]

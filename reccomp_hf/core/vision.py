@@ -122,6 +122,19 @@ def check_states(states: dict[int, Tensor], needed: set[int]) -> None:
         )
 
 
+def check_not_empty(pixel_values: Tensor) -> None:
+    """Refuse a batch of no images.
+
+    Raises:
+        ValueError: `pixel_values` has no rows.
+    """
+    if not len(pixel_values):
+        raise ValueError(
+            f"pixel_values hold no image, got shape {tuple(pixel_values.shape)}: leave pixel_values out of a call "
+            "without images."
+        )
+
+
 def check_pixels(pixel_values: Any) -> None:
     """Refuse encoded images where the stock model would read them.
 
@@ -137,6 +150,7 @@ def check_pixels(pixel_values: Any) -> None:
 __all__ = [
     "EncodedImages",
     "StateIndices",
+    "check_not_empty",
     "check_pixels",
     "check_states",
     "concatenate",

@@ -178,6 +178,27 @@ def question_ids(part):
     return changed
 
 
+def mask_of_another_shape(architecture, batch):
+    return {**batch, "recovery_attention_mask": batch["recovery_attention_mask"][..., :-1]}
+
+
+def pixel(value, picture):
+    """Makes one pixel of a picture NaN or infinite."""
+
+    def changed(architecture, batch):
+        pixels = batch["pixel_values"].clone()
+        pixels[(picture, *[0] * (pixels.ndim - 2), -1)] = value
+        return {**batch, "pixel_values": pixels}
+
+    return changed
+
+
+def no_pictures(architecture, batch):
+    sizes = {"image_sizes": batch["image_sizes"][:0]} if "image_sizes" in batch else {}
+    return {**batch, "pixel_values": batch["pixel_values"][:0], **sizes}
+
+
+FINITE = r"features of image {} hold NaN or infinity: check its pixel_values, which must be finite"
 COUNTS = r"prompts hold \d+ image placeholder tokens, \d+ image\(s\) need \d+"
 SHAPE = r"recovery_input_ids must have shape \(rows, windows, length\) with 4 rows, got \("
 # Name -> the rows of a batch, what is changed in it, and the message.
@@ -193,6 +214,15 @@ BATCHES = {
     "no questions": (ROWS, without_questions, "needs the question: recovery_input_ids is None"),
     "no question in a row": (ROWS, without_question_of(1), "Row 1 has an image but no question"),
     "questions of fewer rows": (ROWS, question_ids(lambda ids: ids[:2]), SHAPE),
+    "a question's mask of another shape": (
+        ROWS,
+        mask_of_another_shape,
+        r"recovery_attention_mask must have the shape of recovery_input_ids \(4, \d+, \d+\), got \(4, ",
+    ),
+    "a pixel is NaN": (ROWS, pixel(torch.nan, 2), FINITE.format(2)),
+    "a pixel is infinite": (ROWS[:2], pixel(torch.inf, 0), FINITE.format(0)),
+    "a pixel is minus infinity": (ROWS[:1], pixel(-torch.inf, 0), FINITE.format(0)),
+    "no pictures": (ROWS[:1], no_pictures, "pixel_values hold no image"),
     "questions without windows": (ROWS, question_ids(lambda ids: ids[:, 0]), SHAPE),
 }
 
@@ -258,6 +288,14 @@ UNSUITABLE = {
     "a mask of two dimensions more": (
         lambda model, batch: {"attention_mask": torch.ones(4, 1, *[batch["input_ids"].shape[1]] * 2)},
         r"attention_mask must have the shape of input_ids \(4, \d+\)",
+    ),
+    "labels of another length": (
+        lambda model, batch: {"labels": batch["input_ids"][:, 1:]},
+        r"labels must have the shape of input_ids \(4, \d+\) with images, got \(4, \d+\)",
+    ),
+    "labels of fewer rows": (
+        lambda model, batch: {"labels": batch["input_ids"][:2]},
+        r"labels must have the shape of input_ids \(4, \d+\) with images, got \(2, \d+\)",
     ),
     "embeddings too": (
         lambda model, batch: {"inputs_embeds": model.get_input_embeddings()(batch["input_ids"])},

@@ -160,3 +160,36 @@ def test_questions_of_rendered_prompts():
         processor.questions_of_prompts([prompt, prompt], ["One?"])
     with pytest.raises(ValueError, match=r"Row 1 has an image but no question"):
         processor.questions_of_prompts(["Hello?", "<image>"])
+
+
+CHATS = {
+    "empty": ([], "A chat must be a list of at least one message .* got \\[\\]"),
+    "an empty row": ([[]], "A chat must be a list of at least one message .* got \\[\\]"),
+    "none": (None, "A chat must be a list of at least one message .* got None"),
+    "a text": ("hi", "A chat must be a list of at least one message .* got 'hi'"),
+    "texts": (["hi"], "Message 0 of a chat needs a role .* got 'hi'"),
+    "no role": (
+        [turn("user", "Hello."), {"content": "hi"}],
+        "Message 1 of a chat needs a role .* got {'content': 'hi'}",
+    ),
+    "role none": ([{"role": None, "content": "hi"}], "Message 0 of a chat needs a role"),
+    "a number": ([{"role": "user", "content": 5}], "The content of message 0 of a chat must be a text or .* got 5"),
+    "parts": ([[{"role": "user", "content": ["hi"]}]], "The content of message 0 of a chat must be .* got \\['hi'\\]"),
+}
+
+
+@pytest.mark.parametrize("tokenize", [False, True])
+@pytest.mark.parametrize(("chat", "message"), CHATS.values(), ids=CHATS)
+def test_malformed_chats_are_refused(chat, message, tokenize):
+    processor = tiny.recovery_processor()
+    with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template(chat, tokenize=tokenize)
+    with pytest.raises(ValueError, match=message):
+        processor.questions_of(chat[0] if isinstance(chat, list) and chat and isinstance(chat[0], list) else chat)
+
+
+@pytest.mark.parametrize("images", [[], (), [[]], [[], []]], ids=str)
+@pytest.mark.parametrize("text", ["USER: hi ASSISTANT:", "USER: <image>\nhi ASSISTANT:"])
+def test_a_list_of_no_images_is_refused(images, text):
+    with pytest.raises(ValueError, match=r"images must hold at least one image, got .*pass images=None"):
+        tiny.recovery_processor()(images=images, text=text)

@@ -17,7 +17,9 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 
 import reccomp_hf
 from reccomp_hf.core import remote_code
+from reccomp_hf.core.compat import IS_V5
 from reccomp_hf.core.remote_code import write_remote_code
+from reccomp_hf.demo import checkpoint_folder
 
 ALL = {**MODEL_SETTINGS, **{name: {"method": name} for name in ("pooling_2x2", "base_tile")}}
 FEW = {name: MODEL_SETTINGS[name] for name in ("paper", "spread")}
@@ -235,3 +237,17 @@ def test_a_repository_named_by_the_hub_is_not_kept(architecture):
     fields["auto_map"] = {**{name: f"org/name--{value}" for name, value in fields["auto_map"].items()}, "Other": "a.B"}
     again = architecture.config_class.from_dict(fields)
     assert again.to_dict()["auto_map"] == {**config.to_dict()["auto_map"], "Other": "a.B"}
+
+
+@pytest.mark.parametrize("trust", [None, True, False])
+def test_the_shipped_demo_loads_by_the_package_whatever_code_is_trusted(trust):
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint_folder("demo"), trust_remote_code=trust)
+    assert type(model) is reccomp_hf.LlavaRecCompForConditionalGeneration
+
+
+@pytest.mark.skipif(not IS_V5, reason="4.57 would look for the code that `auto_map` names in the demo's folder")
+def test_programs_that_read_auto_map_find_the_class_of_the_shipped_demo():
+    assert remote_code.model_auto_map("llava_reccomp") == reccomp_hf.LlavaRecCompConfig().auto_map
+    trl = pytest.importorskip("trl.trainer.utils")  # GRPO's and RLOO's reference models are made so
+    model = trl.create_model_from_path(str(checkpoint_folder("demo")))
+    assert type(model) is reccomp_hf.LlavaRecCompForConditionalGeneration

@@ -32,7 +32,7 @@ class RandomOptions:
 
     def __post_init__(self) -> None:
         """Check the seed."""
-        check_int("seed", self.seed, 0)
+        check_int("seed", self.seed, 0, 2**63 - 1)
 
 
 def _select_random(features: VisualFeatures, settings: Settings) -> TokenSelection:
@@ -74,7 +74,7 @@ def _noise(features: VisualFeatures, seed: int) -> Tensor:
 
 
 def _first_count(seed: int) -> int:
-    """The number from which a seed of any size counts: far from other seeds, below 2^56; 0 for seed 0."""
+    """The number from which a seed counts: far from other seeds, below 2^56; 0 for seed 0."""
     start = seed.bit_length()
     while seed:
         start, seed = (start + seed % 2**32) * 6364136223846793005 % 2**56, seed >> 32

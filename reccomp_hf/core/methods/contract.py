@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from ..features import MergedTokens, TokenSelection, VisualFeatures
-from ..settings import Settings
+from ..settings import LARGEST, Settings, shown
 
 RELEVANCE = ("text_relevance", "text_relevance_sign")
 SALIENCY = ("visual_layer", "visual_heads")
@@ -100,28 +100,30 @@ class RecoveryMethod:
                 raise ValueError(f"Unknown token_recovery.method_options {option!r} of method {name!r}; {hint}")
         try:
             return None if self.options is None else self.options(**values)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"token_recovery.method_options of method {name!r}: {error}") from error
 
 
-def check_int(name: str, value: Any, least: int) -> None:
-    """Refuse an option that is not an int >= `least`.
+def check_int(name: str, value: Any, least: int, most: int = LARGEST) -> None:
+    """Refuse a field or option that is not an int from `least` to `most`.
 
     Raises:
         ValueError: It is not.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an int >= {least}, got {value!r}.")
+        raise ValueError(f"{name} must be an int >= {least}, got {shown(value)}.")
+    if value > most:
+        raise ValueError(f"{name} must be an int up to {most}, got {shown(value)}.")
 
 
 def check_share(name: str, value: Any) -> None:
-    """Refuse an option that is not a number in [0, 1].
+    """Refuse a field or option that is not a number in [0, 1].
 
     Raises:
         ValueError: It is not.
     """
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise ValueError(f"{name} must be a number in [0, 1], got {value!r}.")
+        raise ValueError(f"{name} must be a number in [0, 1], got {shown(value)}.")
 
 
 __all__ = [
