@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Mends the torchvision of the active environment, so that it imports beside a CPU build of torch.
+"""Mends the torchvision of the active environment, so that it imports along with a CPU build of torch.
 
-PyPI's torchvision is built against CUDA. Beside a CPU torch its operators do not load, which it tolerates everywhere
+PyPI's torchvision is built against CUDA. With a CPU torch its operators do not load, which it tolerates everywhere
 but at two places: the fake kernels of `nms` and `qnms` are registered whether the operators exist or not, and the
 import ends with "operator torchvision::nms does not exist". Its own `register_meta` asks first; the two use it after
 this. Nothing that the tests run calls these operators. Running this again is an error: there is nothing to mend.

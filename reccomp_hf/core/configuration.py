@@ -101,7 +101,6 @@ class TokenRecoveryConfig(Settings):
             fields["text_encoder_config"] = text_encoder_config.to_dict()
         self.__dict__.update({name: as_json(name, value) for name, value in fields.items()})
         self.validate()
-        self.__dict__["_options"] = get_method(method).read_options(method, self.method_options)
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
         """Refuse to change the section in place.
@@ -113,6 +112,11 @@ class TokenRecoveryConfig(Settings):
             f"A token_recovery section cannot be changed in place: got {name} = {value!r}. Assign the fields that "
             f"change to the config instead: config.token_recovery = {{{name!r}: {value!r}}}."
         )
+
+    @property
+    def options(self) -> Any:
+        """`method_options` as an instance of the method's own dataclass; `None` for a method without options."""
+        return get_method(self.method).read_options(self.method, self.method_options)
 
     @classmethod
     def from_preset(cls, name: str, /, **overrides: Any) -> TokenRecoveryConfig:

@@ -250,6 +250,10 @@ class TokenSelection:
     known_sizes: Sizes | None = None
     extra_mask: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        """Accept three ints as sizes."""
+        self.known_sizes = None if self.known_sizes is None else Sizes(*self.known_sizes)
+
     @property
     def kept_mask(self) -> Tensor:
         """(B, N) bool, patches that enter the sequence as they are."""

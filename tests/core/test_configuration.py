@@ -3,8 +3,10 @@
 import dataclasses
 
 import pytest
+import torch
 
 from reccomp_hf.core.configuration import TokenRecoveryConfig
+from reccomp_hf.core.features import Sizes, TokenSelection
 from reccomp_hf.core.settings import PRESETS, Settings
 
 PAPER = {
@@ -52,3 +54,15 @@ def test_the_defaults_are_the_papers():
 def test_presets(preset, fields):
     assert TokenRecoveryConfig.from_preset(preset).to_dict() == PAPER | fields
     assert set(PRESETS) == {"paper", "authors", "balanced"}
+
+
+def test_options_follow_the_section_that_is_saved():
+    section = TokenRecoveryConfig(method="random", budget=4, method_options={"seed": 1})
+    section.method_options["seed"] = 3
+    assert section.options.seed == section.to_dict()["method_options"]["seed"] == 3
+
+
+def test_known_sizes_may_be_three_ints():
+    mask = torch.zeros(1, 4, dtype=torch.bool)
+    selection = TokenSelection(mask, mask, mask, mask, mask.sum(-1), mask.float(), known_sizes=[4, 1, 4])
+    assert selection.read_sizes() == Sizes(longest=4, most_merged=1, total=4)
