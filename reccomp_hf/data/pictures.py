@@ -5,20 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+FORMATS = (*WEB_FORMATS, "TIFF")
+"""Formats that are read; Pillow reads some others with external programs."""
 _SMALLEST_SIDE = 8  # pixels; transformers mistakes an array of 3 rows for one of 3 channels
+_LARGEST_RATIO = 100  # longer to shorter side; processors enlarge the shorter side to the model's before they crop
 _BITS_PER_SAMPLE, _SAMPLE_FORMAT = 258, 339  # tags of TIFF
 _UNSIGNED = 1  # a sample format
 _OVERSHOOT = 0.05  # share of the white value by which resampled floats may leave the range
 
 
-def open_picture(file: Any, formats: tuple[str, ...] | None = None, most_pixels: int | None = None) -> Image.Image:
-    """Decode an image file, see [`upright_rgb`] for the result.
+def open_picture(file: Any, formats: tuple[str, ...] = FORMATS, most_pixels: int | None = None) -> Image.Image:
+    """Decode an image file, see [`upright_rgb`] for the result and the limit of its proportions.
 
     Args:
         file: A path or an open file.
-        formats: Formats that Pillow may detect, for example `("PNG", "JPEG")`; by default all that it knows.
+        formats: Formats that Pillow may detect.
         most_pixels: Largest number of pixels; a larger image is refused before decoding. By default Pillow's limit.
 
     Raises:
@@ -28,13 +32,26 @@ def open_picture(file: Any, formats: tuple[str, ...] | None = None, most_pixels:
     try:
         with Image.open(file, formats=formats) as opened:
             if most_pixels is not None and opened.width * opened.height > most_pixels:
-                size = f"{opened.width} x {opened.height} pixels"
-                raise OSError(f"it has {size}, the largest that is read has {most_pixels:,}")
+                raise ValueError(f"it has {_pixels(opened)}, the largest that is read has {most_pixels:,}")
             return upright_rgb(opened)
     except FileNotFoundError:
         raise
+    except UnidentifiedImageError as error:
+        raise OSError(f"cannot identify image file, the formats that are read are {', '.join(formats)}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OSError(" ".join(str(error).split())) from error
+
+
+def picture_size(file: Any) -> tuple[int, int]:
+    """Width and height in pixels from the header of an image file that [`open_picture`] would read.
+
+    Raises:
+        ValueError: The proportions exceed the limit.
+        OSError: The header cannot be read.
+    """
+    with Image.open(file, formats=FORMATS) as image:
+        _check_proportions(image)
+        return image.size
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -52,9 +69,11 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     - Integers and floats below 0 have no such range: the smallest value is black and the largest is white.
 
     Raises:
-        ValueError: A pixel is NaN or infinite.
+        ValueError: A pixel is NaN or infinite, or a side is more than 100 times as long as the other (where sides
+            below 8 pixels count as 8): processors would enlarge it to gigabytes before they crop it.
         OSError: The pixels cannot be decoded.
     """
+    _check_proportions(image)  # before anything is decoded
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I") or upright.mode == "F":
         upright = _eight_bits(upright, *_sample_type(image))
@@ -64,6 +83,16 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     if min(rgb.size) < _SMALLEST_SIDE:
         rgb = rgb.resize((max(rgb.width, _SMALLEST_SIDE), max(rgb.height, _SMALLEST_SIDE)))
     return rgb
+
+
+def _check_proportions(image: Image.Image) -> None:
+    shorter, longer = sorted(max(side, _SMALLEST_SIDE) for side in image.size)
+    if longer > _LARGEST_RATIO * shorter:
+        raise ValueError(f"it has {_pixels(image)}; the longer side may be {_LARGEST_RATIO} times the shorter one")
+
+
+def _pixels(image: Image.Image) -> str:
+    return f"{image.width} x {image.height} pixels"
 
 
 def _sample_type(image: Image.Image) -> tuple[int, bool]:
@@ -91,14 +120,15 @@ def _eight_bits(image: Image.Image, bits: int, signed: bool) -> Image.Image:
 
 def _range(low: float, high: float, mode: str, bits: int) -> tuple[float, float]:
     """The values that stand for black and white, see [`upright_rgb`]."""
+    slack, whites = 0.0, [2**bits - 1]
     if mode == "F":
-        slack, whites = _OVERSHOOT, (1, 2**8 - 1, 2**16 - 1, 2**32 - 1)
-    else:
-        slack, whites = 0.0, (2**bits - 1,) if bits <= 16 else (2**8 - 1, 2**16 - 1, 2**bits - 1)
+        slack, whites = _OVERSHOOT, [1, 2**8 - 1, 2**16 - 1, 2**32 - 1]
+    elif bits > 16:
+        whites = [2**8 - 1, 2**16 - 1, *whites]
     fitting = [white for white in whites if high <= white * (1 + slack)]
     if fitting and low >= -slack * high:
         return 0.0, float(fitting[0])
     return low, high if high > low else low + 1.0
 
 
-__all__ = ["open_picture", "upright_rgb"]
+__all__ = ["FORMATS", "WEB_FORMATS", "open_picture", "picture_size", "upright_rgb"]

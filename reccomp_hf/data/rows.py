@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from .pictures import open_picture
+from .pictures import open_picture, picture_size
 
 _PARQUET = b"PAR1"  # magic bytes
 _LONGEST_PREVIEW = 80  # characters of a value in a message
@@ -219,10 +219,9 @@ class Picture:
             raise ValueError(f"the picture {self.name} cannot be read: {reason}.") from error
 
     def size(self) -> tuple[int, int] | None:
-        """Width and height in pixels from the file's header, `None` where it cannot be read."""
+        """Width and height in pixels from the file's header, `None` where `open` would refuse it."""
         try:
-            with Image.open(self._file()) as image:
-                return image.size
+            return picture_size(self._file())
         except Exception:  # `open` reports the reason
             return None
 

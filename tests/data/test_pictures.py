@@ -1,17 +1,19 @@
 """Image files of every depth are read alike, by every reader."""
 
 import base64
+import contextlib
 import io
 import json
 import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from reccomp_hf.cli.image_questions import file_questions
-from reccomp_hf.data.pictures import open_picture, upright_rgb
+from reccomp_hf.data.pictures import FORMATS, open_picture, upright_rgb
 from reccomp_hf.data.rows import picture_of
+from reccomp_hf.engines.server.errors import RequestError
 from reccomp_hf.engines.server.images import ImageReader
 from reccomp_hf.measure.evaluation import load_samples
 from reccomp_hf.measure.evaluation.samples import Sample
@@ -128,3 +130,61 @@ def test_every_reader_scales_by_depth(tmp_path):
         ImageReader()(f"data:image/png;base64,{base64.b64encode(data).decode()}", "url"),
     ]
     assert [distance(image) for image in images] == [0] * len(images)
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+LONG = Image.new("RGB", (400_000, 8))
+PROPORTIONS = "the longer side may be 100 times the shorter one"
+
+
+def refused_by_every_reader(folder, name):
+    """The messages with which every reader refuses a file in the folder."""
+    row = {"image": name, "question": "What?", "answers": ["a"]}
+    (folder / "data.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    url = f"data:image/png;base64,{base64.b64encode((folder / name).read_bytes()).decode()}"
+    readers = [
+        lambda: picture_of(name, folder).open(),
+        lambda: picture_of((folder / name).read_bytes(), folder).open(),
+        lambda: load_samples(folder / "data.jsonl"),
+        lambda: file_questions(str(folder / name)),
+        lambda: ImageReader()(url, "url"),
+    ]
+    messages = []
+    for read in readers:
+        with pytest.raises((OSError, ValueError, RequestError)) as caught:
+            read()
+        messages.append(str(caught.value))
+    assert picture_of(name, folder).size() is None
+    return messages
+
+
+def test_extreme_proportions_are_refused_before_anything_is_decoded(tmp_path, monkeypatch):
+    LONG.save(tmp_path / "long.png")
+    assert (tmp_path / "long.png").stat().st_size < 20_000
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("it is decoded"))
+    messages = refused_by_every_reader(tmp_path, "long.png")
+    assert all("it has 400000 x 8 pixels" in message and PROPORTIONS in message for message in messages)
+    with pytest.raises(ValueError, match=PROPORTIONS):
+        upright_rgb(LONG)
+
+
+@pytest.mark.parametrize(("size", "read"), [((800, 8), True), ((8, 800), True), ((1, 800), True), ((8, 801), False)])
+def test_the_limit_of_proportions(size, read):
+    with contextlib.nullcontext() if read else pytest.raises(ValueError, match=PROPORTIONS):
+        upright_rgb(Image.new("L", size))
+
+
+@pytest.mark.parametrize("file_format", ["EPS", "PDF", "PPM", "ICO"])
+def test_other_formats_are_refused(tmp_path, file_format):
+    Image.new("RGB", (32, 32)).save(tmp_path / "other.png", file_format)
+    messages = refused_by_every_reader(tmp_path, "other.png")
+    assert all("the formats that are read are PNG, JPEG, WEBP, GIF, BMP" in message for message in messages)
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_these_formats_are_read(file_format):
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(file, file_format)
+    file.seek(0)
+    assert open_picture(file).size == (32, 32)

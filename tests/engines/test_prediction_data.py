@@ -177,6 +177,12 @@ BAD = {
     "a missing picture": ({**GOOD, "image": "7.png"}, 1, r"the picture 7\.png cannot be read: no such file"),
     "a truncated picture": ({**GOOD, "image": "half.png"}, 1, r"the picture half\.png cannot be read: "),
     "a second image that is not one": ({**GOOD, "image": ["good.png", "data.jsonl"]}, 1, "cannot identify image file"),
+    "a picture of extreme proportions": (
+        {**GOOD, "image": "long.png"},
+        1,
+        "it has 400000 x 8 pixels; the longer side",
+    ),
+    "PostScript": ({**GOOD, "image": "program.png"}, 1, "cannot identify image file, the formats that are read"),
     "a path that is not valid": ({**GOOD, "image": "\0"}, 1, "cannot be read: embedded null byte"),
     "a folder": ({**GOOD, "image": "."}, 1, "cannot be read: "),
     "a true id": ({**GOOD, "id": True}, None, "id must be a string or an integer, got True"),
@@ -191,6 +197,8 @@ def folder(rows_in, tmp_path):
     whole = (pictures / rows[0]["image"]).read_bytes()
     (tmp_path / "good.png").write_bytes(whole)
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (400_000, 8)).save(tmp_path / "long.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "program.png", "EPS")
     return tmp_path
 
 
