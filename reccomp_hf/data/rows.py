@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import abc
 import codecs
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +204,17 @@ class Picture:
         if isinstance(self.source, Path):
             return str(self.path)
         return f"{self.path or 'of'} {hashlib.sha256(self.source).hexdigest()[:16]}"
+
+    def identity(self) -> tuple[Any, ...]:
+        """Values that change with the image: its resolved path, size and time, or a digest of its bytes."""
+        if isinstance(self.source, bytes):
+            return (hashlib.sha256(self.source).hexdigest(),)
+        path = str(self.source)
+        with contextlib.suppress(OSError, ValueError):  # missing, or not a path; `open` reports the reason
+            path = os.path.realpath(path)
+            status = os.stat(path)
+            return path, status.st_size, status.st_mtime_ns
+        return (path,)
 
     def open(self) -> Image.Image:
         """Read the image in RGB, upright, with sides of at least 8 pixels.
