@@ -218,7 +218,7 @@ def test_rows_differ_in_pictures_and_lengths(simple, tmp_path):
 def test_a_text_marks_where_pictures_stand():
     from reccomp_hf.engines.lmms_eval import _row_from_text
 
-    first, second = Image.new("RGB", (4, 4)), Image.new("RGB", (5, 5))
+    first, second = Image.new("RGB", (9, 9)), Image.new("RGB", (10, 10))
     image = {"type": "image"}
     row = _row_from_text("<image>\nIs this <image> like it?", [first, second], "asked")
     texts = [{"type": "text", "text": text} for text in ("Is this ", " like it?")]
@@ -230,6 +230,7 @@ def test_a_text_marks_where_pictures_stand():
 
 def test_images_are_upright_and_scaled_by_their_depth(tmp_path):
     """From tasks of chat messages and of text, as images and as files: all are read as the upright RGB image is."""
+    models = [wrapper(), wrapper(simple=True)]  # lmms-eval first: it imports ours
     from reccomp_hf.engines.lmms_eval import _open_image
 
     scene, exif = draw_scene(7).image, Image.Exif()
@@ -240,8 +241,7 @@ def test_images_are_upright_and_scaled_by_their_depth(tmp_path):
     for name, expected in (("turned.png", scene), ("deep.png", grey.convert("RGB"))):
         for given in (str(tmp_path / name), Image.open(tmp_path / name)):
             assert (np.asarray(_open_image(given, "asked")) == np.asarray(expected)).all()
-    for simple in (False, True):
-        model = wrapper(simple=simple)
+    for model in models:
         images = [str(tmp_path / "turned.png"), Image.open(tmp_path / "turned.png"), scene]
         requests = [generation_request(model, QUESTION, place, [image]) for place, image in enumerate(images)]
         assert len({result.text for result in model.generate_until(requests)}) == 1
