@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import abc
 import codecs
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from .pictures import open_picture
+from .pictures import open_picture, picture_size
 
 _PARQUET = b"PAR1"  # magic bytes
 _LONGEST_PREVIEW = 80  # characters of a value in a message
@@ -203,6 +205,17 @@ class Picture:
             return str(self.path)
         return f"{self.path or 'of'} {hashlib.sha256(self.source).hexdigest()[:16]}"
 
+    def identity(self) -> tuple[Any, ...]:
+        """Values that change with the image: its resolved path, size and time, or a digest of its bytes."""
+        if isinstance(self.source, bytes):
+            return (hashlib.sha256(self.source).hexdigest(),)
+        path = str(self.source)
+        with contextlib.suppress(OSError, ValueError):  # missing, or not a path; `open` reports the reason
+            path = os.path.realpath(path)
+            status = os.stat(path)
+            return path, status.st_size, status.st_mtime_ns
+        return (path,)
+
     def open(self) -> Image.Image:
         """Read the image in RGB, upright, with sides of at least 8 pixels.
 
@@ -219,10 +232,9 @@ class Picture:
             raise ValueError(f"the picture {self.name} cannot be read: {reason}.") from error
 
     def size(self) -> tuple[int, int] | None:
-        """Width and height in pixels from the file's header, `None` where it cannot be read."""
+        """Width and height in pixels from the file's header, `None` where `open` would refuse it."""
         try:
-            with Image.open(self._file()) as image:
-                return image.size
+            return picture_size(self._file())
         except Exception:  # `open` reports the reason
             return None
 

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from ..checkpoints.loading import load
 from ..core.configuration import overridden
+from ..data.pictures import open_picture, upright_rgb
 from ..data.prompts import count_visual_tokens
 from ..measure.evaluation.settings import parse_setting
 
@@ -320,16 +321,15 @@ def _row_from_text(context: str, visuals: Any, task: str) -> _Row:
 
 
 def _open_image(image: Any, task: str) -> Image.Image:
-    """An image, opened if it is the name of a file."""
-    if isinstance(image, Image.Image):
-        return image
-    if not isinstance(image, str):
+    """An image in RGB and upright, opened if it is the name of a file."""
+    if not isinstance(image, Image.Image | str):
         raise ValueError(f"Task {task!r} contains a {type(image).__name__}, but these models read only images.")
     try:
-        with Image.open(image) as opened:
-            return opened.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"Task {task!r}: {image} cannot be read as an image ({error}).") from error
+        return upright_rgb(image) if isinstance(image, Image.Image) else open_picture(image)
+    except (OSError, ValueError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error
+        shown = image if isinstance(image, str) else "an image"
+        raise ValueError(f"Task {task!r}: {shown} cannot be read as an image ({reason}).") from error
 
 
 def _options(settings: dict[str, Any]) -> dict[str, Any]:

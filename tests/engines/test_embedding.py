@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from architectures import each_architecture, prompt_of
+from PIL import Image
 from safetensors.torch import load_file
 
 import reccomp_hf
@@ -199,6 +200,10 @@ def test_what_the_command_refuses(error, converted, data, tmp_path):
     assert "line 2: image must be the path of a picture, got 3" in changed(image=3)
     broken = tmp_path / "1.png"
     picture = broken.read_bytes()
+    Image.new("RGB", (400_000, 8)).save(broken)
+    assert "line 2: the picture 1.png cannot be read: it has 400000 x 8 pixels; the longer side" in changed()
+    Image.new("RGB", (32, 32)).save(broken, "EPS")
+    assert "line 2: the picture 1.png cannot be read: cannot identify image file, the formats that" in changed()
     broken.write_bytes(picture[: len(picture) // 2])  # its header is whole
     assert "line 2: the picture 1.png cannot be read" in changed()
     broken.write_bytes(picture)

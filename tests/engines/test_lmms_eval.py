@@ -13,6 +13,7 @@ import sys
 from types import SimpleNamespace
 
 import lmms_tasks
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -217,7 +218,7 @@ def test_rows_differ_in_pictures_and_lengths(simple, tmp_path):
 def test_a_text_marks_where_pictures_stand():
     from reccomp_hf.engines.lmms_eval import _row_from_text
 
-    first, second = Image.new("RGB", (4, 4)), Image.new("RGB", (5, 5))
+    first, second = Image.new("RGB", (9, 9)), Image.new("RGB", (10, 10))
     image = {"type": "image"}
     row = _row_from_text("<image>\nIs this <image> like it?", [first, second], "asked")
     texts = [{"type": "text", "text": text} for text in ("Is this ", " like it?")]
@@ -225,6 +226,27 @@ def test_a_text_marks_where_pictures_stand():
     assert row.images == [first, second]
     (message,) = _row_from_text("Alike?", [first, second], "asked").messages
     assert message["content"] == [image, image, {"type": "text", "text": "Alike?"}]
+
+
+def test_images_are_upright_and_scaled_by_their_depth(tmp_path):
+    """From tasks of chat messages and of text, as images and as files: all are read as the upright RGB image is."""
+    models = [wrapper(), wrapper(simple=True)]  # lmms-eval first: it imports ours
+    from reccomp_hf.engines.lmms_eval import _open_image
+
+    scene, exif = draw_scene(7).image, Image.Exif()
+    exif[0x0112] = 6  # its top is on the right
+    scene.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    grey = scene.convert("L")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    for name, expected in (("turned.png", scene), ("deep.png", grey.convert("RGB"))):
+        for given in (str(tmp_path / name), Image.open(tmp_path / name)):
+            assert (np.asarray(_open_image(given, "asked")) == np.asarray(expected)).all()
+    for model in models:
+        images = [str(tmp_path / "turned.png"), Image.open(tmp_path / "turned.png"), scene]
+        requests = [generation_request(model, QUESTION, place, [image]) for place, image in enumerate(images)]
+        assert len({result.text for result in model.generate_until(requests)}) == 1
+        rows = [model._row(request.args) for request in requests]
+        assert all((np.asarray(row.images[0]) == np.asarray(scene)).all() for row in rows)
 
 
 def test_sampling_and_beams_are_passed_on():
@@ -369,6 +391,9 @@ def test_tasks_that_do_not_fit_are_refused(tmp_path):
         simple.generate_until([generation_request(simple, QUESTION, images=[{"array": []}])])
     with pytest.raises(ValueError, match=r"film\.mp4 cannot be read as an image"):
         simple.generate_until([generation_request(simple, QUESTION, images=[str(tmp_path / "film.mp4")])])
+    long = Image.new("RGB", (4000, 8))
+    with pytest.raises(ValueError, match=r"an image cannot be read as an image \(it has 4000 x 8 pixels"):
+        simple.generate_until([generation_request(simple, QUESTION, images=[long])])
     with pytest.raises(ValueError, match="1 images, but the text marks 2"):
         simple.generate_until([generation_request(simple, "<image><image>", images=[Image.new("RGB", (4, 4))])])
     with pytest.raises(NotImplementedError, match=r"answers tasks of one round only.*reccomp_hf\.Conversation"):

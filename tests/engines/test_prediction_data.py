@@ -7,6 +7,7 @@ from demo_model import demo_model
 from PIL import Image
 from predictions import answers, ask, read_lines, save_pictures, write_lines
 
+from reccomp_hf.data.prompts import build_prompt
 from reccomp_hf.engines.predict import Columns
 
 datasets = pytest.importorskip("datasets")
@@ -171,12 +172,19 @@ BAD = {
     "an instruction alone": ({**GOOD, "question": INSTRUCTION}, 1, "the question is only an answer instruction"),
     "a placeholder": ({**GOOD, "question": "What is <image>?"}, 1, "the question contains <image>, the placeholder"),
     "half a pair": ({**GOOD, "question": "\ud83d?"}, 1, "the question is not valid Unicode"),
+    "10,000 words": ({**GOOD, "question": "circle " * 10_000}, 1, "the prompt takes .* of the model's 512 positions"),
     "no picture": ({"question": "What?", "id": 7}, 7, "image must be the path of a picture, got None"),
     "an empty list": ({**GOOD, "image": []}, 1, "the row has no image, got an empty list"),
     "a number for a picture": ({**GOOD, "image": [3]}, 1, "image must be the path of a picture, got 3"),
     "a missing picture": ({**GOOD, "image": "7.png"}, 1, r"the picture 7\.png cannot be read: no such file"),
     "a truncated picture": ({**GOOD, "image": "half.png"}, 1, r"the picture half\.png cannot be read: "),
     "a second image that is not one": ({**GOOD, "image": ["good.png", "data.jsonl"]}, 1, "cannot identify image file"),
+    "a picture of extreme proportions": (
+        {**GOOD, "image": "long.png"},
+        1,
+        "it has 400000 x 8 pixels; the longer side",
+    ),
+    "PostScript": ({**GOOD, "image": "program.png"}, 1, "cannot identify image file, the formats that are read"),
     "a path that is not valid": ({**GOOD, "image": "\0"}, 1, "cannot be read: embedded null byte"),
     "a folder": ({**GOOD, "image": "."}, 1, "cannot be read: "),
     "a true id": ({**GOOD, "id": True}, None, "id must be a string or an integer, got True"),
@@ -191,6 +199,8 @@ def folder(rows_in, tmp_path):
     whole = (pictures / rows[0]["image"]).read_bytes()
     (tmp_path / "good.png").write_bytes(whole)
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (400_000, 8)).save(tmp_path / "long.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "program.png", "EPS")
     return tmp_path
 
 
@@ -254,6 +264,38 @@ def test_pictures_of_any_shape_are_answered(folder, size):
     Image.new("CMYK", size).save(folder / "odd.tif")
     found = answers(write_lines(folder / "data.jsonl", [{**GOOD, "image": "odd.tif"}, GOOD]), folder / "out.jsonl")
     assert all(line["answer"] for line in found)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"position_ids": "compact"}, {"position_ids": "original"}, {"enabled": False}],
+    ids=["compact", "original", "off"],
+)
+def test_a_prompt_ends_at_the_last_position(folder, fields):
+    """Rows whose prompts take 508 to 513 of 512 positions: the last ones are errors, and answers end at the limit."""
+    model, processor = demo_model()
+    image = Image.open(folder / "good.png").convert("RGB")
+    taken = {}
+    for count in range(300, 520):
+        inputs = processor(images=image, text=build_prompt(processor, "Is a" + " red" * count, 1), return_tensors="pt")
+        length = inputs["input_ids"].shape[1] - (
+            128 if "compact" in fields.values() else 0
+        )  # 16 of 144 tokens are left
+        if 508 <= length <= 513:
+            taken[length] = count
+    assert sorted(taken) == list(range(508, 514))
+    rows = [{**GOOD, "question": "Is a" + " red" * count} for count in taken.values()]
+    data = write_lines(folder / "data.jsonl", [GOOD, *rows])
+    first, *found = answers(data, folder / "out.jsonl", token_recovery=fields, max_new_tokens=6)
+    assert first["answer"]
+    for length, row, line in zip(taken, rows, found, strict=True):
+        if length >= 512:
+            assert f"the prompt takes {length} of the model's 512 positions" in line["error"]
+            continue
+        inputs = processor(images=image, text=build_prompt(processor, row["question"], 1), return_tensors="pt")
+        ids = model.generate(**inputs, token_recovery=fields, max_new_tokens=min(6, 512 - length), do_sample=False)
+        ids = ids[0, inputs["input_ids"].shape[1] :]
+        assert line["answer"] == processor.decode(ids, skip_special_tokens=True).strip()
 
 
 def test_data_that_cannot_be_read_is_refused(folder):

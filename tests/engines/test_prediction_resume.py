@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import os
 import random
 import shutil
 import subprocess
@@ -126,6 +127,54 @@ def test_a_run_does_not_resume_with_another_model_or_other_data(data, wanted, tm
     rows.write_text(before, encoding="utf-8")
     ask(rows, output)
     assert output.read_bytes() == wanted
+
+
+def test_a_run_does_not_resume_with_images_of_another_folder(data, tmp_path):
+    """The same text in another folder, where the names are those of other images; links are followed."""
+    for path in data.parent.iterdir():
+        shutil.copy2(path, tmp_path)
+    output = tmp_path / "out.jsonl"
+    assert killed(data, output, 6)
+    with pytest.raises(ValueError, match=r"which differs in images \("):
+        ask(tmp_path / data.name, output)
+    linked = tmp_path / "linked"
+    linked.symlink_to(data.parent)
+    assert ask(linked / data.name, output).new < COUNT
+
+
+def test_a_run_does_not_resume_with_changed_images(data, tmp_path):
+    for path in data.parent.iterdir():
+        shutil.copy2(path, tmp_path)
+    output, rows = tmp_path / "out.jsonl", tmp_path / data.name
+    assert killed(rows, output, 6)
+    picture = next(tmp_path.glob("*.png"))
+    times, content = picture.stat(), picture.read_bytes()
+    for changed in (content + b"\0", content):
+        picture.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"which differs in images \("):
+            ask(rows, output)
+    os.utime(picture, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert ask(rows, output).new < COUNT
+
+
+def test_a_run_does_not_resume_with_another_processor_or_version(data, tmp_path, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    assert killed(data, output, 6)
+    model, processor = demo_model()
+    options = {"max_new_tokens": NEW_TOKENS}
+    others = [copy.deepcopy(processor) for _ in range(4)]
+    others[0].image_processor.image_mean = [0.5, 0.5, 0.5]
+    others[1].recovery_max_length = 8
+    others[2].tokenizer.add_tokens(["circle"])
+    others[3].recovery_tokenizer.add_tokens(["circle"])
+    for other in others:
+        with pytest.raises(ValueError, match=r"which differs in processor \("):
+            predict(model, other, data, output, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "__version__", "0.0.1")
+        with pytest.raises(ValueError, match=r"which differs in reccomp_hf \('.*' there, '0\.0\.1' here\)"):
+            ask(data, output)
+    assert predict(model, copy.deepcopy(processor), data, output, **options).new < COUNT
 
 
 def test_a_run_that_answered_nothing_does_not_block_other_settings(data, wanted, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -35,11 +36,12 @@ def plan_batches(questions: Questions, model: Any, section: Any, processor: Any,
     """Group rows of similar length.
 
     The length of a row is its text in tokens plus about the number of visual tokens of its images, for which the
-    header of an image is read where its size matters.
+    header of an image is read where its size matters. A question that leaves no position for an answer by itself is a
+    bad row.
     """
     lengths: dict[int, int] = {}
     bad_rows: list[BadRow] = []
-    visual_tokens = _visual_token_estimate(model.config, section)
+    limit, visual_tokens = position_limit(model), _visual_token_estimate(model.config, section)
     rows = iter(questions)
     while chunk := list(itertools.islice(rows, _TOKENIZED_AT_ONCE)):
         good = [row for row in chunk if isinstance(row, RowQuestion)]
@@ -47,9 +49,32 @@ def plan_batches(questions: Questions, model: Any, section: Any, processor: Any,
         texts = [question.text for question in good]
         ids = processor.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
         for question, tokens in zip(good, ids, strict=True):
-            lengths[question.row] = len(tokens) + sum(map(visual_tokens, question.pictures))
+            try:
+                check_length(len(tokens), limit)
+            except ValueError as error:
+                bad_rows.append(questions.bad_row(question.row, question.id, error))
+            else:
+                lengths[question.row] = len(tokens) + sum(map(visual_tokens, question.pictures))
     order = sorted(lengths, key=lambda row: (-lengths[row], row))
     return BatchPlan([order[start : start + batch_size] for start in range(0, len(order), batch_size)], bad_rows)
+
+
+def position_limit(model: Any) -> int:
+    """Number of positions of the language model, the largest int where its config has none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+def check_length(positions: int, limit: int) -> None:
+    """Refuse a prompt that leaves no position for an answer.
+
+    Raises:
+        ValueError: The prompt takes all positions or more.
+    """
+    if positions >= limit:
+        raise ValueError(
+            f"the prompt takes {positions} of the model's {limit} positions, and leaves none for an answer: "
+            "shorten the question, or set a smaller token_recovery.budget."
+        )
 
 
 def _visual_token_estimate(config: Any, section: Any) -> Callable[[Picture], int]:
@@ -67,4 +92,4 @@ def _visual_token_estimate(config: Any, section: Any) -> Callable[[Picture], int
     return lambda picture: tokens_of_size((tiled and picture.size()) or (side, side))
 
 
-__all__ = ["Batch", "BatchPlan", "plan_batches"]
+__all__ = ["Batch", "BatchPlan", "check_length", "plan_batches", "position_limit"]

@@ -1,13 +1,16 @@
-"""Digests of a model and of its data: a run resumes only where both are those it began with."""
+"""Digests of a model, its processor, the data and its images: a run resumes only where all are those it began with."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from ...data.rows import Picture
 
 _BLOCK = 1 << 20
 _DIGESTED_WHOLE = (".json", ".jsonl", ".csv", ".parquet")  # in a folder; images and Arrow files count by their size
@@ -41,6 +44,29 @@ def model_digest(model: Any) -> str:
     return digest.hexdigest()
 
 
+def processor_digest(processor: Any) -> str:
+    """Digest of a processor's settings, those of its image processor, and its tokenizers."""
+    parts = [processor.to_dict(), processor.image_processor.to_dict(), processor.chat_template]
+    tokenizers = [tokenizer for tokenizer in (processor.tokenizer, processor.recovery_tokenizer) if tokenizer]
+    described = [_digested_fields(part) for part in parts] + [_tokenizer_rules(tokenizer) for tokenizer in tokenizers]
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def images_digest(pictures: Iterable[Picture]) -> str:
+    """Digest of images in reading order: resolved paths, sizes and times of files, or the bytes in the data."""
+    digest = hashlib.sha256()
+    for picture in pictures:
+        digest.update(repr(picture.identity()).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _tokenizer_rules(tokenizer: Any) -> Any:
+    """Everything that a tokenizer's ids depend on, without the state of its last call."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = {"vocabulary": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
+    return {name: value for name, value in rules.items() if name not in ("padding", "truncation")}
+
+
 def _add_content(digest: Any, path: Path) -> None:
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
@@ -54,4 +80,4 @@ def _digested_fields(value: Any) -> Any:
     return value
 
 
-__all__ = ["data_digest", "model_digest"]
+__all__ = ["data_digest", "images_digest", "model_digest", "processor_digest"]

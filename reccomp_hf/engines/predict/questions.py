@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -121,7 +122,7 @@ class Questions:
             text, clip_texts = self._texts(row)
             pictures = self._pictures(row)
         except ValueError as error:
-            return self._bad_row(number, row_id, error)
+            return self.bad_row(number, row_id, error)
         return RowQuestion(number, row_id, text, clip_texts, pictures)
 
     def __iter__(self) -> Iterator[RowQuestion | BadRow]:
@@ -133,8 +134,14 @@ class Questions:
                 try:
                     check_unique_id(question.id, number, first, self.rows)
                 except ValueError as error:
-                    question = self._bad_row(number, question.id, error)
+                    question = self.bad_row(number, question.id, error)
             yield question
+
+    def pictures(self) -> Iterator[Picture]:
+        """The images of all rows in order, not opened; rows without a valid one are left out."""
+        for number in range(len(self)):
+            with contextlib.suppress(ValueError):
+                yield from self._pictures(self.rows[number])
 
     def open(self, number: int) -> OpenedQuestion | BadRow:
         """Read a row and open its images."""
@@ -144,9 +151,10 @@ class Questions:
         try:
             return OpenedQuestion(question, [picture.open() for picture in question.pictures])
         except ValueError as error:
-            return self._bad_row(number, question.id, error)
+            return self.bad_row(number, question.id, error)
 
-    def _bad_row(self, number: int, row_id: Id, error: ValueError) -> BadRow:
+    def bad_row(self, number: int, row_id: Id, error: ValueError) -> BadRow:
+        """A row with the reason why it cannot be asked."""
         return BadRow(number, row_id, f"{self.rows.where(number)}: {error}")
 
     def _id(self, row: dict[str, Any], number: int) -> str | int:

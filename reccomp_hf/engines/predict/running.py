@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 
 import torch
 
+from ...core import __version__
 from ...core.configuration import TokenRecoveryConfig
 from ...data.progress import progress_bar
 from ...data.prompts import add_instruction, build_prompt, count_visual_tokens, encode_rows
 from ...data.rows import Rows, open_rows
-from .batching import Batch, plan_batches
+from .batching import Batch, check_length, plan_batches, position_limit
 from .defaults import DEFAULT_BATCH_SIZE, DEFAULT_NEW_TOKENS
-from .fingerprint import data_digest, model_digest
+from .fingerprint import data_digest, images_digest, model_digest, processor_digest
 from .parts import Parts
 from .processes import broadcast, process_state
 from .questions import BadRow, Columns, OpenedQuestion, Questions, RowQuestion, json_line
@@ -78,14 +79,18 @@ class _EncodedBatch:
     """A batch for the model.
 
     Attributes:
-        questions: Questions whose images can be read.
+        opened: Questions whose images can be read.
         inputs: Tensors of these questions, `None` if there are none.
         bad_rows: The other rows.
     """
 
-    questions: list[RowQuestion]
+    opened: list[OpenedQuestion]
     inputs: Any
     bad_rows: list[BadRow]
+
+    @property
+    def questions(self) -> list[RowQuestion]:
+        return [row.question for row in self.opened]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +115,8 @@ class _Answerer:
             **{f"token_recovery.{name}": value for name, value in self.section.overridable().items()},
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "model": model_digest(self.model),
+            "processor": processor_digest(self.processor),
+            "reccomp_hf": __version__,
         }
 
     def encode(self, questions: Questions, batch: Batch) -> _EncodedBatch:
@@ -119,8 +126,42 @@ class _Answerer:
                 bad_rows.append(row)
             else:
                 opened.append(row)
-        inputs = self._encode(opened) if opened else None
-        return _EncodedBatch([row.question for row in opened], inputs, bad_rows)
+        return _EncodedBatch(opened, self._encode(opened) if opened else None, bad_rows)
+
+    def without_long_prompts(self, questions: Questions, batch: _EncodedBatch) -> _EncodedBatch:
+        """A batch in which prompts that leave no position for an answer are bad rows.
+
+        Called in the thread of the model, which counts the visual tokens of prompts that are too long without
+        compression.
+        """
+        limit = position_limit(self.model)
+        if batch.inputs is None or int(batch.inputs["attention_mask"].sum(-1).max()) < limit:
+            return batch
+        opened, bad_rows = [], list(batch.bad_rows)
+        for row in batch.opened:
+            try:
+                check_length(self._prompt_positions(row, limit), limit)
+            except ValueError as error:
+                bad_rows.append(questions.bad_row(row.question.row, row.question.id, error))
+            else:
+                opened.append(row)
+        return _EncodedBatch(opened, self._encode(opened) if opened else None, bad_rows)
+
+    @torch.no_grad()
+    def _prompt_positions(self, row: OpenedQuestion, limit: int) -> int:
+        """Positions of a prompt once it is compressed."""
+        inputs = self._encode([row]).to(self.model.device, self.model.dtype)
+        length = inputs["input_ids"].shape[1]
+        texts = length - int((inputs["input_ids"] == self.model.config.image_token_id).sum())
+        if length < limit or texts >= limit or not self._renumbers:
+            return length
+        short, _ = self.model.compress_inputs(**inputs, token_recovery=self.token_recovery)
+        return int(short["input_ids"].shape[1])
+
+    @property
+    def _renumbers(self) -> bool:
+        """Whether compression makes prompts take fewer positions."""
+        return self.section.enabled and self.section.position_ids == "compact"
 
     def _encode(self, opened: list[OpenedQuestion]) -> Any:
         return encode_rows(
@@ -141,7 +182,12 @@ class _Answerer:
         ids = output.sequences[:, prompt.shape[1] :]
         uncompressed = (prompt == model.config.image_token_id).sum(-1).tolist()
         read = count_visual_tokens(output, [len(question.pictures) for question in questions], uncompressed)
-        answers = self.processor.batch_decode(ids, skip_special_tokens=True)
+        lengths = inputs["attention_mask"].sum(-1).tolist()
+        if self._renumbers:
+            lengths = [length - cut + kept for length, cut, kept in zip(lengths, uncompressed, read, strict=True)]
+        limit = position_limit(model)  # a row stops there, even though others of its batch are still answered
+        within = [row[: limit - length] for row, length in zip(ids.tolist(), lengths, strict=True)]
+        answers = self.processor.batch_decode(within, skip_special_tokens=True)
         rows = zip(questions, answers, read, uncompressed, strict=True)
         return {question.row: _line(question, answer.strip(), *counts) for question, answer, *counts in rows}
 
@@ -164,13 +210,15 @@ def predict(
     """Ask a compressed model every question of a file or folder, greedily, and write a line of JSON for each.
 
     A line has `row` (the row's number from 0), `id`, `image` (the path or paths in the data), `question`, `answer`,
-    `visual_tokens` and `uncompressed_visual_tokens`; or `row`, `id` and `error` for a row that cannot be asked. Lines
+    `visual_tokens` and `uncompressed_visual_tokens`; or `row`, `id` and `error` for a row that cannot be asked, for
+    example because its prompt leaves no position for an answer (an answer ends at the model's last position). Lines
     are in the order of the data. Rows are read in batches of similar length; a row's answer does not depend on its
     batch (in float32; in half precision, rounding does).
 
     Called in several processes that accelerate launched, each answers its share. Answers are kept in `OUTPUT.parts`
     until the output is complete, and the same call after a kill resumes from it, in any number of processes and with
-    any batch size.
+    any batch size. It must be the same in everything that the answers depend on, the image files and the package's
+    version included.
 
     Args:
         model: A compressed LLaVA, in eval mode, on this process's device.
@@ -202,7 +250,8 @@ def predict(
 
     def plan() -> _RemainingWork:
         settings = {"data": data_digest(data), "rows": len(questions), **dataclasses.asdict(columns)}
-        parts.prepare({**settings, **answerer.fingerprint()}, overwrite)
+        images = {"images": images_digest(questions.pictures())}
+        parts.prepare({**settings, **answerer.fingerprint(), **images}, overwrite)
         if parts.finished:
             return _RemainingWork([], [])
         done = parts.lines().keys()
@@ -266,6 +315,7 @@ def _answer(
     bar = progress_bar(rows, f"rows{process}", progress if state.is_main_process else False)
     with bar, parts.writer(state.process_index) as write:
         for (_, missing), batch in _prefetch(share, lambda entry: answerer.encode(questions, entry[0])):
+            batch = answerer.without_long_prompts(questions, batch)
             lines = {bad_row.row: bad_row.line for bad_row in batch.bad_rows}
             if batch.questions:
                 lines |= answerer.answer(batch.questions, batch.inputs)

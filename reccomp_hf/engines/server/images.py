@@ -14,10 +14,9 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from ...data.pictures import open_picture
+from ...data.pictures import WEB_FORMATS, open_picture
 from .errors import RequestError
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow reads some others with external programs
 _MAX_PIXELS = 50_000_000
 _MAX_BYTES = 20_000_000  # per download
 _TIMEOUT = 10.0  # seconds
@@ -66,10 +65,9 @@ class ImageReader:
         else:
             data = _decode(url, where)
         try:
-            return open_picture(io.BytesIO(data), _FORMATS, _MAX_PIXELS)
+            return open_picture(io.BytesIO(data), WEB_FORMATS, _MAX_PIXELS)
         except OSError as error:
-            formats = ", ".join(_FORMATS)
-            raise RequestError(f"{where}: the data are not an image that can be read ({formats}).") from error
+            raise RequestError(f"{where}: the data are not an image that can be read: {error}.") from error
 
     def _fetch(self, url: str, where: str) -> bytes:
         """Download a URL of an allowed host."""

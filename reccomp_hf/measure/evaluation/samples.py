@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from ...data.pictures import upright_rgb
 from ...data.prompts import add_instruction, encode_rows
 from ...data.rows import Rows, open_rows, picture_of, preview, question_of
 from ...demo import EVALUATION_SEEDS, IMAGE_SIZE, draw_scene, questions
@@ -43,7 +44,7 @@ class Sample:
     def open(self) -> Image.Image:
         """The image in RGB."""
         image = self.image if isinstance(self.image, Image.Image) else self.image()
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return image if image.mode == "RGB" else upright_rgb(image)
 
 
 def normalize_answer(text: str) -> str:
