@@ -2,47 +2,68 @@
 
 from __future__ import annotations
 
-import fnmatch
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from transformers import AutoProcessor
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..core.configuration import LlavaNextRecCompConfig, LlavaRecCompConfig, TokenRecoveryConfig
+from ..core.processing import RECOVERY_TOKENIZER_FOLDER
 from ..core.remote_code import code_files, flat_sources, write_remote_code
 from .cards import may_be_replaced, repo_of, write_card
 from .json_files import read_json
-from .weight_files import SAFETENSORS, WeightFiles
+from .processors import load_processor
+from .weight_files import FORMATS, WeightFiles, open_shard
 
 CONFIGS: dict[str, Any] = {config.model_type: config for config in (LlavaRecCompConfig, LlavaNextRecCompConfig)}
-CHECKPOINT_FILES = (
-    *SAFETENSORS,
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "merges.txt",
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
     "vocab.txt",
-    "*.py",
-    "README.md",
-    "LICENSE*",
-    "*.png",
+    "merges.txt",
 )
-"""Patterns of the files of a checkpoint; other files, such as a training run's, are not pushed."""
-EXCLUDED_FILES = ("trainer_state.json", "*_results.json")
-"""Patterns of files that match `CHECKPOINT_FILES` but come from a training run."""
+"""Names of the files of a tokenizer."""
+CHECKPOINT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "conversion.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    *TOKENIZER_FILES,
+    "README.md",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+)
+"""Names of the files of a checkpoint besides its weights, code and recovery tokenizer; no other file is pushed."""
 
 
 def files_of(folder: Path) -> list[str]:
-    """The files that make up a checkpoint, as paths inside the folder."""
-    found = [path for path in sorted(folder.iterdir()) if path.is_file()]
-    found += [path for path in sorted((folder / "recovery_tokenizer").glob("*")) if path.is_file()]
-    return [path.relative_to(folder).as_posix() for path in found if _is_checkpoint_file(path.name)]
+    """The files that make up a checkpoint, as paths inside the folder.
 
-
-def _is_checkpoint_file(name: str) -> bool:
-    wanted = any(fnmatch.fnmatch(name, pattern) for pattern in CHECKPOINT_FILES)
-    return wanted and not any(fnmatch.fnmatch(name, pattern) for pattern in EXCLUDED_FILES)
+    Raises:
+        ValueError: One of them, not a weight file, is a link, which could lead to any file of this machine.
+    """
+    weights = WeightFiles.find(folder)
+    names = {*CHECKPOINT_FILES, *flat_sources(), *(path.name for path in code_files(folder))}
+    names |= {f"{RECOVERY_TOKENIZER_FOLDER}/{name}" for name in TOKENIZER_FILES}
+    names |= {index for single, index in FORMATS if single == SAFE_WEIGHTS_NAME}
+    for name in sorted({RECOVERY_TOKENIZER_FOLDER, *names}):
+        if (folder / name).is_symlink():
+            raise ValueError(
+                f"{folder / name} is a link to {(folder / name).readlink()}. Only weight files may be links: put the "
+                "file itself there, or remove the link."
+            )
+    return sorted(name for name in {*names, *weights.names} if (folder / name).is_file())
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -54,6 +75,7 @@ def check_checkpoint(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist, or is not a folder.")
+    files_of(folder)
     section = _check_config(folder)
     _check_weights(folder)
     _check_processor(folder, needs_recovery_tokenizer=section.text_encoder_config is not None)
@@ -101,11 +123,8 @@ def _check_weights(folder: Path) -> None:
     if files.missing:
         raise ValueError(f"{folder} lacks {files.describe_missing()}.")
     for name, keys in files.keys.items():
-        try:
-            with safe_open(folder / name, framework="pt") as file:
-                absent = keys - set(file.keys())
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{folder / name} cannot be read: {error}. Is it truncated?") from error
+        with open_shard(folder / name) as file:
+            absent = keys - set(file.keys())
         if absent:
             raise ValueError(f"{folder / name} lacks weights that the index puts there, {min(absent)} among them.")
 
@@ -117,11 +136,7 @@ def _check_processor(folder: Path, needs_recovery_tokenizer: bool) -> None:
         raise ValueError(
             f"{folder} has no {', '.join(missing)}: save the processor there too, processor.save_pretrained(folder)."
         )
-    try:
-        AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # JSON, tokenizers and transformers raise errors of their own
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"The processor in {folder} cannot be loaded: {reason}") from error
+    load_processor(folder)
 
 
 def _has_code(folder: Path) -> bool:

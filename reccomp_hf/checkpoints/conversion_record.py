@@ -71,12 +71,12 @@ class ConversionRecord:
             sources: Hub ids of the LLaVA and the CLIP, for sources that the record does not name.
         """
         llava, clip = (*sources, *("LLAVA", "CLIP")[len(sources) :])[:2]
-        words = ["reccomp-hf", "convert", self.llava or llava]
-        words += [] if self.visual_only else [self.clip or clip]
-        words += [output, f"--preset {self.preset}"]
+        words = ["reccomp-hf", "convert", shlex.quote(self.llava or llava)]
+        words += [] if self.visual_only else [shlex.quote(self.clip or clip)]
+        words += [shlex.quote(output), f"--preset {shlex.quote(self.preset)}"]
         words += [f"--set {shlex.quote(f'{name}={json.dumps(value)}')}" for name, value in self.fields.items()]
         words += ["--visual-only"] if self.visual_only else []
-        words += [f"--dtype {self.dtype}"] if self.dtype else []
+        words += [f"--dtype {shlex.quote(self.dtype)}"] if self.dtype else []
         return words + (["--force"] if self.force else [])
 
 

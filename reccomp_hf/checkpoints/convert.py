@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,7 +20,9 @@ from .conversion.plan import FAMILIES, Plan, Source, check_model_type, plan_conv
 from .conversion.proof import prove, prove_processor
 from .conversion.shards import DTYPES
 from .conversion_record import ConversionRecord
+from .processors import build_processor, load_processor, load_tokenizer
 from .weight_files import NO_WEIGHTS, WeightFiles, shard_names
+from .work_folder import work_folder
 
 logger = logging.getLogger(__name__)
 
@@ -80,22 +79,19 @@ def convert(
     section = section_of(preset, overrides)
     processor = processor or _saved_with_model(llava, AutoProcessor)
     clip_tokenizer = clip_tokenizer or _saved_with_model(clip, AutoTokenizer)
-    with _work_folder(output) as work:
+    with work_folder(output) as work:
         clip_name = None if clip is None else _on_disk(clip, "clip", work)
         plan = plan_conversion(_on_disk(llava, "llava", work), clip_name, section, dtype=dtype)
-        if not isinstance(llava, PreTrainedModel):
-            processor = processor or AutoProcessor.from_pretrained(plan.llava.folder, trust_remote_code=False)
-        if plan.clip is not None and not isinstance(clip, PreTrainedModel):
-            folder = plan.clip.folder
-            clip_tokenizer = clip_tokenizer or AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if processor is None or (plan.clip is not None and clip_tokenizer is None):
+        without_llava = processor is None and isinstance(llava, PreTrainedModel)
+        without_clip = clip_tokenizer is None and isinstance(clip, PreTrainedModel)
+        if without_llava or without_clip:
             processor = None
             logger.warning(
                 f"{output} gets no processor: llava or clip is a model that was not loaded from a folder. Pass "
                 "processor= and clip_tokenizer=, or save a processor there yourself."
             )
         else:
-            processor = build_processor(plan, processor, clip_tokenizer)
+            processor = plan_processor(plan, processor, clip_tokenizer)
         staging = work / "new" / output.name  # the card takes its title from the folder's name
         proof = _write(plan, staging, work, processor, force)
         given = {name: value for name, value in section.to_dict().items() if name in overrides}
@@ -132,36 +128,16 @@ def section_of(preset: str, overrides: dict[str, Any]) -> TokenRecoveryConfig:
     return TokenRecoveryConfig.from_preset(preset, **overrides)
 
 
-def build_processor(plan: Plan, stock: Any, clip_tokenizer: Any) -> Any:
-    """The stock processor with the question's tokenizer."""
-    encoder = plan.config.token_recovery.text_encoder_config
-    return plan.family.processor_class(
-        image_processor=stock.image_processor,
-        tokenizer=stock.tokenizer,
-        patch_size=stock.patch_size,
-        vision_feature_select_strategy=stock.vision_feature_select_strategy,
-        chat_template=stock.chat_template,
-        image_token=stock.image_token,
-        num_additional_image_tokens=stock.num_additional_image_tokens,
-        recovery_tokenizer=None if encoder is None else clip_tokenizer,
-        recovery_max_length=None if encoder is None else encoder["max_position_embeddings"],
-    )
+def plan_processor(plan: Plan, stock: Any = None, clip_tokenizer: Any = None) -> Any:
+    """The processor of the new checkpoint, checked before any weight is read; missing parts are the sources' own.
 
-
-@contextlib.contextmanager
-def _work_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder next to the output, so that a rename publishes the result."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    prefix, suffix = f".{output.name}-", ".converting"
-    for leftover in output.parent.glob(f"{prefix}*{suffix}"):
-        logger.warning(
-            f"{leftover} belongs to another conversion, killed or still running. It is not used; remove it."
-        )
-    work = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=output.parent))
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    Raises:
+        ValueError: A part cannot be loaded or does not fit the model.
+    """
+    stock = stock or load_processor(plan.llava.folder)
+    if plan.clip is not None:
+        clip_tokenizer = clip_tokenizer or load_tokenizer(plan.clip.folder)
+    return build_processor(plan.family.processor_class, plan.config, stock, clip_tokenizer)
 
 
 def _on_disk(source: AnySource, argument: str, work: Path) -> str | os.PathLike[str]:
@@ -179,7 +155,7 @@ def _on_disk(source: AnySource, argument: str, work: Path) -> str | os.PathLike[
 def _saved_with_model(source: AnySource | None, auto: Any) -> Any:
     """The processor or tokenizer in the folder that a loaded model came from, `None` for any other source."""
     if isinstance(source, PreTrainedModel) and source.name_or_path:
-        return auto.from_pretrained(source.name_or_path)
+        return auto.from_pretrained(source.name_or_path, trust_remote_code=False)
     return None
 
 

@@ -31,7 +31,8 @@ def load_image_encoder(
     Raises:
         ValueError: Fields that do not fit, or weights that are missing.
     """
-    config = AutoConfig.from_pretrained(pretrained_model_name_or_path)
+    kwargs.setdefault("trust_remote_code", False)  # never ask whether to run it: this package's classes are used
+    config = AutoConfig.from_pretrained(pretrained_model_name_or_path, trust_remote_code=kwargs["trust_remote_code"])
     config.token_recovery = token_recovery or {}
     text = config.get_text_config()
     text.num_hidden_layers = 0

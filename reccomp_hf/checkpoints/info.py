@@ -6,16 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from transformers import AutoConfig
-
 from ..core.checks import is_tiled
 from ..core.configuration import TokenRecoveryConfig
 from ..core.counting import blank_selection, patches_per_side
 from ..core.methods.registry import get_method
 from ..demo import CHECKPOINTS, checkpoint_folder
 from .hub import resolve
-from .weight_files import WeightFiles
+from .processors import load_config, load_processor
+from .weight_files import WeightFiles, open_shard
 
 # Piece of a weight's name -> part of the model; all other weights belong to the language model.
 PARTS = {
@@ -43,11 +41,11 @@ def describe(folder: Path, name: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no config.json.
-        ValueError: The checkpoint is not a compressed LLaVA.
+        ValueError: The checkpoint is not a compressed LLaVA, or its processor or weights are damaged.
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{name} is not a checkpoint: it has no config.json.")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = load_config(folder)
     section = getattr(config, "token_recovery", None)
     if not isinstance(section, TokenRecoveryConfig):
         if config.model_type in ("llava", "llava_next"):
@@ -56,8 +54,12 @@ def describe(folder: Path, name: str) -> dict[str, Any]:
                 f"`reccomp-hf convert {name} CLIP OUTPUT` makes a compressed model of it."
             )
         raise ValueError(f"{name} is not a compressed LLaVA: its model_type is {config.model_type!r}.")
+    if (folder / "processor_config.json").is_file():
+        load_processor(folder)
     found = WeightFiles.find(folder)
-    weights = found.present if found.safetensors else []
+    if found.missing and Path(name).expanduser().is_dir():  # of a Hub repository only the index is here
+        raise ValueError(f"{name} lacks {found.describe_missing()}: copy or download it again.")
+    weights = found.present if found.safetensors and found.complete else []
     parameters, dtypes = _count_parameters(weights)
     return {
         "name": name,
@@ -87,7 +89,7 @@ def _count_parameters(weights: list[Path]) -> tuple[dict[str, int], list[str]]:
     """Number of parameters by part, and the dtypes, from the headers of safetensors files; empty without files."""
     counts, dtypes = dict.fromkeys(("vision_tower", "projector", "language_model", "token_recovery"), 0), set()
     for path in weights:
-        with safe_open(path, framework="pt") as file:
+        with open_shard(path) as file:
             for key in file.keys():  # noqa: SIM118 not a dict
                 tensor = file.get_slice(key)
                 part = next((part for piece, part in PARTS.items() if piece in key), "language_model")

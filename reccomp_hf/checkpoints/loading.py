@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 from .hub import resolve
 from .image_encoder import load_image_encoder
 from .info import describe, folder_of
+from .processors import load_processor
 from .weight_files import WeightFiles
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -58,9 +59,10 @@ def _load(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
     dtype = dtype or ("float32" if torch.device(device).type == "cpu" else "auto")
-    model = from_pretrained(folder, dtype=dtype, token_recovery=fields, **options)
+    processor = load_processor(folder)
+    model = from_pretrained(folder, trust_remote_code=False, dtype=dtype, token_recovery=fields, **options)
     model = model if "device_map" in options else model.to(device)
-    return model.eval(), AutoProcessor.from_pretrained(folder)
+    return model.eval(), processor
 
 
 def _folder_with_weights(name: str) -> Path:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from .json_files import read_json
@@ -46,7 +47,7 @@ class WeightFiles:
         """The weight files of a folder.
 
         Raises:
-            ValueError: The index is not valid JSON.
+            ValueError: The index is not valid JSON, or names no weights, or files elsewhere.
         """
         for single, index in FORMATS:
             if (folder / single).is_file():
@@ -88,10 +89,33 @@ def shard_names(count: int) -> list[str]:
     return [f"{stem}-{number:05d}-of-{count:05d}{dot}{suffix}" for number in range(1, count + 1)]
 
 
+def open_shard(path: Path) -> safe_open:
+    """Open a safetensors file.
+
+    Raises:
+        ValueError: The file is not safetensors, is truncated, or is empty.
+    """
+    try:
+        file = safe_open(path, framework="pt")
+        empty = not file.keys()
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}): it may be truncated; download or copy it again."
+        ) from error
+    if empty:
+        raise ValueError(f"{path} holds no weights: download or copy it again.")
+    return file
+
+
 def _shards(index: Path) -> dict[str, frozenset[str]]:
     """The files that an index names, with the keys that it puts there."""
-    weight_map = read_json(index).get("weight_map", {})
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} names no weights: its weight_map is {weight_map!r}. Download or save it again.")
+    for name in set(map(str, weight_map.values())):
+        if Path(name).name != name or name.startswith("."):
+            raise ValueError(f"{index} names {name!r}, which is not a file of its folder. Download or save it again.")
     return {name: frozenset(key for key in weight_map if weight_map[key] == name) for name in set(weight_map.values())}
 
 
-__all__ = ["NO_WEIGHTS", "PICKLES", "SAFETENSORS", "WeightFiles", "shard_names"]
+__all__ = ["NO_WEIGHTS", "PICKLES", "SAFETENSORS", "WeightFiles", "open_shard", "shard_names"]

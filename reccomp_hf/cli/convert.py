@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from ..checkpoints.conversion.plan import plan_conversion
     from ..checkpoints.conversion_record import ConversionRecord
-    from ..checkpoints.convert import check_output, convert, section_of
+    from ..checkpoints.convert import check_output, convert, plan_processor, section_of
     from ..checkpoints.info import describe
     from ..checkpoints.quiet import quiet
 
@@ -43,6 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     with quiet(progress_bars=sys.stderr.isatty()), _sigterm_interrupts():
         if arguments.dry_run:
             plan = plan_conversion(arguments.llava, clip, section, dtype=arguments.dtype)
+            plan_processor(plan)
             say(*_plan_lines(plan, output, arguments))
             return
         settings = {"dtype": arguments.dtype, "force": arguments.force, "repo": arguments.push}
@@ -107,6 +108,7 @@ def _plan_lines(plan: Plan, output: Path, arguments: argparse.Namespace) -> list
         clip = f"{_source(plan.clip)}{', guessed from the vision tower' if plan.guessed else ''}"
     layers = f"{text.model_type}, {text.num_hidden_layers} layers of width {text.hidden_size}"
     known = all(source is None or source.headers is not None for source in (plan.llava, plan.clip))
+    headers = "the keys and shapes of the weights, " if known else ""
     return [
         "Plan (a dry run: nothing is written):",
         line("llava", f"{_source(plan.llava)}; {layers}"),
@@ -115,7 +117,7 @@ def _plan_lines(plan: Plan, output: Path, arguments: argparse.Namespace) -> list
         line("dtype", plan.dtype or "unchanged"),
         *section_lines(facts),
         *([] if arguments.push is None else [line("push", arguments.push)]),
-        line("checked", "settings, sizes, and the keys and shapes of the weights" if known else "settings and sizes"),
+        line("checked", f"settings, sizes, {headers}and the processor"),
     ]
 
 

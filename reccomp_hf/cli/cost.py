@@ -139,14 +139,13 @@ def _config(arguments: argparse.Namespace) -> tuple[str, Any]:
         return name, full_size(name).config(arguments.preset or DEFAULT_PRESET)
     if arguments.preset is not None:
         raise ValueError("--preset goes with --config; a checkpoint has its own settings.")
-    from transformers import AutoConfig
-
     from ..checkpoints.info import folder_of
+    from ..checkpoints.processors import load_config
     from ..checkpoints.quiet import quiet
     from ..core.configuration import TokenRecoveryConfig
 
     with quiet():
-        config = AutoConfig.from_pretrained(folder_of(arguments.folder), trust_remote_code=False)
+        config = load_config(folder_of(arguments.folder))
     if not isinstance(getattr(config, "token_recovery", None), TokenRecoveryConfig):
         raise ValueError(f"{arguments.folder} is not a compressed LLaVA: its model_type is {config.model_type!r}.")
     return arguments.folder, config

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..checkpoints.convert import check_output
     from ..checkpoints.loading import load_encoder
     from ..checkpoints.quiet import quiet
+    from ..checkpoints.work_folder import work_folder
     from ..data.rows import open_rows
 
     output = Path(arguments.output).expanduser()
@@ -49,10 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
     rows = _read(open_rows(arguments.data, arguments.limit))
     with quiet(progress_bars=sys.stderr.isatty()):
         model, processor = load_encoder(arguments.model, section_fields(arguments), arguments.device, arguments.dtype)
-        parent = output.absolute().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=parent) as work:
-            staging = Path(work) / output.name
+        with work_folder(output) as work:
+            staging = work / output.name
             staging.mkdir()
             counts = _write(staging, rows, model, processor, arguments.batch_size)
             staging.replace(output)

@@ -45,8 +45,9 @@ def register(commands: Any) -> None:
         run,
         "publish a compressed checkpoint on the Hugging Face Hub",
         "Publishes weights, config, tokenizers, code and model card in one commit. The folder is checked\n"
-        "first; a card is written if README.md is missing. Code that an older version of this package pushed\n"
-        "is replaced; no other file on the Hub is deleted.",
+        "first; a card is written if README.md is missing. No other file of the folder is sent, and only\n"
+        "weight files may be links. Code that an older version of this package pushed is replaced; no other file\n"
+        "on the Hub is deleted.",
         " ./llava-reccomp me/llava-reccomp",
         " ./llava-reccomp me/llava-reccomp --private --revision budget-64",
     )

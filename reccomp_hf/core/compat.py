@@ -97,6 +97,15 @@ def register_key_renames(class_name: str, model_type: str) -> None:
     register_checkpoint_conversion_mapping(class_name, mapping, overwrite=True)
 
 
+def state_on_disk(model: Any) -> dict[str, Tensor]:
+    """The state dict of a model, by the keys and in the shapes that `save_pretrained` writes."""
+    if not IS_V5:  # keys are the same but for renames
+        return model.state_dict()
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, model.state_dict())
+
+
 def rename_vision_key(key: str) -> str:
     """On 4.57, add to a CLIP tower's key the `vision_model.` that 5.x does not write."""
     for prefix in ("vision_tower.", "model.vision_tower."):
@@ -218,6 +227,7 @@ __all__ = [
     "register_key_renames",
     "rename_vision_key",
     "run_block",
+    "state_on_disk",
     "stock_cache",
     "stock_image_fields",
     "takes_processor_kwargs",

@@ -7,6 +7,7 @@ the earlier questions are in it too, each in windows of its own.
 """
 
 import functools
+import json
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,13 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import create_repo
-from transformers import AutoTokenizer, BatchFeature, LlavaNextProcessor, LlavaProcessor, ProcessorMixin
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, LlavaNextProcessor, LlavaProcessor, ProcessorMixin
 from transformers.utils import cached_file
 
 from .compat import mend_tokenizer_config, takes_processor_kwargs, with_listed_content
 from .questions import (
     check_images,
     check_messages,
+    check_prompt_tokenizer,
+    check_question_tokenizer,
     check_turns,
     choose_questions,
     encode_windows,
@@ -229,6 +232,20 @@ class RecCompProcessorMixin(ProcessorMixin):
         return files
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """As the stock method; both tokenizers are compared with the config.json next to them, if there is one.
+
+        Raises:
+            ValueError: A tokenizer does not fit the model.
+        """
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        config = _cached(pretrained_model_name_or_path, "config.json", kwargs.get("subfolder") or "", kwargs)
+        if config is not None:
+            with open(config, encoding="utf-8") as file:
+                processor._check_tokenizers(pretrained_model_name_or_path, json.load(file))
+        return processor
+
+    @classmethod
     def get_processor_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -284,6 +301,19 @@ class RecCompProcessorMixin(ProcessorMixin):
                 )
         return questions
 
+    def _check_tokenizers(self, source: str | os.PathLike[str], config: dict[str, Any]) -> None:
+        """Compare both tokenizers with the fields of a model config of ours; others are not read."""
+        encoder, text = (config.get("token_recovery") or {}).get("text_encoder_config"), config.get("text_config")
+        try:
+            if encoder is not None and self._recovery_tokenizer is not None:
+                check_question_tokenizer(self._recovery_tokenizer, encoder)
+            if "token_recovery" in config and text is not None:
+                vocabulary = AutoConfig.for_model(**{"model_type": "llama", **text}).vocab_size
+                image_token_id = config.get("image_token_index", config.get("image_token_id", 32000))
+                check_prompt_tokenizer(self.tokenizer, vocabulary, self.image_token, image_token_id)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+
     def _user_turns(self, prompt: str) -> list[str]:
         """The texts of the user turns of a rendered prompt, at least one."""
         return split_user_turns(prompt, self._turn_markers())
@@ -334,17 +364,25 @@ def _recovery_length(tokenizer: Any, length: int | None) -> int | None:
 
 def _load_recovery_tokenizer(source: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:
     """Load the tokenizer from the sub-folder `recovery_tokenizer`, and from nowhere else."""
-    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     subfolder = "/".join(part for part in (kwargs.get("subfolder"), RECOVERY_TOKENIZER_FOLDER) if part)
-    config = cached_file(
-        source, "tokenizer_config.json", subfolder=subfolder, _raise_exceptions_for_missing_entries=False, **hub
-    )
+    config = _cached(source, "tokenizer_config.json", subfolder, kwargs)
     if config is None:
         raise OSError(
             f"{source} has recovery_max_length in its processor_config.json but no {subfolder}/tokenizer_config.json. "
             "Save it again with processor.save_pretrained, or pass recovery_tokenizer= to from_pretrained."
         )
-    return AutoTokenizer.from_pretrained(source, subfolder=subfolder, **hub)
+    hub = _hub_arguments(kwargs)
+    return AutoTokenizer.from_pretrained(source, subfolder=subfolder, trust_remote_code=False, **hub)
+
+
+def _cached(source: str | os.PathLike[str], name: str, subfolder: str, kwargs: dict[str, Any]) -> str | None:
+    """Path of a file of a checkpoint, in a folder or the Hub client's cache; `None` if it is not there."""
+    absent = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False)
+    return cached_file(source, name, subfolder=subfolder, **absent, **_hub_arguments(kwargs))
+
+
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
 
 
 def _batched(conversation: Sequence[Any]) -> Sequence[Sequence[Any]]:

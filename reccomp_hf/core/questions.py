@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from transformers import CLIPTextConfig
 
 from .settings import shown
 
@@ -18,6 +19,10 @@ ANSWER_INSTRUCTIONS = (
 """Instructions after a question that are not part of it."""
 TURNS = ("last", "all")
 """Which user turns of a conversation choose its visual tokens."""
+
+_PROBES = ("Is there a red circle?", "How many blue squares are on the left?")
+_LARGEST_IS_END = 2  # `eos_token_id` of published CLIP configs, which stands for the largest id of a text
+_LEAST_SHARE = 0.9  # of a vocabulary, whose size may be padded
 
 _TAG = r"<[^<>\s]+>"
 _FIRST_TEXT, _ANSWER_TEXT, _SECOND_TEXT = "firstquestionsentinel", "answersentinel", "secondquestionsentinel"
@@ -146,6 +151,69 @@ def encode_windows(
     return ids, mask
 
 
+def check_question_tokenizer(tokenizer: Any, encoder: Mapping[str, Any]) -> None:
+    """Check that a tokenizer belongs to a text encoder: vocabulary, start and end of text, and probe questions.
+
+    Without its files transformers 5 builds a tokenizer of two tokens, for which all questions are the same.
+
+    Args:
+        tokenizer: CLIP's.
+        encoder: `text_encoder_config` of the section.
+
+    Raises:
+        ValueError: It does not.
+    """
+    config, advice = CLIPTextConfig(**encoder), "Use the tokenizer of the same CLIP, with all of its files."
+    _check_vocabulary("The recovery tokenizer", tokenizer, config.vocab_size, advice)
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ids = tokenizer(_PROBES[0], add_special_tokens=False)["input_ids"]
+    if config.eos_token_id == _LARGEST_IS_END:
+        fits, wanted = end is not None and end > max(ids), "an end of text that is its largest id"
+    else:
+        fits = end == config.eos_token_id and end not in ids and config.bos_token_id in (None, start)
+        wanted = f"start and end of text {config.bos_token_id} and {config.eos_token_id}"
+    if not fits or start is None:
+        raise ValueError(
+            f"The recovery tokenizer does not fit text_encoder_config, which asks for {wanted}: got {start} and "
+            f"{end}, and {ids} for {_PROBES[0]!r}. {advice}"
+        )
+
+
+def check_prompt_tokenizer(tokenizer: Any, vocabulary: int, image_token: str, image_token_id: int) -> None:
+    """Check that a tokenizer belongs to a LLaVA: vocabulary, image token, and probe questions.
+
+    Args:
+        tokenizer: LLaVA's own.
+        vocabulary: Size of the language model's vocabulary.
+        image_token: Placeholder of an image in prompts.
+        image_token_id: Id of that token in the model's config.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if not 0 <= image_token_id < vocabulary:
+        raise ValueError(
+            f"image_token_id {image_token_id} is outside the language model's vocabulary of {vocabulary}: the config "
+            "needs another id, or the embedding table more rows."
+        )
+    _check_vocabulary("The LLaVA's tokenizer", tokenizer, vocabulary, "Use the LLaVA's own, with all of its files.")
+    ids = tokenizer(image_token, add_special_tokens=False)["input_ids"]
+    if ids != [image_token_id]:
+        raise ValueError(
+            f"The LLaVA's tokenizer does not fit its config: {image_token!r} must be the one id {image_token_id}, got "
+            f"{ids}. Use the tokenizer that was saved with the model, or correct image_token_index in config.json."
+        )
+
+
+def _check_vocabulary(name: str, tokenizer: Any, vocabulary: int, advice: str) -> None:
+    """Check a tokenizer's length, which may be padded in the model, and that it tells two questions apart."""
+    if not _LEAST_SHARE * vocabulary <= len(tokenizer) <= vocabulary:
+        raise ValueError(f"{name} has {len(tokenizer)} tokens, but the model's vocabulary has {vocabulary}. {advice}")
+    one, other = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in _PROBES)
+    if not one or one == other:
+        raise ValueError(f"{name} encodes {_PROBES[0]!r} and {_PROBES[1]!r} as the same ids, {one}. {advice}")
+
+
 def _clean(question: str, image_token: str) -> str:
     """Remove image tokens, surrounding white space and known answer instructions."""
     question = question.replace(image_token, "").strip()
@@ -194,6 +262,8 @@ __all__ = [
     "TURNS",
     "check_images",
     "check_messages",
+    "check_prompt_tokenizer",
+    "check_question_tokenizer",
     "check_turns",
     "choose_questions",
     "encode_windows",

@@ -369,3 +369,28 @@ def test_the_code_runs_without_the_package(demo, tmp_path):
         check=False,
     )
     assert (done.returncode, done.stdout.strip() != "") == (0, True), done.stderr
+
+
+NASTY = [
+    "</h1><script>x</script>",
+    "a `b` **c** [d](e)",
+    'x"); import os; os.remove("y',
+    "one\n```\n# two",
+    "$(rm -rf)",
+]
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_names_are_text_on_a_card(name):
+    record = ConversionRecord("balanced", {"budget": 25}, "a/b", "c/d; rm -rf x\n```", dtype="float16")
+    facts = dataclasses.replace(full_size(), name=name, repo=None, record=record)
+    card = render_card(facts)
+    assert "<script>" not in card.replace("\\<script\\>", "") and "import os" not in "".join(blocks(card))
+    [title] = re.findall(r"^# (.*)$", card.split("## How")[0], flags=re.MULTILINE)
+    assert re.sub(r"\\(?=[^A-Za-z0-9 ])", "", title) == " ".join(name.split())
+    for block in blocks(card):
+        compile(block, "card", "exec")
+    [command] = blocks(card, "bash")
+    words = shlex.split(command)
+    assert words[:3] == ["reccomp-hf", "convert", "a/b"] and re.fullmatch(r"[A-Za-z0-9._-]+", words[4])
+    assert card.count("```") % 2 == 0

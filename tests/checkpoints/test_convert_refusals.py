@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from safetensors.torch import load_file
 import reccomp_hf
 from reccomp_hf.checkpoints.conversion import shards
 from reccomp_hf.checkpoints.conversion_record import ConversionRecord
+from reccomp_hf.checkpoints.work_folder import work_folder
 from reccomp_hf.cli import main as cli
 
 
@@ -270,9 +273,34 @@ def test_what_a_killed_conversion_left_is_not_used(tmp_path, caplog):
     (left / "new" / "out").mkdir(parents=True)
     (left / "new" / "out" / "model.safetensors").write_text("half")
     folder = reccomp_hf.convert(*sharded(LLAVA), tmp_path / "out")
-    assert f"{left} belongs to another conversion, killed or still running. It is not used" in caplog.text
-    assert not (folder / "model.safetensors").exists() and left.is_dir()
-    assert_nothing_new(tmp_path, "out", left.name)
+    assert f"{left} was left by a run that was killed; it is removed" in caplog.text
+    assert not (folder / "model.safetensors").exists()
+    assert_nothing_new(tmp_path, "out")
+
+
+def test_the_folder_of_a_running_conversion_stays(tmp_path, caplog):
+    with work_folder(tmp_path / "out") as running:
+        with work_folder(tmp_path / "out") as work:
+            assert running.is_dir() and work != running
+        assert f"{running} belongs to another run, which may still be at work" in caplog.text and running.is_dir()
+    assert_nothing_new(tmp_path)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path, caplog):
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from reccomp_hf.checkpoints.work_folder import work_folder\n"
+        "with work_folder(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False)
+    [left] = tmp_path.iterdir()
+    (left / "weights").write_text("half")
+    (tmp_path / ".out-mine").mkdir()
+    (tmp_path / ".out-link.unfinished").symlink_to(tmp_path / ".out-mine")
+    with work_folder(tmp_path / "out"):
+        assert not left.exists()
+    assert f"{left} was left by a run that was killed" in caplog.text
+    assert_nothing_new(tmp_path, ".out-mine", ".out-link.unfinished")
 
 
 def test_an_output_that_a_rename_cannot_replace(tmp_path, monkeypatch):

@@ -1,11 +1,19 @@
 """The weight files of a folder are those that transformers would load."""
 
 import json
+import re
+import shutil
 
 import pytest
+from architectures import LLAVA
+from conversions import converted, weights_of
+from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from reccomp_hf.checkpoints.completeness import check_checkpoint
+from reccomp_hf.checkpoints.loading import load
 from reccomp_hf.checkpoints.weight_files import WeightFiles, shard_names
+from reccomp_hf.cli import main as cli
 
 SHARDS = shard_names(2)
 
@@ -52,7 +60,17 @@ def test_a_folder_without_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "index.json is not valid JSON"), ("[]", "must hold a JSON object, got list")]
+    ("text", "message"),
+    [
+        ("", "index.json is not valid JSON"),
+        ("{", "index.json is not valid JSON"),
+        ("[]", "must hold a JSON object, got list"),
+        ("{}", "index.json names no weights: its weight_map is None"),
+        ('{"weight_map": {}}', "index.json names no weights"),
+        ('{"weight_map": ["a"]}', "index.json names no weights"),
+        ('{"weight_map": {"a": "../a.safetensors"}}', r"names '\.\./a\.safetensors', which is not a file"),
+        ('{"weight_map": {"a": ".a.safetensors"}}', "names '.a.safetensors', which is not a file"),
+    ],
 )
 def test_a_damaged_index(text, message, tmp_path):
     (tmp_path / SAFE_WEIGHTS_INDEX_NAME).write_text(text)
@@ -63,3 +81,46 @@ def test_a_damaged_index(text, message, tmp_path):
 def test_names_of_shards():
     assert shard_names(1) == ["model.safetensors"]
     assert shard_names(3)[2] == "model-00003-of-00003.safetensors"
+
+
+DAMAGES = {
+    "empty": (lambda path: path.write_bytes(b""), "cannot be read"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "cannot be read"),
+    "garbage": (
+        lambda path: path.write_text("<html>not found</html>"),
+        "cannot be read",
+    ),
+    "no tensors": (lambda path: save_file({}, path), "holds no weights"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "recovery_tokenizer/tokenizer.json"])
+def test_a_damaged_file_is_named(name, damage, tmp_path, capsys):
+    change, message = DAMAGES[damage]
+    if name.endswith(".json") and damage == "no tensors":
+        change, message = lambda path: path.write_text('{"model": "oops"}'), "is not a tokenizer"
+    elif name.endswith(".json"):
+        message = "is not valid JSON"
+    folder = shutil.copytree(converted(LLAVA), tmp_path / "model")
+    weights = {key: value.clone() for key, value in weights_of(folder).items()}
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    change(folder / name)
+    assert cli.main(["info", str(folder)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert str(folder / name) in error and re.search(message, error)
+    with pytest.raises(ValueError, match=message):
+        load(str(folder), {})
+    with pytest.raises(ValueError, match=message):
+        check_checkpoint(folder)
+
+
+def test_info_reports_a_missing_shard(tmp_path, capsys):
+    folder = shutil.copytree(converted(LLAVA), tmp_path / "model")
+    missing = sorted(folder.glob("*.safetensors"))[1]
+    missing.unlink()
+    assert cli.main(["info", str(folder)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and f"{folder} lacks 1 of its weight files, {missing.name} among them" in err

@@ -150,6 +150,7 @@ def data(tmp_path):
 
 def test_the_command_writes_a_file_for_each_row(run, converted, data, tmp_path):
     settings = ["--budget", "0.2", "--set", "position_ids=original", "--batch-size", "2"]
+    (tmp_path / "deep" / ".embeds-abc.unfinished").mkdir(parents=True)  # of a killed run, which is removed
     code, out, err = run("embed", converted, data, tmp_path / "deep" / "embeds", *settings)
     assert (code, err) == (0, "")
     assert "3 files of (tokens, 32) in float32, 20.0 of 100.0 tokens on average, and index.jsonl" in out

@@ -24,6 +24,7 @@ UNBROKEN = "\xa0"
 """Joins the words of an option when a command is wrapped."""
 IMAGE_SIZES = ((336, 336), (640, 480), (480, 640), (1920, 1080))
 """Widths and heights in the token table of a LLaVA-NeXT."""
+_FENCE_BREAKERS = re.compile(r"[`\x00-\x1f]")
 JSON_WORDS = {"None": "null", "True": "true", "False": "false"}
 PAPER_BASE = "llava-hf/llava-1.5-7b-hf"
 PAPER_RESULTS = """\
@@ -90,8 +91,8 @@ def pieces(facts: CardFacts) -> dict[str, Any]:
     cost = compare_costs(facts.config, None if measured is None else [measured])
     return {
         "other_budget": (vision.image_size // vision.patch_size) ** 2 // 4,
-        "name": facts.name,
-        "repo": facts.repo or f"{NO_OWNER}/{facts.name}",
+        "name": _escaped(facts.name),
+        "repo": facts.repo or f"{NO_OWNER}/{_hub_name(facts.name)}",
         "intro": _wrap(_intro(facts)),
         "origin": _wrap(facts.origin or _origin(facts)),
         "fields": field_rows(facts.section, facts.tiled),
@@ -123,7 +124,7 @@ def field_rows(section: TokenRecoveryConfig, tiled: bool = True) -> list[dict[st
         if field.name in unread:
             continue
         value = getattr(section, field.name)
-        text = f"`{json.dumps(value)}`"
+        text = "`" + json.dumps(value).replace("`", "'").replace("|", "\\|") + "`"
         if field.name == "text_encoder_config" and value is not None:
             text = f"CLIP's, {value.get('max_position_embeddings', 77)} tokens at a time"
         meaning = re.sub("`(None|True|False)`", lambda word: f"`{JSON_WORDS[word[1]]}`", described[field.name])
@@ -346,7 +347,8 @@ def _made(facts: CardFacts) -> str:
         )
     if facts.record is None:
         return "Not recorded. `reccomp-hf convert` makes checkpoints of this kind out of a stock LLaVA and its CLIP."
-    words = [word.replace(" ", UNBROKEN) for word in facts.record.command(facts.name, facts.base_model)]
+    parts = facts.record.command(_hub_name(facts.name), facts.base_model)
+    words = [_FENCE_BREAKERS.sub("?", part).replace(" ", UNBROKEN) for part in parts]
     lines = textwrap.wrap(" ".join(words), 100, break_long_words=False, break_on_hyphens=False)
     command = " \\\n    ".join(lines).replace(UNBROKEN, " ")
     block = f"```bash\n{command}\n```"
@@ -364,6 +366,16 @@ def _licence(facts: CardFacts) -> str:
     known = next((entry for entry in FULL_SIZE.values() if entry.base_model in facts.base_model), None)
     source = f", the licence of {known.base_model}" if known is not None and known.license == facts.license else ""
     return f"The weights: `{facts.license}`{source}. The code of `reccomp_hf`: Apache-2.0."
+
+
+def _escaped(name: str) -> str:
+    """A name as plain text on one line of Markdown."""
+    return re.sub(r"([\\`*\[\]<>&#|!~$])", r"\\\1", " ".join(name.split()))
+
+
+def _hub_name(name: str) -> str:
+    """A name with the characters alone that the Hub allows, which need no quotes in code either."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
 
 
 def _wrap(text: str, indent: str = "") -> str:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig
 
 from ...demo import EVALUATION_SEEDS, draw_scene, questions
 from ..image_encoder import load_image_encoder
+from ..processors import load_processor
 from ..quiet import quiet
 from ..weight_files import WeightFiles
 
@@ -38,7 +39,7 @@ def measure_tokens(folder: Path, scenes: int = SCENES) -> dict[str, float] | Non
     if not has_files or not config.token_recovery.enabled:
         return None
     with quiet():
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        processor = load_processor(folder)
     model = load_image_encoder(folder, dtype=torch.float32)
     counts: list[dict[str, int]] = []
     for index, seed in enumerate(EVALUATION_SEEDS[:scenes]):

@@ -14,12 +14,12 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from transformers import AutoConfig
 
 from ...core.configuration import TokenRecoveryConfig
 from ...core.counting import fixed_tokens
 from ...measure.published import FULL_SIZE
 from ..conversion_record import ConversionRecord
+from ..processors import load_config
 from .content import NO_OWNER, CardFacts, pieces
 from .probe import measure_tokens
 
@@ -159,7 +159,7 @@ def folder_facts(
     """The facts of a checkpoint folder's card, see [`render_card`]."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a checkpoint: it has no config.json.")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = load_config(folder)
     if not isinstance(getattr(config, "token_recovery", None), TokenRecoveryConfig):
         raise ValueError(f"{folder} is not a compressed LLaVA: its model_type is {config.model_type!r}.")
     bases = tuple([base_model] if isinstance(base_model, str) else base_model or ())

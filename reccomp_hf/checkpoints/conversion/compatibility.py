@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...core import compat
 from .shards import TEXT_SIDE, Headers, place_of, read_tensor
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,13 @@ def check_keys(headers: Headers, model_class: Any, config: Any, name: str) -> No
         ValueError: Weights are missing, have another shape, or do not belong to the model.
     """
     with torch.device("meta"):
-        wanted = {place_of(key): tuple(value.shape) for key, value in model_class(config).state_dict().items()}
+        model = model_class(config)
+        layouts = [
+            {place_of(key): tuple(value.shape) for key, value in states.items()}
+            for states in (compat.state_on_disk(model), model.state_dict())
+        ]
+    # Weights that transformers merges or renames while it loads have other keys on disk than in memory.
+    wanted = max(layouts, key=lambda layout: len(layout.keys() & headers.keys()) / len(layout))
     tied = {"lm_head.weight"} if any(_ties(part) for part in (config, config.get_text_config())) else set()
     missing = sorted(wanted.keys() - headers.keys() - tied)
     if missing:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import constants
-from transformers import AutoConfig, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 from transformers.utils.logging import is_progress_bar_enabled
 
 from ...core.checks import check_supported
@@ -18,6 +18,7 @@ from ...core.modeling_llava import LlavaRecCompForConditionalGeneration
 from ...core.modeling_llava_next import LlavaNextRecCompForConditionalGeneration
 from ...core.processing import LlavaNextRecCompProcessor, LlavaRecCompProcessor
 from .. import hub
+from ..processors import load_config
 from ..weight_files import WeightFiles
 from . import shards
 from .compatibility import check_clip, check_keys, check_text_side, guess_clip, text_encoder_config
@@ -161,7 +162,7 @@ def read_source(name: str | os.PathLike[str], argument: str) -> Source:
     name = os.fspath(name)
     local = Path(name).expanduser().is_dir()
     folder = hub.resolve(name, weights=False, progress=is_progress_bar_enabled())
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = load_config(folder)
     check_model_type(config, argument)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{name} is quantised: convert the plain model, and quantise the result.")

@@ -13,14 +13,14 @@ from typing import TypeAlias
 import torch
 from huggingface_hub import get_safetensors_metadata
 from huggingface_hub.errors import NotASafetensorsRepoError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..hub import split_revision
 from ..json_files import write_json
-from ..weight_files import WeightFiles
+from ..weight_files import WeightFiles, open_shard
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """Dtypes that weights may be cast to."""
@@ -129,20 +129,6 @@ def read_hub_headers(source: str) -> Headers | None:
         for key, info in file.tensors.items()
         if is_weight(key)
     }
-
-
-def open_shard(path: Path) -> safe_open:
-    """Open a safetensors file.
-
-    Raises:
-        ValueError: The file is not safetensors, or is truncated.
-    """
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}): it may be truncated; download or copy it again."
-        ) from error
 
 
 def read_tensor(folder: Path, header: TensorHeader) -> Tensor:
