@@ -142,7 +142,7 @@ def test_inputs_that_do_not_fit_a_cache_are_refused(architecture):
     refused(f"hold image placeholders, but {CACHE} is not empty.*{how}", **prompt)
     original = {"position_ids": "original"}
     refused(
-        r"'original' the cache does not tell.*pass position_ids \(rows, 6\)",
+        r"'original' the cache does not say.*pass position_ids \(rows, 6\)",
         input_ids=ids,
         attention_mask=mask,
         token_recovery=original,
