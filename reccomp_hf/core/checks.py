@@ -107,6 +107,26 @@ def check_encoder_outputs(inputs: Mapping[str, Any]) -> None:
         )
 
 
+def check_logits_to_keep(logits_to_keep: Any) -> int:
+    """The number of last logits that a call with images asks for, 0 for all; refuses indices."""
+    if logits_to_keep is None or (isinstance(logits_to_keep, int) and logits_to_keep >= 0):
+        return logits_to_keep or 0
+    raise ValueError(
+        f"logits_to_keep must be a number of last tokens with images, got {logits_to_keep!r}: indices would name "
+        "places of the shortened sequence. Pass the number, or index the logits of compress_inputs' result."
+    )
+
+
+def check_no_cut_logits(dropped: int) -> None:
+    """Refuse a `logits_to_keep` that reaches placeholders that were cut: the logits would be those of other places."""
+    if dropped:
+        raise ValueError(
+            f"logits_to_keep reaches {dropped} image placeholders that were cut, so the logits would not be those of "
+            "the last tokens as they were passed: pass a number that ends behind the images, or 0 for all logits of "
+            "the shortened sequence."
+        )
+
+
 def cache_length(cache: Any) -> int:
     """Number of tokens in a cache; `None` counts as empty."""
     return 0 if cache is None else int(cache.get_seq_length())
@@ -198,6 +218,8 @@ __all__ = [
     "check_continuation",
     "check_encoder_outputs",
     "check_feature_layer",
+    "check_logits_to_keep",
+    "check_no_cut_logits",
     "check_question",
     "check_supported",
     "is_continuation",

@@ -59,7 +59,7 @@ class RecCompGenerationMixin(RecCompMixin):
             token_recovery: Fields of the config section to override for this call.
             past_key_values: The older name of `cache`; every version accepts both, and 5.24 warns of this one.
             labels: (R, L) int64 for the uncut sequence; cut along with it.
-            logits_to_keep: As in the stock method.
+            logits_to_keep: Number of last logits, 0 for all; indices only without images.
             mm_encoder_outputs: As in the stock method of transformers 5, for the uncompressed model only.
             **kwargs: Everything else that the stock method takes.
 

@@ -15,6 +15,8 @@ from .checks import (
     check_call,
     check_encoder_outputs,
     check_feature_layer,
+    check_logits_to_keep,
+    check_no_cut_logits,
     check_question,
     check_supported,
     no_question_hint,
@@ -33,6 +35,7 @@ from .splicing import (
     cut,
     map_placeholders,
     original_positions,
+    pad_token_id,
     padding_id,
     plan_splice,
 )
@@ -227,7 +230,8 @@ class RecCompMixin(RecoveryModulesMixin):
         image_sizes = inputs.pop("image_sizes", None)
         chosen = self._choose_tokens(input_ids, pixel_values, image_sizes, question, section, layer)
         choice, placeholders = chosen.choice, chosen.placeholders
-        splice = plan_splice(placeholders, attention_mask, choice.lengths.to(input_ids.device))
+        kept_logits = check_logits_to_keep(inputs.get("logits_to_keep"))
+        splice = plan_splice(placeholders, attention_mask, choice.lengths.to(input_ids.device), kept_logits)
         longest_before, longest_after = self._sync_and_validate(chosen, splice)
         # Padding that every row has stays, so that cutting nothing changes nothing.
         source = splice.source(input_ids.shape[1] - longest_before + longest_after)
@@ -237,7 +241,7 @@ class RecCompMixin(RecoveryModulesMixin):
             newline = parameter(self._llava, "image_newline") if choice.layout.has_newlines else None
             features, places = choice.projected_tokens(record, self._llava.multi_modal_projector, newline)
         with record_function("reccomp::splice"):
-            new_ids = cut(input_ids, source, padding_id(input_ids, splice, _pad_token_id(self.config)))
+            new_ids = cut(input_ids, source, padding_id(input_ids, splice, pad_token_id(self.config)))
             embeds = self.get_input_embeddings()(new_ids)
             features = features.to(embeds.device, embeds.dtype)
             is_image = cut(placeholders.is_placeholder, source, False).unsqueeze(-1).to(embeds.device)
@@ -337,13 +341,14 @@ class RecCompMixin(RecoveryModulesMixin):
         """The one read from the device: sets the choice's sizes, and checks placeholders and questions.
 
         Returns:
-            Tokens of the longest row before and after the cut of a splice, padding excluded; 0 without one.
+            The first two sizes of a splice; 0 without one.
 
         Raises:
-            ValueError: Placeholders that do not fit the images, or a row with an image and without a question.
+            ValueError: Placeholders that do not fit the images, a row with an image and without a question, or logits
+                of places that are cut.
         """
         choice, per_row = chosen.choice, chosen.placeholders.per_row
-        row_sizes = per_row.new_zeros(2) if splice is None else splice.sizes
+        row_sizes = per_row.new_zeros(3) if splice is None else splice.sizes
         wanted = [per_row, chosen.missing_question.long(), row_sizes, *choice.unread]
         values = torch.cat([value.to(per_row.device) for value in wanted]).tolist()
         rows = len(per_row)
@@ -355,7 +360,8 @@ class RecCompMixin(RecoveryModulesMixin):
                 f"question into the user turn or pass recovery_text= to the processor; "
                 f"{no_question_hint(choice.section)}"
             )
-        choice.read(numbers[2:])
+        check_no_cut_logits(numbers[2])
+        choice.read(numbers[3:])
         return numbers[0], numbers[1]
 
     def _layout(self, pixel_values: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, ImageLayout]:
@@ -385,13 +391,6 @@ class RecCompMixin(RecoveryModulesMixin):
 
     def _reads_question(self, section: TokenRecoveryConfig) -> bool:
         return self.token_recovery is not None and get_method(section.method).reads_question(section)
-
-
-def _pad_token_id(config: Any) -> int:
-    for holder in (config, config.get_text_config()):
-        if getattr(holder, "pad_token_id", None) is not None:
-            return holder.pad_token_id
-    return 0
 
 
 __all__ = ["RecCompMixin"]
