@@ -16,9 +16,13 @@ from .methods.registry import get_method
 def check_supported(config: Any, section: TokenRecoveryConfig) -> None:
     """Refuse a model that token recovery does not support, and a section that does not fit it.
 
+    With `enabled: false` nothing is refused: the stock model runs.
+
     Raises:
         ValueError: The vision tower, the feature layer, or the section.
     """
+    if not section.enabled:
+        return
     vision = config.vision_config
     if vision.model_type != "clip_vision_model":
         raise ValueError(
@@ -84,6 +88,7 @@ def check_call(config: Any, section: TokenRecoveryConfig, inputs: Mapping[str, A
             f"{tuple(attention_mask.shape)}."
         )
     check_encoder_outputs(inputs)
+    check_labels(inputs)
     if past := cache_length(cache_of(inputs)):
         raise ValueError(
             f"Images with a non-empty {CACHE}: it holds the shortened prompt, so full-length "
@@ -95,6 +100,24 @@ def check_call(config: Any, section: TokenRecoveryConfig, inputs: Mapping[str, A
         raise ValueError(
             f"position_ids 'original' leaves gaps, which {attention} treats as packed sequences: load the model "
             "with attn_implementation='sdpa' or set position_ids to 'compact'."
+        )
+
+
+def check_labels(inputs: Mapping[str, Any]) -> None:
+    """Refuse labels that do not fit the prompts, and a training step whose labels do not reach the model."""
+    for name in ("labels", "shift_labels"):
+        labels = inputs.get(name)
+        if labels is not None and labels.shape != inputs["input_ids"].shape:
+            raise ValueError(
+                f"{name} must have the shape of input_ids {tuple(inputs['input_ids'].shape)} with images, got "
+                f"{tuple(labels.shape)}: they are cut along with the prompts."
+            )
+    if inputs.get("num_items_in_batch") is not None and inputs.get("labels") is None:
+        raise ValueError(
+            "num_items_in_batch without labels: with label_smoothing_factor or compute_loss_func the Trainer keeps "
+            "the labels, which do not fit the logits of the shortened sequence. Leave both out, so that the model "
+            "computes the loss; or override Trainer.compute_loss and take the cut labels from "
+            "model.compress_inputs(**inputs)."
         )
 
 
@@ -218,6 +241,7 @@ __all__ = [
     "check_continuation",
     "check_encoder_outputs",
     "check_feature_layer",
+    "check_labels",
     "check_logits_to_keep",
     "check_no_cut_logits",
     "check_question",

@@ -42,6 +42,8 @@ class RecCompGenerationMixin(RecCompMixin):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: Any = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
         **kwargs: Any,
     ) -> Any:
         """As the stock method; with images, loss and logits are those of the shortened sequence.
@@ -61,6 +63,8 @@ class RecCompGenerationMixin(RecCompMixin):
             labels: (R, L) int64 for the uncut sequence; cut along with it.
             logits_to_keep: Number of last logits, 0 for all; indices only without images.
             mm_encoder_outputs: As in the stock method of transformers 5, for the uncompressed model only.
+            vision_feature_layer: As in the stock method; one layer below the last if images are compressed.
+            vision_feature_select_strategy: As in the stock method; `"default"` if images are compressed.
             **kwargs: Everything else that the stock method takes.
 
         Returns:
@@ -73,6 +77,8 @@ class RecCompGenerationMixin(RecCompMixin):
         inputs |= {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
         inputs |= {"cache": cache, "past_key_values": past_key_values, "labels": labels}
         inputs |= {"logits_to_keep": logits_to_keep, "mm_encoder_outputs": mm_encoder_outputs, **kwargs}
+        inputs |= {"vision_feature_layer": vision_feature_layer}
+        inputs |= {"vision_feature_select_strategy": vision_feature_select_strategy}
         return self._compressed_forward(inputs, (recovery_input_ids, recovery_attention_mask), token_recovery)
 
     @torch.no_grad()

@@ -33,6 +33,7 @@ from .splicing import (
     check_placeholders,
     compact_positions,
     cut,
+    cut_shifted,
     map_placeholders,
     original_positions,
     pad_token_id,
@@ -253,6 +254,8 @@ class RecCompMixin(RecoveryModulesMixin):
             }
             if labels is not None:
                 shortened["labels"] = cut(labels, source, -100)
+            if inputs.get("shift_labels") is not None:
+                shortened["shift_labels"] = cut_shifted(inputs["shift_labels"], splice, source)
             if section.position_ids == "original":
                 shortened["position_ids"] = original_positions(
                     position_ids, placeholders, places.to(source.device), source
@@ -382,10 +385,9 @@ class RecCompMixin(RecoveryModulesMixin):
     def _section(self, overrides: Mapping[str, Any] | None) -> TokenRecoveryConfig:
         """The config's section with a call's overrides, checked against the model."""
         section = self.config.token_recovery.replace(overrides)
-        if overrides is not None:
-            if section.text_encoder_config != self.config.token_recovery.text_encoder_config:
-                raise ValueError("token_recovery.text_encoder_config belongs to the weights; a call cannot change it.")
-            check_supported(self.config, section)
+        if section.text_encoder_config != self.config.token_recovery.text_encoder_config:
+            raise ValueError("token_recovery.text_encoder_config belongs to the weights; a call cannot change it.")
+        check_supported(self.config, section)
         section.validate()
         return section
 

@@ -166,6 +166,20 @@ def cut(values: Tensor, source: Tensor, fill: int | Tensor) -> Tensor:
     return torch.where(source < 0, fill, values.gather(1, source.clamp(min=0)))
 
 
+def cut_shifted(values: Tensor, splice: Splice, source: Tensor) -> Tensor:
+    """Take labels (R, L) of the token behind each slot to the new slots (R, W), -100 without one.
+
+    Behind the last kept token of an image stands what stood behind its dropped ones. Padding before a row's first
+    token keeps that token's label.
+    """
+    inside = splice.keeps | splice.drops
+    slots = torch.arange(inside.shape[1], device=source.device)
+    last = torch.where(inside, slots, 0).amax(-1, keepdim=True)
+    following = torch.nn.functional.pad(source[:, 1:], (0, 1), value=-1)
+    before = torch.where(following < 0, torch.where(source < 0, -1, last), following - 1)
+    return cut(values, before, -100)
+
+
 def compact_positions(position_ids: Tensor, splice: Splice, source: Tensor) -> Tensor:
     """Given positions without gaps where placeholders were dropped. (R, L) -> (R, W)."""
     return cut(position_ids - splice.drops.cumsum(-1), source, 0)
@@ -201,6 +215,7 @@ __all__ = [
     "compact_positions",
     "counted_positions",
     "cut",
+    "cut_shifted",
     "map_placeholders",
     "original_positions",
     "pad_token_id",
