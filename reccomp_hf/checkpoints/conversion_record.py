@@ -46,9 +46,10 @@ class ConversionRecord:
     def read(cls, folder: Path) -> ConversionRecord | None:
         """The record of a checkpoint folder; `None` without one, and for a file of that name with other contents."""
         try:
-            return cls(**read_json(folder / FILE))
+            record = cls(**read_json(folder / FILE))
         except (FileNotFoundError, TypeError, ValueError):
             return None
+        return record if isinstance(record.fields, dict) else None
 
     def write(self, folder: Path) -> None:
         """Write the record into a checkpoint folder."""

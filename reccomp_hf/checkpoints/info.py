@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from ..core.checks import is_tiled
 from ..core.configuration import TokenRecoveryConfig
-from ..core.counting import fixed_tokens, patches_per_side
+from ..core.counting import blank_selection, patches_per_side
 from ..core.methods.registry import get_method
 from ..demo import CHECKPOINTS, checkpoint_folder
 from .hub import resolve
@@ -104,7 +104,7 @@ def _tokens_per_image(config: Any, section: TokenRecoveryConfig) -> dict[str, An
     newlines = " per image, and a newline for each of its rows that keeps a token" if tiled else ""
     if not section.enabled:
         return {"before": before, "after": before, "note": f"{stock} remain: enabled is false, the stock model"}
-    after = section.budget if tiled else fixed_tokens(config, section)
+    after = section.budget if tiled else _fixed_count(config, section)
     if isinstance(after, float):
         return {"before": before, "after": None, "note": f"{stock} become {after:.0%} of them{newlines}"}
     if after is not None:
@@ -114,6 +114,16 @@ def _tokens_per_image(config: Any, section: TokenRecoveryConfig) -> dict[str, An
     deciding = "the image and the question" if reads_question else "the image"
     note = f"{stock} become a number that depends on {deciding}; model.recover(**inputs) counts them"
     return {"before": before, "after": None, "note": note}
+
+
+def _fixed_count(config: Any, section: TokenRecoveryConfig) -> int | None:
+    """The exact number of tokens of every LLaVA-1.5 image, as the method gives it; `pooling` rounds to whole cells.
+
+    Raises:
+        ValueError: A budget above the number of patches.
+    """
+    sizes = blank_selection(section, 1, patches_per_side(config)).known_sizes
+    return None if sizes is None else sizes.longest
 
 
 __all__ = ["describe", "folder_of"]

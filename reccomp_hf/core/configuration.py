@@ -248,6 +248,11 @@ class _RecCompConfigMixin:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         write_sources(os.fspath(save_directory))
 
+    def _upload_modified_files(self, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+        """As the stock method; `save_pretrained` with `push_to_hub` comes here before the code is written."""
+        write_sources(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
+
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
         """Do nothing: `save_pretrained` writes the code and its `auto_map` itself."""

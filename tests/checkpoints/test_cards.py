@@ -224,7 +224,9 @@ def test_sources_that_the_record_does_not_name_are_the_base_models(folder):
     assert "Not recorded." in render_card(folder, base_model=BASES)
 
 
-@pytest.mark.parametrize("text", ["[]", "{", "{}", '{"preset": "paper", "author": "me"}'])
+@pytest.mark.parametrize(
+    "text", ["[]", "{", "{}", '{"preset": "paper", "fields": "x"}', '{"preset": "paper", "author": "me"}']
+)
 def test_a_file_of_that_name_with_other_contents_is_not_a_record(text, tmp_path):
     assert ConversionRecord.read(tmp_path) is None
     (tmp_path / "conversion.json").write_text(text)

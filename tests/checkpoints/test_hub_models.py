@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 import reccomp_hf
 from reccomp_hf.checkpoints import hub as checkpoints_hub
 from reccomp_hf.checkpoints import loading
+from reccomp_hf.core.remote_code import flat_sources
 
 # huggingface_hub 2.x uploads by `data=` where there is no Xet storage, which its own HTTP library deprecates.
 pytestmark = [
@@ -125,6 +126,11 @@ def test_push_to_hub_of_model_and_processor(hub, tmp_path, architecture):
     assert {value.partition(".")[0] + ".py" for value in config["auto_map"].values()} <= files.keys()
     folder = save_checkpoint(tmp_path / "model", architecture)
     assert torch.equal(logits_of("me/model"), logits_of(folder))
+
+
+def test_a_config_that_is_saved_and_pushed_brings_its_code(hub, tmp_path):
+    LLAVA.compressed().config.save_pretrained(str(tmp_path / "config"), push_to_hub=True, repo_id="me/config")
+    assert flat_sources().keys() < {*HfApi().list_repo_files("me/config")}
 
 
 def test_push_to_hub_again_keeps_the_card(hub):

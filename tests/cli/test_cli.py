@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import tiny
+import torch
 from architectures import each_architecture
 from transformers import AutoModelForImageTextToText, CLIPConfig
 from transformers.utils import logging
@@ -125,6 +126,23 @@ def test_visual_only_needs_no_clip(run, error, sources, tmp_path):
     assert "none is needed" in run("info", tmp_path / "a")[1]
     assert run("convert", *sources, tmp_path / "b", "--visual-only")[0] == 0
     assert json.loads(run("info", tmp_path / "b", "--json")[1])["parameters"] == facts["parameters"]
+
+
+def test_info_counts_as_the_method_does(run, error, converted, tmp_path):
+    shutil.copy(converted / "config.json", tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    model = AutoModelForImageTextToText.from_pretrained(converted)
+    inputs = {
+        "input_ids": torch.full((1, 100), model.config.image_token_id),
+        "pixel_values": torch.zeros(1, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE),
+    }
+    for budget in (0.07, 0.26):  # 7 and 26 of 100 patches, which are no cells of a grid
+        fields = {"method": "pooling", "budget": budget}
+        (tmp_path / "config.json").write_text(json.dumps({**saved, "token_recovery": fields}))
+        after = json.loads(run("info", tmp_path, "--json")[1])["tokens_per_image"]["after"]
+        assert [after] == model.recover(**inputs, token_recovery=fields)[0].counts.tolist() != [round(100 * budget)]
+    (tmp_path / "config.json").write_text(json.dumps({**saved, "token_recovery": {"budget": 101}}))
+    assert "token_recovery.budget is 101, but an image has only 100 patches" in error("info", tmp_path)
 
 
 def test_info_tells_when_the_recovery_tokenizer_is_missing(run, converted, tmp_path):
