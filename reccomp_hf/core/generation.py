@@ -293,7 +293,7 @@ class PassedPrompt:
 
     @property
     def removed(self) -> int:
-        """How many ids the passed prompt has more."""
+        """Number of ids that the passed prompt has in addition."""
         return self.ids.shape[1] - self.width
 
     def whole(self, ids: Tensor) -> Tensor:
