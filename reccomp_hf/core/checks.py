@@ -16,9 +16,13 @@ from .methods.registry import get_method
 def check_supported(config: Any, section: TokenRecoveryConfig) -> None:
     """Refuse a model that token recovery does not support, and a section that does not fit it.
 
+    With `enabled: false` nothing is refused: the stock model runs.
+
     Raises:
         ValueError: The vision tower, the feature layer, or the section.
     """
+    if not section.enabled:
+        return
     vision = config.vision_config
     if vision.model_type != "clip_vision_model":
         raise ValueError(
@@ -111,6 +115,7 @@ def check_call(config: Any, section: TokenRecoveryConfig, inputs: Mapping[str, A
             f"{tuple(labels.shape)}; they are cut with the prompt."
         )
     check_encoder_outputs(inputs)
+    check_labels(inputs)
     if past := cache_length(cache_of(inputs)):
         raise ValueError(
             f"Images with a non-empty {CACHE}: it holds the shortened prompt, so full-length "
@@ -125,12 +130,50 @@ def check_call(config: Any, section: TokenRecoveryConfig, inputs: Mapping[str, A
         )
 
 
+def check_labels(inputs: Mapping[str, Any]) -> None:
+    """Refuse labels that do not fit the prompts, and a training step whose labels do not reach the model."""
+    for name in ("labels", "shift_labels"):
+        labels = inputs.get(name)
+        if labels is not None and labels.shape != inputs["input_ids"].shape:
+            raise ValueError(
+                f"{name} must have the shape of input_ids {tuple(inputs['input_ids'].shape)} with images, got "
+                f"{tuple(labels.shape)}: they are cut along with the prompts."
+            )
+    if inputs.get("num_items_in_batch") is not None and inputs.get("labels") is None:
+        raise ValueError(
+            "num_items_in_batch without labels: with label_smoothing_factor or compute_loss_func the Trainer keeps "
+            "the labels, which do not fit the logits of the shortened sequence. Leave both out, so that the model "
+            "computes the loss; or override Trainer.compute_loss and take the cut labels from "
+            "model.compress_inputs(**inputs)."
+        )
+
+
 def check_encoder_outputs(inputs: Mapping[str, Any]) -> None:
     """Refuse images that the stock vision tower and projector have encoded."""
     if inputs.get("mm_encoder_outputs"):
         raise ValueError(
             "mm_encoder_outputs hold encoded images, which token recovery cannot compress: pass pixel_values or the "
             "result of encode_images, or token_recovery={'enabled': False} to read them uncompressed."
+        )
+
+
+def check_logits_to_keep(logits_to_keep: Any) -> int:
+    """The number of last logits that a call with images asks for, 0 for all; refuses indices."""
+    if logits_to_keep is None or (isinstance(logits_to_keep, int) and logits_to_keep >= 0):
+        return logits_to_keep or 0
+    raise ValueError(
+        f"logits_to_keep must be a number of last tokens with images, got {logits_to_keep!r}: indices would name "
+        "places of the shortened sequence. Pass the number, or index the logits of compress_inputs' result."
+    )
+
+
+def check_no_cut_logits(dropped: int) -> None:
+    """Refuse a `logits_to_keep` that reaches placeholders that were cut: the logits would be those of other places."""
+    if dropped:
+        raise ValueError(
+            f"logits_to_keep reaches {dropped} image placeholders that were cut, so the logits would not be those of "
+            "the last tokens as they were passed: pass a number that ends behind the images, or 0 for all logits of "
+            "the shortened sequence."
         )
 
 
@@ -226,6 +269,9 @@ __all__ = [
     "check_encoder_outputs",
     "check_feature_layer",
     "check_finite",
+    "check_labels",
+    "check_logits_to_keep",
+    "check_no_cut_logits",
     "check_question",
     "check_supported",
     "is_continuation",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from .checks import cache_length, check_continuation, check_encoder_outputs, is_continuation
@@ -39,6 +42,8 @@ class RecCompGenerationMixin(RecCompMixin):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: Any = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
         **kwargs: Any,
     ) -> Any:
         """As the stock method; with images, loss and logits are those of the shortened sequence.
@@ -56,8 +61,10 @@ class RecCompGenerationMixin(RecCompMixin):
             token_recovery: Fields of the config section to override for this call.
             past_key_values: The older name of `cache`; every version accepts both, and 5.24 warns of this one.
             labels: (R, L) int64 for the uncut sequence; cut along with it.
-            logits_to_keep: As in the stock method.
+            logits_to_keep: Number of last logits, 0 for all; indices only without images.
             mm_encoder_outputs: As in the stock method of transformers 5, for the uncompressed model only.
+            vision_feature_layer: As in the stock method; one layer below the last if images are compressed.
+            vision_feature_select_strategy: As in the stock method; `"default"` if images are compressed.
             **kwargs: Everything else that the stock method takes.
 
         Returns:
@@ -70,6 +77,8 @@ class RecCompGenerationMixin(RecCompMixin):
         inputs |= {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
         inputs |= {"cache": cache, "past_key_values": past_key_values, "labels": labels}
         inputs |= {"logits_to_keep": logits_to_keep, "mm_encoder_outputs": mm_encoder_outputs, **kwargs}
+        inputs |= {"vision_feature_layer": vision_feature_layer}
+        inputs |= {"vision_feature_select_strategy": vision_feature_select_strategy}
         return self._compressed_forward(inputs, (recovery_input_ids, recovery_attention_mask), token_recovery)
 
     @torch.no_grad()
@@ -85,6 +94,9 @@ class RecCompGenerationMixin(RecCompMixin):
         **kwargs: Any,
     ) -> Any:
         """As the stock method; images are compressed once, before the prefill.
+
+        Callbacks (`stopping_criteria`, `logits_processor`, `prefix_allowed_tokens_fn`, `streamer`) and the processors
+        that transformers builds itself read the prompt as it was passed.
 
         With a non-empty `cache` (or `past_key_values`) of P entries the prompt is the new part alone if
         `attention_mask` is (R, P + L), with 0 for padding in the cache. `position_ids` (R, L) then continue those of
@@ -107,18 +119,22 @@ class RecCompGenerationMixin(RecCompMixin):
             [`TokenRecoveryOutput`] of all images; they are `None` if nothing was compressed.
 
         Raises:
-            ValueError: Inputs that do not fit, or an assistant model.
+            ValueError: Inputs that do not fit, or an option that cannot read a compressed prompt.
         """
         section, kwargs = self._section(token_recovery), stock_cache(kwargs)
         stock = super().generate  # type: ignore[misc]
         prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
         if section.enabled:
-            self._check_generation(kwargs)
+            self._check_generation(generation_config, kwargs)
         if not section.enabled:
             check_pixels(kwargs.get("pixel_values"))
             kwargs["token_recovery"] = {"enabled": False}  # for the prefill's forward
         if kwargs.get("pixel_values") is None or not section.enabled:
             kwargs = self._with_cache(prompt, kwargs, section)
+            if section.enabled and prompt is not None and kwargs.get("inputs_embeds") is not None:
+                kwargs |= _prompt_callbacks(
+                    PassedPrompt(prompt, kwargs.get("attention_mask"), prompt.shape[1]), kwargs
+                )
             output = stock(inputs=prompt, generation_config=generation_config, streamer=streamer, **kwargs)
             if not isinstance(output, Tensor):
                 output.visual_token_counts = output.newline_counts = output.token_recovery = None
@@ -129,17 +145,14 @@ class RecCompGenerationMixin(RecCompMixin):
         question = (recovery_input_ids, recovery_attention_mask)
         compressed = self._compress({"input_ids": prompt, **kwargs}, question, section)
         width = compressed.inputs["input_ids"].shape[1]
-        generation_config, lengths = self._uncut_lengths(
-            generation_config, kwargs, prompt.shape[1], prompt.shape[1] - width
-        )
+        passed = PassedPrompt(prompt, kwargs.get("attention_mask"), width)
+        generation_config, lengths = self._uncut_lengths(generation_config, kwargs, prompt.shape[1], passed.removed)
         streamer = None if streamer is None else PromptStreamer(streamer, prompt)
-        output = stock(generation_config=generation_config, streamer=streamer, **{**compressed.inputs, **lengths})
-        sequences = output if isinstance(output, Tensor) else output.sequences
-        full = prompt.repeat_interleave(sequences.shape[0] // prompt.shape[0], dim=0).to(sequences.device)
-        full = torch.cat([full, sequences[:, width:]], dim=1)
+        options = {**compressed.inputs, **lengths, **_prompt_callbacks(passed, kwargs)}
+        output = stock(generation_config=generation_config, streamer=streamer, **options)
         if isinstance(output, Tensor):
-            return full
-        output.sequences = full
+            return passed.whole(output)
+        output.sequences = passed.whole(output.sequences)
         output.visual_token_counts, output.newline_counts = compressed.token_counts, compressed.newline_counts
         output.token_recovery = compressed.record
         return output
@@ -170,8 +183,55 @@ class RecCompGenerationMixin(RecCompMixin):
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
 
-    def _check_generation(self, kwargs: Mapping[str, Any]) -> None:
+    def _get_logits_processor(
+        self,
+        generation_config: Any,
+        input_ids_seq_length: int | None = None,
+        encoder_input_ids: Tensor | None = None,
+        prefix_allowed_tokens_fn: Any = None,
+        logits_processor: Any = None,
+        device: Any = None,
+        model_kwargs: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The stock processors, all of which read the prompt as it was passed."""
+        options = {"prefix_allowed_tokens_fn": prefix_allowed_tokens_fn, "device": device, **kwargs}
+        build = super()._get_logits_processor  # type: ignore[misc]
+        if not isinstance(logits_processor, _PromptProcessors):
+            options |= {"logits_processor": logits_processor, "model_kwargs": model_kwargs}
+            return build(generation_config, input_ids_seq_length, encoder_input_ids, **options)
+        prompt, given = logits_processor.prompt, LogitsProcessorList(logits_processor)
+        options |= {"logits_processor": given, "model_kwargs": prompt.uncut_mask(model_kwargs)}
+        length = None if input_ids_seq_length is None else input_ids_seq_length + prompt.removed
+        processors = build(prompt.uncut_lengths(generation_config), length, prompt.ids, **options)
+        return _PromptProcessors(prompt, processors)
+
+    def _get_stopping_criteria(
+        self, generation_config: Any, stopping_criteria: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The stock criteria, all of which read the prompt as it was passed."""
+        build = super()._get_stopping_criteria  # type: ignore[misc]
+        if not isinstance(stopping_criteria, _PromptCriteria):
+            return build(generation_config, stopping_criteria, *args, **kwargs)
+        prompt, given = stopping_criteria.prompt, StoppingCriteriaList(stopping_criteria)
+        return _PromptCriteria(prompt, build(prompt.uncut_lengths(generation_config), given, *args, **kwargs))
+
+    def _setting(self, generation_config: Any, kwargs: Mapping[str, Any], name: str, default: Any = None) -> Any:
+        """A generation setting from the call, its generation config or the model's, in this order."""
+        if kwargs.get(name) is not None:
+            return kwargs[name]
+        value = getattr(generation_config, name, None)
+        return getattr(self.generation_config, name, None) if value in (None, default) else value
+
+    def _check_generation(self, generation_config: Any, kwargs: Mapping[str, Any]) -> None:
         check_encoder_outputs(kwargs)
+        if kwargs.get("pixel_values") is not None or kwargs.get("inputs_embeds") is not None:
+            for name in ("prefill_chunk_size", "token_healing"):
+                if value := self._setting(generation_config, kwargs, name):
+                    raise ValueError(
+                        f"{name} is {value!r}, which reads the prompt as ids and would lose its images: a compressed "
+                        "prompt is short, and is passed to the model as embeddings. Leave it out."
+                    )
         if kwargs.get("assistant_model") is not None and kwargs.get("pixel_values") is not None:
             raise ValueError(
                 "Assisted generation with an assistant_model does not work on a compressed prompt: the assistant "
@@ -198,23 +258,16 @@ class RecCompGenerationMixin(RecCompMixin):
         Returns:
             The generation config, and keyword arguments for the lengths that it does not hold.
         """
-
-        def setting(name: str, default: Any) -> Any:
-            if kwargs.get(name) is not None:
-                return kwargs[name]
-            value = getattr(generation_config, name, None)
-            return getattr(self.generation_config, name, None) if value in (None, default) else value
-
-        lengths = {}
+        lengths, setting = {}, functools.partial(self._setting, generation_config, kwargs)
         longest, shortest = setting("max_length", default_max_length()), setting("min_length", 0)
-        if setting("max_new_tokens", None) is None and longest not in (None, default_max_length()):
+        if setting("max_new_tokens") is None and longest not in (None, default_max_length()):
             if longest <= prompt_length:
                 raise ValueError(
                     f"max_length is {longest}, but the prompt has {prompt_length} ids as it was passed, which is what "
                     "max_length counts: write max_new_tokens instead."
                 )
             lengths["max_length"] = longest - cut
-        if setting("min_new_tokens", None) is None and shortest:
+        if setting("min_new_tokens") is None and shortest:
             lengths["min_length"] = max(shortest - cut, 0)
         if generation_config is None or lengths.keys() <= kwargs.keys():
             return generation_config, lengths
@@ -222,6 +275,80 @@ class RecCompGenerationMixin(RecCompMixin):
         for name in lengths.keys() - kwargs.keys():
             setattr(generation_config, name, lengths.pop(name))
         return generation_config, lengths
+
+
+@dataclasses.dataclass
+class PassedPrompt:
+    """The prompt as it was passed to `generate`, which reads a shorter one.
+
+    Args:
+        ids: (R, L) int64.
+        mask: (R, L), 0 for padding; `None` without padding.
+        width: Length of the prompt that the model reads.
+    """
+
+    ids: Tensor
+    mask: Tensor | None
+    width: int
+
+    @property
+    def removed(self) -> int:
+        """Number of ids that the passed prompt has in addition."""
+        return self.ids.shape[1] - self.width
+
+    def whole(self, ids: Tensor) -> Tensor:
+        """The passed prompt and the new ids of sequences (R * copies, width + new), a row's copies in succession."""
+        prompt = self.ids.repeat_interleave(ids.shape[0] // self.ids.shape[0], dim=0).to(ids.device)
+        return torch.cat([prompt, ids[:, self.width :]], dim=1)
+
+    def uncut_lengths(self, generation_config: Any) -> Any:
+        """A copy of a config with the lengths that count the passed prompt."""
+        config = copy.copy(generation_config)
+        for name in ("max_length", "min_length"):
+            if getattr(config, name, None):
+                setattr(config, name, getattr(config, name) + self.removed)
+        return config
+
+    def uncut_mask(self, model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Arguments of a step with the passed prompt's mask; as in the stock method there is none without padding."""
+        masked = self.mask is not None and not bool((self.mask == 1).all())
+        return {**(model_kwargs or {}), "attention_mask": self.mask if masked else None}
+
+
+class _PromptProcessors(LogitsProcessorList):
+    """Logits processors that read the passed prompt in place of the shortened one."""
+
+    def __init__(self, prompt: PassedPrompt, processors: Sequence[Any]) -> None:
+        super().__init__(processors)
+        self.prompt = prompt
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
+        return super().__call__(self.prompt.whole(input_ids) if self else input_ids, scores, **kwargs)
+
+
+class _PromptCriteria(StoppingCriteriaList):
+    """Stopping criteria that read the passed prompt in place of the shortened one."""
+
+    def __init__(self, prompt: PassedPrompt, criteria: Sequence[Any]) -> None:
+        super().__init__(criteria)
+        self.prompt = prompt
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        return super().__call__(self.prompt.whole(input_ids), scores, **kwargs)
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence, counted with the shortened prompt: stock `generate` compares its own ids with it."""
+        longest = super().max_length
+        return None if longest is None else longest - self.prompt.removed
+
+
+def _prompt_callbacks(prompt: PassedPrompt, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The callbacks of a call, marked so that the lists that `generate` builds read the passed prompt."""
+    return {
+        "logits_processor": _PromptProcessors(prompt, kwargs.get("logits_processor") or []),
+        "stopping_criteria": _PromptCriteria(prompt, kwargs.get("stopping_criteria") or []),
+    }
 
 
 class PromptStreamer(BaseStreamer):
@@ -241,4 +368,4 @@ class PromptStreamer(BaseStreamer):
         self.streamer.end()
 
 
-__all__ = ["PromptStreamer", "RecCompGenerationMixin"]
+__all__ = ["PassedPrompt", "PromptStreamer", "RecCompGenerationMixin"]

@@ -16,6 +16,8 @@ from .checks import (
     check_encoder_outputs,
     check_feature_layer,
     check_finite,
+    check_logits_to_keep,
+    check_no_cut_logits,
     check_question,
     check_supported,
     no_question_hint,
@@ -32,8 +34,10 @@ from .splicing import (
     check_placeholders,
     compact_positions,
     cut,
+    cut_shifted,
     map_placeholders,
     original_positions,
+    pad_token_id,
     padding_id,
     plan_splice,
 )
@@ -228,7 +232,8 @@ class RecCompMixin(RecoveryModulesMixin):
         image_sizes = inputs.pop("image_sizes", None)
         chosen = self._choose_tokens(input_ids, pixel_values, image_sizes, question, section, layer)
         choice, placeholders = chosen.choice, chosen.placeholders
-        splice = plan_splice(placeholders, attention_mask, choice.lengths.to(input_ids.device))
+        kept_logits = check_logits_to_keep(inputs.get("logits_to_keep"))
+        splice = plan_splice(placeholders, attention_mask, choice.lengths.to(input_ids.device), kept_logits)
         longest_before, longest_after = self._sync_and_validate(chosen, splice)
         # Padding that every row has stays, so that cutting nothing changes nothing.
         source = splice.source(input_ids.shape[1] - longest_before + longest_after)
@@ -238,7 +243,7 @@ class RecCompMixin(RecoveryModulesMixin):
             newline = parameter(self._llava, "image_newline") if choice.layout.has_newlines else None
             features, places = choice.projected_tokens(record, self._llava.multi_modal_projector, newline)
         with record_function("reccomp::splice"):
-            new_ids = cut(input_ids, source, padding_id(input_ids, splice, _pad_token_id(self.config)))
+            new_ids = cut(input_ids, source, padding_id(input_ids, splice, pad_token_id(self.config)))
             embeds = self.get_input_embeddings()(new_ids)
             features = features.to(embeds.device, embeds.dtype)
             is_image = cut(placeholders.is_placeholder, source, False).unsqueeze(-1).to(embeds.device)
@@ -250,6 +255,8 @@ class RecCompMixin(RecoveryModulesMixin):
             }
             if labels is not None:
                 shortened["labels"] = cut(labels, source, -100)
+            if inputs.get("shift_labels") is not None:
+                shortened["shift_labels"] = cut_shifted(inputs["shift_labels"], splice, source)
             if section.position_ids == "original":
                 shortened["position_ids"] = original_positions(
                     position_ids, placeholders, places.to(source.device), source
@@ -339,13 +346,14 @@ class RecCompMixin(RecoveryModulesMixin):
         """The one read from the device: sets the choice's sizes, and checks features, placeholders and questions.
 
         Returns:
-            Tokens of the longest row before and after the cut of a splice, padding excluded; 0 without one.
+            The first two sizes of a splice; 0 without one.
 
         Raises:
-            ValueError: Features that are not finite, placeholders that do not fit, or an image without a question.
+            ValueError: Features that are not finite, placeholders that do not fit, an image without a question, or
+                logits of places that are cut.
         """
         choice, per_row = chosen.choice, chosen.placeholders.per_row
-        row_sizes = per_row.new_zeros(2) if splice is None else splice.sizes
+        row_sizes = per_row.new_zeros(3) if splice is None else splice.sizes
         wanted = [per_row, chosen.missing_question.long(), row_sizes, *choice.unread, choice.non_finite]
         values = torch.cat([value.to(per_row.device) for value in wanted]).tolist()
         rows, tiles = len(per_row), sum(choice.layout.tiles)
@@ -358,7 +366,8 @@ class RecCompMixin(RecoveryModulesMixin):
                 f"question into the user turn or pass recovery_text= to the processor; "
                 f"{no_question_hint(choice.section)}"
             )
-        choice.read(numbers[2:])
+        check_no_cut_logits(numbers[2])
+        choice.read(numbers[3:])
         return numbers[0], numbers[1]
 
     def _layout(self, pixel_values: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, ImageLayout]:
@@ -379,22 +388,14 @@ class RecCompMixin(RecoveryModulesMixin):
     def _section(self, overrides: Mapping[str, Any] | None) -> TokenRecoveryConfig:
         """The config's section with a call's overrides, checked against the model."""
         section = self.config.token_recovery.replace(overrides)
-        if overrides is not None:
-            if section.text_encoder_config != self.config.token_recovery.text_encoder_config:
-                raise ValueError("token_recovery.text_encoder_config belongs to the weights; a call cannot change it.")
-            check_supported(self.config, section)
+        if section.text_encoder_config != self.config.token_recovery.text_encoder_config:
+            raise ValueError("token_recovery.text_encoder_config belongs to the weights; a call cannot change it.")
+        check_supported(self.config, section)
         section.validate()
         return section
 
     def _reads_question(self, section: TokenRecoveryConfig) -> bool:
         return self.token_recovery is not None and get_method(section.method).reads_question(section)
-
-
-def _pad_token_id(config: Any) -> int:
-    for holder in (config, config.get_text_config()):
-        if getattr(holder, "pad_token_id", None) is not None:
-            return holder.pad_token_id
-    return 0
 
 
 __all__ = ["RecCompMixin"]

@@ -7,6 +7,7 @@ reads the device once.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,8 +90,10 @@ class Splice:
         keeps: (R, L) bool, slots that stay.
         drops: (R, L) bool, placeholders that go.
         new_lengths: (R,) int64, tokens of each row after the cut.
-        sizes: (2,) int64 on the device: longest row before and after the cut.
-        left: () bool, whether rows are padded on the left.
+        sizes: (3,) int64 on the device: longest row before and after the cut, right padding that stays included, and
+            the number of dropped slots among the last `logits_to_keep`.
+        left: () bool, whether rows are filled up on the left.
+        right_padding: (R,) int64, padding that each row keeps on the right where rows are filled up on the left.
     """
 
     keeps: Tensor
@@ -98,25 +101,31 @@ class Splice:
     new_lengths: Tensor
     sizes: Tensor
     left: Tensor
+    right_padding: Tensor
 
     def source(self, width: int) -> Tensor:
         """(R, width) int64: the slot of the uncut sequence that each new slot holds, -1 for padding."""
         rows, length = self.keeps.shape
-        shift = torch.where(self.left, width - self.new_lengths, 0).unsqueeze(-1)
+        shift = torch.where(self.left, width - self.new_lengths - self.right_padding, 0).unsqueeze(-1)
         column = torch.where(self.keeps, self.keeps.cumsum(-1) - 1 + shift, width)
         slots = torch.arange(length, device=column.device).expand(rows, -1)
         return slots.new_full((rows, width + 1), -1).scatter_(1, column, slots)[:, :width]
 
 
-def plan_splice(placeholders: PlaceholderMap, attention_mask: Tensor, counts: Tensor) -> Splice:
+def plan_splice(
+    placeholders: PlaceholderMap, attention_mask: Tensor, counts: Tensor, logits_to_keep: int = 0
+) -> Splice:
     """Keep the first `counts[i]` placeholders of image i and everything that is neither placeholder nor padding.
 
-    Padding stays on its side. A batch without any padding is padded on the left, as generation needs it.
+    Padding stays on its side. If any row is padded on the left, or none is padded, rows are filled up on the left, as
+    generation needs it, and each keeps its right padding: the last columns stay the last columns. A batch that is
+    padded on the right alone is filled up there, and its last columns are those of the shortened sequence.
 
     Args:
         placeholders: From `map_placeholders`.
         attention_mask: (R, L), 0 for padding.
         counts: (I,) int64, tokens of each image after compression.
+        logits_to_keep: Number of last columns that the caller reads, 0 for all.
     """
     attended = attention_mask != 0
     before = attended.cumsum(-1) == 0
@@ -124,20 +133,27 @@ def plan_splice(placeholders: PlaceholderMap, attention_mask: Tensor, counts: Te
     inside = ~(before | after)
     drops = placeholders.is_placeholder & (placeholders.offset >= counts[placeholders.image])
     keeps = inside & ~drops
+    drops = drops & inside
     new_lengths = keeps.sum(-1)
-    return Splice(
-        keeps=keeps,
-        drops=drops & inside,
-        new_lengths=new_lengths,
-        sizes=torch.stack([inside.sum(-1).max(), new_lengths.max()]),
-        left=before.any() | ~after.any(),
-    )
+    left = before.any() | ~after.any()
+    right_padding = torch.where(left, (after & ~before).sum(-1), 0)
+    lengths = [(inside.sum(-1) + right_padding).max(), (new_lengths + right_padding).max()]
+    sizes = torch.stack([*lengths, drops[:, -logits_to_keep:].sum() if logits_to_keep else drops.new_zeros(()).long()])
+    return Splice(keeps, drops, new_lengths, sizes, left, right_padding)
 
 
 def padding_id(input_ids: Tensor, splice: Splice, default: int) -> Tensor:
     """() int64: the id that pads the given prompts, `default` if none is padded."""
     highest = input_ids.masked_fill(splice.keeps | splice.drops, -1).amax()
     return torch.where(highest < 0, default, highest)
+
+
+def pad_token_id(config: Any) -> int:
+    """The id of padding that a model's config names, 0 without one."""
+    for holder in (config, config.get_text_config()):
+        if getattr(holder, "pad_token_id", None) is not None:
+            return holder.pad_token_id
+    return 0
 
 
 def counted_positions(attention_mask: Tensor) -> Tensor:
@@ -148,6 +164,20 @@ def counted_positions(attention_mask: Tensor) -> Tensor:
 def cut(values: Tensor, source: Tensor, fill: int | Tensor) -> Tensor:
     """Take (R, L) values to the new slots (R, W); padding is `fill`."""
     return torch.where(source < 0, fill, values.gather(1, source.clamp(min=0)))
+
+
+def cut_shifted(values: Tensor, splice: Splice, source: Tensor) -> Tensor:
+    """Take labels (R, L) of the token behind each slot to the new slots (R, W), -100 without one.
+
+    Behind the last kept token of an image stands what stood behind its dropped ones. Padding before a row's first
+    token keeps that token's label.
+    """
+    inside = splice.keeps | splice.drops
+    slots = torch.arange(inside.shape[1], device=source.device)
+    last = torch.where(inside, slots, 0).amax(-1, keepdim=True)
+    following = torch.nn.functional.pad(source[:, 1:], (0, 1), value=-1)
+    before = torch.where(following < 0, torch.where(source < 0, -1, last), following - 1)
+    return cut(values, before, -100)
 
 
 def compact_positions(position_ids: Tensor, splice: Splice, source: Tensor) -> Tensor:
@@ -185,8 +215,10 @@ __all__ = [
     "compact_positions",
     "counted_positions",
     "cut",
+    "cut_shifted",
     "map_placeholders",
     "original_positions",
+    "pad_token_id",
     "padding_id",
     "plan_splice",
 ]

@@ -320,3 +320,10 @@ def test_models_of_other_families_are_not_sources(tmp_path):
     text = transformers.LlamaForCausalLM(tiny.llava_config().text_config)
     with pytest.raises(ValueError, match="llava must be of model_type 'llava' or 'llava_next', got 'llama'"):
         reccomp_hf.convert(text, None, tmp_path / "new")
+
+
+def test_a_section_is_not_changed_in_place():
+    section = TokenRecoveryConfig()
+    with pytest.raises(AttributeError, match=r"cannot be changed in place: got bugdet = 36"):
+        section.bugdet = 36
+    assert not hasattr(section, "bugdet")

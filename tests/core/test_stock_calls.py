@@ -1,0 +1,77 @@
+"""Calls that stock LLaVA takes: labels beside the model, feature layers of a call, models that are not compressed."""
+
+import pytest
+import torch
+from architectures import OF_THE_STOCK_CONFIG, ROWS, each_architecture, generate, labels_of
+from test_contract_outputs import stock_inputs
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+OFF = {"enabled": False}
+
+
+@torch.no_grad()
+@each_architecture
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_shifted_labels_give_the_loss_of_labels(architecture, side):
+    model, batch = architecture.compressed(), architecture.encode(side=side)
+    labels = labels_of(model, batch)
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    loss = model(**batch, labels=labels).loss
+    torch.testing.assert_close(model(**batch, labels=labels, shift_labels=shifted).loss, loss, **CLOSE)
+    zeroed = model(**batch, labels=labels.masked_fill(labels > 0, 7), shift_labels=shifted).loss  # not read
+    torch.testing.assert_close(zeroed, loss, **CLOSE)
+
+
+@each_architecture
+def test_labels_that_do_not_fit_or_do_not_arrive_are_refused(architecture):
+    model, batch = architecture.compressed(), architecture.encode(ROWS[:1])
+    labels = labels_of(model, batch)
+    for name in ("labels", "shift_labels"):
+        with pytest.raises(ValueError, match=rf"{name} must have the shape of input_ids .*cut along with the prompts"):
+            model(**batch, **{"labels": labels, name: labels[:, 1:]})
+    with pytest.raises(ValueError, match=r"label_smoothing_factor or compute_loss_func.*compress_inputs"):
+        model(**batch, num_items_in_batch=torch.tensor(5))
+    assert model(**batch, num_items_in_batch=torch.tensor(5), token_recovery=OFF).logits is not None
+    assert model(**batch, labels=labels, num_items_in_batch=torch.tensor(5)).loss > 0
+
+
+@each_architecture
+def test_generate_takes_the_feature_layer_of_a_call(architecture):
+    model, stock, batch = architecture.compressed(), architecture.shared_stock(), architecture.encode()
+    fields = {"vision_feature_layer": -3, "vision_feature_select_strategy": "default"}
+    wanted = {"output_logits": True, "return_dict_in_generate": True}
+    ours = generate(model, batch, token_recovery=OFF, **fields, **wanted)
+    theirs = generate(stock, stock_inputs(batch), **fields, **wanted)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert torch.equal(ours.logits[0], theirs.logits[0])
+    assert not torch.equal(generate(model, batch, token_recovery=OFF, **wanted).logits[0], ours.logits[0])
+    text = {name: batch[name][2:3, -9:] for name in ("input_ids", "attention_mask")}
+    assert torch.equal(generate(model, text, **fields), generate(model, text))
+
+
+@torch.no_grad()
+@each_architecture
+@pytest.mark.parametrize("layer", [-1, [-2, -3]], ids=str)
+def test_a_model_that_is_off_has_the_stock_limits(architecture, layer):
+    config = architecture.stock_class.config_class(
+        **{
+            **{
+                name: value
+                for name, value in architecture.stock().config.to_dict().items()
+                if name not in OF_THE_STOCK_CONFIG
+            },
+            "vision_feature_layer": layer,
+        }
+    )
+    torch.manual_seed(0)
+    stock = architecture.stock_class(config).eval()
+    fields = {name: value for name, value in config.to_dict().items() if name not in OF_THE_STOCK_CONFIG}
+    model = architecture.model_class(architecture.config_class(token_recovery=OFF, **fields)).eval()
+    model.load_state_dict(stock.state_dict())
+    batch = architecture.encode(ROWS[:2])
+    assert torch.equal(model(**batch).logits, stock(**stock_inputs(batch)).logits)
+    with pytest.raises(ValueError, match="vision_feature_layer must be one int below the last"):
+        model(**batch, token_recovery={"enabled": True})
+    model.config.token_recovery = {"enabled": True}
+    with pytest.raises(ValueError, match="vision_feature_layer must be one int below the last"):
+        model(**batch)
