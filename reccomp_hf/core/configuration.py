@@ -103,11 +103,7 @@ class TokenRecoveryConfig(Settings):
         self.validate()
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
-        """Refuse to change the section in place.
-
-        Raises:
-            AttributeError: Always.
-        """
+        """Refuse to change the section in place, with an AttributeError."""
         raise AttributeError(
             f"A token_recovery section cannot be changed in place: got {name} = {value!r}. Assign the fields that "
             f"change to the config instead: config.token_recovery = {{{name!r}: {value!r}}}."

@@ -229,8 +229,8 @@ class RecCompMixin(RecoveryModulesMixin):
         attention_mask, pixel_values = inputs.pop("attention_mask", None), inputs.pop("pixel_values")
         layer = self._feature_layer(inputs)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        image_sizes = inputs.pop("image_sizes", None)
-        chosen = self._choose_tokens(input_ids, pixel_values, image_sizes, question, section, layer)
+        sizes = inputs.pop("image_sizes", None)
+        chosen = self._choose_tokens(input_ids, pixel_values, sizes, question, section, layer)
         choice, placeholders = chosen.choice, chosen.placeholders
         kept_logits = check_logits_to_keep(inputs.get("logits_to_keep"))
         splice = plan_splice(placeholders, attention_mask, choice.lengths.to(input_ids.device), kept_logits)
@@ -349,8 +349,7 @@ class RecCompMixin(RecoveryModulesMixin):
             The first two sizes of a splice; 0 without one.
 
         Raises:
-            ValueError: Features that are not finite, placeholders that do not fit, an image without a question, or
-                logits of places that are cut.
+            ValueError: Features that are not finite; placeholders, questions or places of logits that do not fit.
         """
         choice, per_row = chosen.choice, chosen.placeholders.per_row
         row_sizes = per_row.new_zeros(3) if splice is None else splice.sizes

@@ -1,9 +1,8 @@
-"""The stock LLaVA processors, which also hand the question to CLIP's text encoder.
+"""The stock LLaVA processors, which also pass the question to CLIP's text encoder.
 
-Everything the stock processors give stays as it is. With a recovery tokenizer (the CLIP tokenizer of the model's text
-encoder) two fields are added, `recovery_input_ids` and `recovery_attention_mask`, of shape (rows, windows, length):
-the question alone, without system prompt, earlier turns, answers or answer instructions. With `recovery_turns="all"`
-the earlier questions are in it too, each in windows of its own.
+All fields of the stock processors stay as they are. With a recovery tokenizer (the CLIP tokenizer of the model's text
+encoder) they add `recovery_input_ids` and `recovery_attention_mask` (rows, windows, length): the question alone, or
+with `recovery_turns="all"` all questions, without system prompt, answers or answer instructions.
 """
 
 import functools
