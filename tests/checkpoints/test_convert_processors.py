@@ -6,7 +6,7 @@ import json
 import pytest
 import tiny
 import torch
-from architectures import LLAVA, LLAVA_NEXT
+from architectures import LLAVA, LLAVA_NEXT, each_architecture
 from conversions import copies, leave_cards_unmeasured, sharded
 from transformers import (
     AutoModelForImageTextToText,
@@ -54,7 +54,7 @@ def test_a_processor_of_an_old_file_gets_its_settings_from_the_config(tmp_path, 
     AutoModelForImageTextToText.from_pretrained(folder).generate(**inputs, max_new_tokens=2)
 
 
-@pytest.mark.parametrize("architecture", [LLAVA, LLAVA_NEXT], ids=str)
+@each_architecture
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -72,7 +72,7 @@ def test_a_setting_that_differs_is_the_configs(architecture, name, value, caplog
     assert f"The processor's {name} is {value!r}, which does not fit the config" in caplog.text
 
 
-@pytest.mark.parametrize("architecture", [LLAVA, LLAVA_NEXT], ids=str)
+@each_architecture
 def test_a_processor_that_fits_gives_no_warning(architecture, caplog):
     plan_processor(plan_of(architecture))
     assert caplog.text == ""

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import tiny
-from architectures import LLAVA, LLAVA_NEXT
+from architectures import LLAVA, each_architecture
 from conversions import converted, copies, leave_cards_unmeasured
 from transformers import AutoProcessor, CLIPTextConfig
 
@@ -43,7 +43,7 @@ def test_a_clip_without_tokenizer_files_is_not_converted(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("architecture", [LLAVA, LLAVA_NEXT], ids=str)
+@each_architecture
 @pytest.mark.parametrize("place", [".", "recovery_tokenizer"])
 def test_a_checkpoint_without_a_tokenizers_files_is_not_read(architecture, place, tmp_path, capsys):
     folder = shutil.copytree(converted(architecture), tmp_path / "model")
