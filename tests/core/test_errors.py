@@ -107,6 +107,12 @@ def test_a_call_cannot_change_the_text_encoder(architecture):
 CONFIGS = {
     "layers": ({"vision_feature_layer": [-2, -1]}, r"vision_feature_layer must be one int below .* got \[-2, -1\]"),
     "last layer": ({"vision_feature_layer": -1}, "vision_feature_layer must be one int below the last .* got -1"),
+    "last layer, from the front": ({"vision_feature_layer": 4}, "below the last of the 4 blocks .* got 4"),
+    "a layer too many": ({"vision_feature_layer": 5}, "below the last of the 4 blocks .* got 5"),
+    "a layer too many, from the end": (
+        {"vision_feature_layer": -6},
+        "below the last of the 4 blocks .* got -6",
+    ),
     "class token": ({"vision_feature_select_strategy": "full"}, "select_strategy must be 'default' .* got 'full'"),
 }
 
@@ -124,6 +130,16 @@ def test_unsupported_feature_selections_are_refused(architecture, fields, messag
     ):
         with pytest.raises(ValueError, match=message):
             call(**architecture.encode(), **fields)
+
+
+@torch.no_grad()
+@each_architecture
+@pytest.mark.parametrize("layer", [-5, 0, 3])
+def test_features_of_every_block_below_the_last_are_supported(architecture, layer):
+    model, batch = architecture.compressed(), architecture.encode(ROWS[:1])
+    short, record = model.compress_inputs(**batch, vision_feature_layer=layer, token_recovery={"budget": 8})
+    assert record.counts.sum() == 8
+    assert torch.isfinite(short["inputs_embeds"]).all()
 
 
 @each_architecture
