@@ -109,11 +109,6 @@ def check_call(config: Any, section: TokenRecoveryConfig, inputs: Mapping[str, A
             f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)} with images, got "
             f"{tuple(attention_mask.shape)}."
         )
-    if (labels := inputs.get("labels")) is not None and labels.shape != input_ids.shape:
-        raise ValueError(
-            f"labels must have the shape of input_ids {tuple(input_ids.shape)} with images, got "
-            f"{tuple(labels.shape)}; they are cut with the prompt."
-        )
     check_encoder_outputs(inputs)
     check_labels(inputs)
     if past := cache_length(cache_of(inputs)):

@@ -109,11 +109,6 @@ class TokenRecoveryConfig(Settings):
             f"change to the config instead: config.token_recovery = {{{name!r}: {value!r}}}."
         )
 
-    @property
-    def options(self) -> Any:
-        """`method_options` as an instance of the method's own dataclass; `None` for a method without options."""
-        return get_method(self.method).read_options(self.method, self.method_options)
-
     @classmethod
     def from_preset(cls, name: str, /, **overrides: Any) -> TokenRecoveryConfig:
         """Build the preset `"paper"`, `"authors"` or `"balanced"`, with single fields overridden.
@@ -208,7 +203,7 @@ class TokenRecoveryConfig(Settings):
 
     def _validate_combination(self) -> None:
         method = get_method(self.method)
-        method.read_options(self.method, self.method_options)
+        self.__dict__["_options"] = method.read_options(self.method, self.method_options)
         if method.budget == "required" and self.budget is None:
             raise ValueError(
                 f"method {self.method!r} needs a budget, got null; write an int >= 1 or a float in (0, 1]."

@@ -36,7 +36,7 @@ class Settings:
     @property
     def options(self) -> Any:
         """`method_options` as an instance of the method's own dataclass; `None` for a method without options."""
-        raise NotImplementedError("TokenRecoveryConfig reads the options.")
+        return vars(self).get("_options")
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Settings))

@@ -227,7 +227,10 @@ MALFORMED = {
     "no later question": ({"messages": later({"type": "text", "text": ""})}, NO_QUESTION),
     "unknown setting": ({"messages": chat("?"), "token_recovery": {"budgt": 3}}, "did you mean 'budget'"),
     "large budget": ({"messages": chat("?", data_url(SCENES[0])), "token_recovery": {"budget": 145}}, "144"),
-    "huge setting": ({"messages": chat("?", data_url(SCENES[0])), "token_recovery": HUGE}, "int too big"),
+    "huge setting": (
+        {"messages": chat("?", data_url(SCENES[0])), "token_recovery": HUGE},
+        "does not fit into 64 bits",
+    ),
     "too long": ({"messages": chat(LONG)}, "leaves none for an answer"),
     "a placeholder": ({"messages": chat("<image> what?", data_url(SCENES[0]))}, "send the image instead"),
     "not an image": ({"messages": chat("?", "data:image/png;base64,aGVsbG8=")}, "not an image that can be read"),
