@@ -32,6 +32,14 @@ SECTIONS = {
         "'authors' .*needs position_ids='compact', got 'original'",
     ),
     "text encoder": ({"text_encoder_config": {"model_type": "bert"}}, "model_type 'clip_text_model', got 'bert'"),
+    "text encoder's width": (
+        {"text_encoder_config": {"model_type": "clip_text_model", "hidden_size": 0}},
+        r"text_encoder_config.hidden_size must be an int >= 1, got 0",
+    ),
+    "text encoder's activation": (
+        {"text_encoder_config": {"model_type": "clip_text_model", "hidden_act": "no_such"}},
+        "text_encoder_config.hidden_act must be an activation of transformers, got 'no_such'",
+    ),
 }
 each_section = pytest.mark.parametrize(("fields", "message"), SECTIONS.values(), ids=SECTIONS)
 
