@@ -5,8 +5,8 @@ import json
 import pytest
 import tiny
 import torch
-from architectures import generate, prompt_of
-from next_model import MIXED, NEXT, PINPOINTS, TEXTS, encode, picture, stock_inputs
+from architectures import generate, prompt_of, stock_inputs
+from next_model import MIXED, NEXT, PINPOINTS, TEXTS, encode, picture
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import reccomp_hf

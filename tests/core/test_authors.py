@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from architectures import each_architecture
 from golden import GOLDEN, load
 from torch import Tensor
 
@@ -79,3 +81,13 @@ def test_authors_batched_equals_single(width: int) -> None:
         torch.testing.assert_close(output.tokens[row, :count], alone.tokens[0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(output.tokens[row, :count], image["output"], rtol=1e-5, atol=1e-5)
         assert not output.tokens[row, count:].any()
+
+
+@torch.no_grad()
+@each_architecture
+def test_authors_scales_the_similarity_by_the_width_of_the_joint_space(architecture: Any) -> None:
+    model, batch = architecture.compressed(), architecture.encode()
+    width = model.token_recovery.visual_projection.out_features
+    scaled, plain = (model.recover(**batch, token_recovery={"method": name}) for name in ("authors", "recoverable"))
+    for one, other in zip(scaled, plain, strict=True):
+        torch.testing.assert_close(one.text_similarity * width**0.5, other.text_similarity)

@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 import torch
-from architectures import CACHE, ROWS, each_architecture, generate
+from architectures import CACHE, ROWS, each_architecture, generate, stock_inputs
 from peft import LoraConfig, get_peft_model
 from tiny import logged_warnings
 from transformers import DynamicCache
@@ -49,11 +49,6 @@ def test_projected_tokens_have_one_name_on_every_line(architecture, enabled):
         assert model(**batch, token_recovery=setting, return_dict=False)[0].shape == output.logits.shape
     assert logged == []
     assert output.keys() - {"logits"} <= set(model.config.keys_to_ignore_at_inference)
-
-
-def stock_inputs(batch):
-    """The fields of a batch that the stock model reads."""
-    return {name: value for name, value in batch.items() if not name.startswith("recovery_")}
 
 
 @torch.no_grad()

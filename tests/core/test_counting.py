@@ -3,7 +3,7 @@
 import pytest
 
 from reccomp_hf.core.configuration import TokenRecoveryConfig
-from reccomp_hf.core.counting import compressed_tokens, fixed_tokens, picture_tokens
+from reccomp_hf.core.counting import PICTURE, compressed_tokens, fixed_tokens, picture_tokens
 from reccomp_hf.measure.published import FULL_SIZE
 
 SEVEN = FULL_SIZE["llava-1.5-7b"].config("paper")
@@ -23,6 +23,12 @@ SEVEN = FULL_SIZE["llava-1.5-7b"].config("paper")
 def test_tokens_of_a_picture(picture, tokens):
     assert picture_tokens(FULL_SIZE["llava-v1.6-mistral-7b"].config(), picture) == tokens
     assert picture_tokens(SEVEN, picture) == (1, 576, 0)
+
+
+def test_the_default_picture_is_640_by_480():
+    config = FULL_SIZE["llava-v1.6-mistral-7b"].config()
+    assert PICTURE == (640, 480)
+    assert picture_tokens(config) == picture_tokens(config, (640, 480))
 
 
 @pytest.mark.parametrize(

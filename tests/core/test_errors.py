@@ -32,6 +32,14 @@ SECTIONS = {
         "'authors' .*needs position_ids='compact', got 'original'",
     ),
     "text encoder": ({"text_encoder_config": {"model_type": "bert"}}, "model_type 'clip_text_model', got 'bert'"),
+    "text encoder's width": (
+        {"text_encoder_config": {"model_type": "clip_text_model", "hidden_size": 0}},
+        r"text_encoder_config.hidden_size must be an int >= 1, got 0",
+    ),
+    "text encoder's activation": (
+        {"text_encoder_config": {"model_type": "clip_text_model", "hidden_act": "no_such"}},
+        "text_encoder_config.hidden_act must be an activation of transformers, got 'no_such'",
+    ),
 }
 each_section = pytest.mark.parametrize(("fields", "message"), SECTIONS.values(), ids=SECTIONS)
 
@@ -107,6 +115,12 @@ def test_a_call_cannot_change_the_text_encoder(architecture):
 CONFIGS = {
     "layers": ({"vision_feature_layer": [-2, -1]}, r"vision_feature_layer must be one int below .* got \[-2, -1\]"),
     "last layer": ({"vision_feature_layer": -1}, "vision_feature_layer must be one int below the last .* got -1"),
+    "last layer, from the front": ({"vision_feature_layer": 4}, "below the last of the 4 blocks .* got 4"),
+    "a layer too many": ({"vision_feature_layer": 5}, "below the last of the 4 blocks .* got 5"),
+    "a layer too many, from the end": (
+        {"vision_feature_layer": -6},
+        "below the last of the 4 blocks .* got -6",
+    ),
     "class token": ({"vision_feature_select_strategy": "full"}, "select_strategy must be 'default' .* got 'full'"),
 }
 
@@ -124,6 +138,16 @@ def test_unsupported_feature_selections_are_refused(architecture, fields, messag
     ):
         with pytest.raises(ValueError, match=message):
             call(**architecture.encode(), **fields)
+
+
+@torch.no_grad()
+@each_architecture
+@pytest.mark.parametrize("layer", [-5, 0, 3])
+def test_features_of_every_block_below_the_last_are_supported(architecture, layer):
+    model, batch = architecture.compressed(), architecture.encode(ROWS[:1])
+    short, record = model.compress_inputs(**batch, vision_feature_layer=layer, token_recovery={"budget": 8})
+    assert record.counts.sum() == 8
+    assert torch.isfinite(short["inputs_embeds"]).all()
 
 
 @each_architecture

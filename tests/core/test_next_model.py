@@ -3,7 +3,15 @@
 import pytest
 import tiny
 import torch
-from architectures import LLAVA, assert_clear_choices, assert_same_records, each_side, generate, labels_of
+from architectures import (
+    LLAVA,
+    assert_clear_choices,
+    assert_same_records,
+    each_side,
+    generate,
+    labels_of,
+    stock_inputs,
+)
 from next_model import (
     BATCHES,
     CELLS,
@@ -17,7 +25,6 @@ from next_model import (
     each_setting,
     encode,
     layout_and_states,
-    stock_inputs,
 )
 
 from reccomp_hf.core.compat import clip_vision_model

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from architectures import ROWS, each_architecture, each_side, generate, labels_of
+from architectures import ROWS, each_architecture, each_side, generate, labels_of, stock_inputs
 from transformers import set_seed
 
 POSITIONS = ("compact", "original")
@@ -29,10 +29,6 @@ def settings_of(architecture):
     whole = [{"budget": budget, "merged_tokens": 0} for budget in architecture.whole_image]
     whole += [{"budget": 1.0, "coverage_share": 0.5, "text_relevance": "value"}]  # nothing is left to merge
     return [{"enabled": False}, *({**one, "position_ids": positions} for one in whole for positions in POSITIONS)]
-
-
-def stock_inputs(batch):
-    return {name: value for name, value in batch.items() if not name.startswith("recovery")}
 
 
 @torch.no_grad()

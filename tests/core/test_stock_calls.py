@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from architectures import OF_THE_STOCK_CONFIG, ROWS, each_architecture, generate, labels_of
-from test_contract_outputs import stock_inputs
+from architectures import OF_THE_STOCK_CONFIG, ROWS, each_architecture, generate, labels_of, stock_inputs
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 OFF = {"enabled": False}

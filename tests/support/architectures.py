@@ -220,6 +220,11 @@ def labels_of(model: Any, batch: dict[str, Any]) -> Tensor:
     return batch["input_ids"].masked_fill(ignored, -100)
 
 
+def stock_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a batch that the stock model reads."""
+    return {name: value for name, value in batch.items() if not name.startswith("recovery_")}
+
+
 def generate(model: Any, batch: dict[str, Any], new_tokens: int = 6, **kwargs: Any) -> Tensor:
     """Generated ids, greedy unless `kwargs` say otherwise."""
     return model.generate(**batch, **{"do_sample": False, "max_new_tokens": new_tokens, **kwargs})

@@ -78,10 +78,6 @@ def encode(rows, side="left", processor=None):
     return dict(processor(images=images or None, text=text, padding=True, return_tensors="pt"))
 
 
-def stock_inputs(batch):
-    return {name: value for name, value in batch.items() if not name.startswith("recovery")}
-
-
 def layout_and_states(model, batch):
     """The batch's layout and what the projector may read of every tile, (T, N, C)."""
     tiles, layout = model._layout(batch["pixel_values"], batch.get("image_sizes"))
