@@ -3,9 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def constant(like: Tensor, make: Callable[..., Any], *arguments: Any) -> Tensor:
+    """The tensor of `make(*arguments)` on the device of another tensor, made once per device and arguments.
+
+    A copy from the host makes a GPU's stream wait, and cannot be captured in a CUDA graph: a constant is copied at its
+    first use. Traced code (`torch.compile`, `torch.export`, fake tensors) neither keeps nor reads kept ones.
+
+    Args:
+        like: A tensor on the wanted device.
+        make: A function that returns a tensor on the host, or numbers in tuples or lists.
+        *arguments: Its hashable arguments.
+
+    Returns:
+        A shared tensor: it must not be changed.
+    """
+    if torch.compiler.is_compiling() or type(like) is not Tensor:
+        return torch.as_tensor(make(*arguments)).to(like.device)
+    return _kept_constant(like.device, make, *arguments)
+
+
+@functools.lru_cache(maxsize=128, typed=True)
+def _kept_constant(device: torch.device, make: Callable[..., Any], *arguments: Any) -> Tensor:
+    with torch.inference_mode(False):  # an inference tensor could not serve a training step later
+        return torch.as_tensor(make(*arguments)).to(device)
 
 
 def full_precision(values: Tensor) -> contextlib.AbstractContextManager[None]:
@@ -183,6 +211,7 @@ def _first_picks(picks: list[Tensor], counts: Tensor, candidates: Tensor) -> Ten
 
 __all__ = [
     "cluster_means",
+    "constant",
     "farthest_points",
     "full_precision",
     "gather_rows",

@@ -1,0 +1,234 @@
+"""The front of the compressed models: from pixels and questions to the tokens that stand for the images.
+
+It is one function, however it is run: eagerly, compiled, exported, or captured as a CUDA graph. Under a fixed budget
+it reads nothing from the device, copies nothing to it after its first run, and has no shape that depends on values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Hashable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from .checks import check_finite, check_question, no_question_hint
+from .compat import clip_vision_model, parameter
+from .configuration import TokenRecoveryConfig
+from .layout import ImageLayout
+from .methods.budgets import budget_tokens
+from .methods.registry import get_method
+from .picture_tokens import Bounds, Choice, PictureTokens, Question, choose_tokens, window_mask
+from .splicing import PlaceholderMap, Splice, check_placeholders, map_placeholders
+from .tensors import constant
+from .text_encoder import RecoveryModulesMixin
+from .vision import EncodedImages, check_not_empty, needed_states, vision_states
+
+QuestionIds: TypeAlias = "tuple[Tensor | None, Tensor | None]"  # recovery_input_ids, recovery_attention_mask
+_STEP = {"placeholders": 256, "tokens": 32}
+"""Images of LLaVA-NeXT with as many tiles share a computation: their lengths are rounded up to multiples of these."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FrontPlan:
+    """What is known of a run of the front before it starts.
+
+    Args:
+        section: The settings.
+        feature_layer: The hidden state that LLaVA's projector reads.
+        layout: The placeholders of the images; a run takes its index tensors from its inputs.
+        grid: (rows, columns) of a tile's patches.
+        bounds: Bounds that take the place of sizes which depend on the choice; `None` without any.
+        projects: Whether tokens are made of the choice, rather than the choice alone returned.
+    """
+
+    section: TokenRecoveryConfig
+    feature_layer: int
+    layout: ImageLayout
+    grid: tuple[int, int]
+    bounds: Bounds | None = None
+    projects: bool = True
+
+    @property
+    def key(self) -> tuple[Hashable, ...]:
+        """Equal keys and equal shapes of the inputs mean an equal computation."""
+        section, layout = json.dumps(self.section.to_dict(), sort_keys=True), self.layout
+        return (section, self.feature_layer, self.grid, tuple(layout.tiles), layout.has_newlines, self.bounds)
+
+    def bounded(self) -> FrontPlan:
+        """The plan without sizes that depend on the choice, as far as a fixed budget bounds them."""
+        layout, budget = self.layout, self.section.budget
+        if budget is None or not layout.has_newlines:
+            return self
+        totals = [budget_tokens(budget, count) for count in layout.patch_counts]
+        newlines = [length - count for length, count in zip(layout.lengths, layout.patch_counts, strict=True)]
+        longest = max(map(sum, zip(totals, newlines, strict=True)))
+        bounds = Bounds(min(max(totals), layout.patches), sum(totals), _round_up(longest, _STEP["tokens"]))
+        layout = layout.padded(_round_up(layout.slots.shape[1], _STEP["placeholders"]))
+        return dataclasses.replace(self, layout=layout, bounds=bounds)
+
+
+@dataclasses.dataclass
+class ChosenPrompts:
+    """A batch of prompts and the tokens chosen for its images, before anything is read from the device.
+
+    Args:
+        pictures: The tokens of the images, or the choice where these depend on numbers to be read.
+        plan: What was known before.
+        placeholders: The image placeholders in the prompts.
+        missing_question: (R,) bool, rows with an image and without a question.
+    """
+
+    pictures: Choice | PictureTokens
+    plan: FrontPlan
+    placeholders: PlaceholderMap
+    missing_question: Tensor
+
+    def sync_and_validate(self, splice: Splice | None = None) -> list[int]:
+        """The one read from the device: sets the sizes, and checks features, placeholders and questions.
+
+        Returns:
+            The sizes of a splice; zeros without one.
+
+        Raises:
+            ValueError: Features that are not finite; placeholders or questions that do not fit.
+        """
+        pictures, layout, per_row = self.pictures, self.plan.layout, self.placeholders.per_row
+        row_sizes = per_row.new_zeros(3) if splice is None else splice.sizes
+        wanted = [per_row, self.missing_question.long(), row_sizes, *pictures.unread, pictures.non_finite]
+        values = torch.cat([value.to(per_row.device) for value in wanted]).tolist()
+        rows, tiles = len(per_row), sum(layout.tiles)
+        check_finite(values[-tiles:], layout.tiles)
+        check_placeholders(values[:rows], layout.lengths)
+        missing, numbers = values[rows : 2 * rows], values[2 * rows : -tiles]
+        if any(missing):
+            raise ValueError(
+                f"Row {missing.index(1)} has an image but no question: its recovery_attention_mask is all 0. Put a "
+                f"question into the user turn or pass recovery_text= to the processor; "
+                f"{no_question_hint(self.plan.section)}"
+            )
+        pictures.read(numbers[3:])
+        return numbers[:3]
+
+
+class FrontMixin(RecoveryModulesMixin):
+    """The front of a compressed LLaVA."""
+
+    def _read_pictures(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | EncodedImages,
+        image_sizes: Tensor | None,
+        question: QuestionIds,
+        section: TokenRecoveryConfig,
+        feature_layer: int,
+        *,
+        projects: bool = True,
+    ) -> ChosenPrompts:
+        """Run the front on a call's arguments; for LLaVA-1.5 nothing is read from the device."""
+        reads_question = self._reads_question(section)
+        if reads_question:
+            check_question(*question, input_ids.shape[0], section)
+        if isinstance(pixel_values, EncodedImages):
+            layout, grid = pixel_values.layout, pixel_values.grid
+            inputs = {_state_name(index): state for index, state in pixel_values.states.items()}
+        else:
+            check_not_empty(pixel_values)
+            pixel_values, layout = self._layout(pixel_values, image_sizes)
+            grid, inputs = self._grid(pixel_values), {"pixel_values": pixel_values}
+        lengths = constant(input_ids, tuple, tuple(layout.lengths))
+        placeholders = map_placeholders(input_ids == self.config.image_token_id, lengths)
+        missing = torch.zeros_like(placeholders.per_row, dtype=torch.bool)
+        if question[0] is not None and reads_question:
+            windows = window_mask(question[0], question[1]).to(input_ids.device)
+            missing = (placeholders.per_row > 0) & ~windows.any(-1)
+            rows = placeholders.row[layout.image_of_tile(input_ids)]
+            inputs |= {"question": question[0], "windows": windows, "question_of_tile": rows}
+        plan = FrontPlan(section, feature_layer, layout.with_newlines(section.newlines), grid, projects=projects)
+        return ChosenPrompts(self._front(inputs, plan), plan, placeholders, missing)
+
+    def _front(self, inputs: dict[str, Tensor], plan: FrontPlan) -> Choice | PictureTokens:
+        """Choose the tokens of images, and make them if their number is known.
+
+        Args:
+            inputs: `"pixel_values"` (T, 3, H, W), or the hidden states that a tower has given; `"question"` (R, W, L)
+                int64, `"windows"` (R, W) bool and `"question_of_tile"` (T,) int64 if the choice reads questions;
+                `"slots"` and `"rows"` (I, L) int64 to take the place of the layout's.
+            plan: What is known before.
+        """
+        tower = clip_vision_model(self._llava.vision_tower)
+        if "pixel_values" in inputs:
+            states = self._states(inputs["pixel_values"], self._needed_states(plan.section, plan.feature_layer))
+        else:
+            names = {index: _state_name(index) for index in range(len(tower.encoder.layers) + 1)}
+            states = {index: inputs[name] for index, name in names.items() if name in inputs}
+        placeholders = {name: inputs[name] for name in ("slots", "rows") if name in inputs}
+        question = None
+        if "question" in inputs:
+            question = Question(inputs["question"], inputs["windows"], inputs["question_of_tile"])
+        choice = choose_tokens(
+            tower,
+            self.token_recovery,
+            EncodedImages(states, dataclasses.replace(plan.layout, **placeholders), plan.grid),
+            question,
+            plan.section,
+            plan.feature_layer,
+            num_heads=self.config.vision_config.num_attention_heads,
+            projector=self._llava.multi_modal_projector,
+        )
+        return self._tokens(choice) if plan.projects and choice.fix_sizes(plan.bounds) else choice
+
+    def _tokens(self, choice: Choice | PictureTokens) -> PictureTokens:
+        """The tokens of a choice whose sizes are known."""
+        if isinstance(choice, PictureTokens):
+            return choice
+        newline = parameter(self._llava, "image_newline") if choice.layout.has_newlines else None
+        return choice.tokens(self._llava.multi_modal_projector, newline)
+
+    def _states(self, pixel_values: Tensor, needed: set[int]) -> dict[int, Tensor]:
+        """The vision tower's hidden states by index; no graph is built for a frozen tower."""
+        tower = clip_vision_model(self._llava.vision_tower)
+        frozen = not any(weight.requires_grad for weight in tower.parameters())
+        with record_function("reccomp::vision_tower"), torch.no_grad() if frozen else contextlib.nullcontext():
+            return vision_states(tower, pixel_values, needed)
+
+    def _encode(
+        self, pixel_values: Tensor, image_sizes: Tensor | None, section: TokenRecoveryConfig, feature_layer: int
+    ) -> EncodedImages:
+        """`encode_images` with its settings."""
+        check_not_empty(pixel_values)
+        pixel_values, layout = self._layout(pixel_values, image_sizes)
+        states = self._states(pixel_values, self._needed_states(section, feature_layer))
+        return EncodedImages(states, layout, self._grid(pixel_values))
+
+    def _needed_states(self, section: TokenRecoveryConfig, feature_layer: int) -> set[int]:
+        """The vision tower's hidden states that a section reads from this model."""
+        blocks = len(clip_vision_model(self._llava.vision_tower).encoder.layers)
+        return needed_states(section, feature_layer, blocks, self._reads_question(section))
+
+    def _layout(self, pixel_values: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, ImageLayout]:
+        """Tiles (T, 3, H, W) of all images, and the placeholders that stand for their patches."""
+        rows, columns = self._grid(pixel_values)
+        return pixel_values, ImageLayout.of_grids(len(pixel_values), rows * columns, pixel_values)
+
+    def _grid(self, pixel_values: Tensor) -> tuple[int, int]:
+        patch = self.config.vision_config.patch_size
+        return pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
+
+    def _reads_question(self, section: TokenRecoveryConfig) -> bool:
+        return self.token_recovery is not None and get_method(section.method).reads_question(section)
+
+
+def _state_name(index: int) -> str:
+    return f"state {index}"
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+__all__ = ["ChosenPrompts", "FrontMixin", "FrontPlan", "QuestionIds"]
