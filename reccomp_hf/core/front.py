@@ -19,6 +19,7 @@ from torch.profiler import record_function
 from .checks import check_finite, check_question, no_question_hint
 from .compat import clip_vision_model, parameter
 from .configuration import TokenRecoveryConfig
+from .graphs import GraphCache
 from .layout import ImageLayout
 from .methods.budgets import budget_tokens
 from .methods.registry import get_method
@@ -57,7 +58,8 @@ class FrontPlan:
     def key(self) -> tuple[Hashable, ...]:
         """Equal keys and equal shapes of the inputs mean an equal computation."""
         section, layout = json.dumps(self.section.to_dict(), sort_keys=True), self.layout
-        return (section, self.feature_layer, self.grid, tuple(layout.tiles), layout.has_newlines, self.bounds)
+        shape = (tuple(layout.tiles), layout.has_newlines, self.grid, self.bounds)
+        return (section, id(get_method(self.section.method)), self.feature_layer, *shape)
 
     def bounded(self) -> FrontPlan:
         """The plan without sizes that depend on the choice, as far as a fixed budget bounds them."""
@@ -118,6 +120,8 @@ class ChosenPrompts:
 class FrontMixin(RecoveryModulesMixin):
     """The front of a compressed LLaVA."""
 
+    _graphs: GraphCache | None = None
+
     def _read_pictures(
         self,
         input_ids: Tensor,
@@ -149,7 +153,53 @@ class FrontMixin(RecoveryModulesMixin):
             rows = placeholders.row[layout.image_of_tile(input_ids)]
             inputs |= {"question": question[0], "windows": windows, "question_of_tile": rows}
         plan = FrontPlan(section, feature_layer, layout.with_newlines(section.newlines), grid, projects=projects)
-        return ChosenPrompts(self._front(inputs, plan), plan, placeholders, missing)
+        pictures = self._recorded_front(inputs, plan) if self._graphs is not None and projects else None
+        return ChosenPrompts(self._front(inputs, plan) if pictures is None else pictures, plan, placeholders, missing)
+
+    def use_cuda_graph(self, enabled: bool = True, *, limit: int = 16) -> None:
+        """Replay the prefill as CUDA graphs from now on: on a GPU a short prompt is read several times as fast.
+
+        It serves `generate`, `forward`, `compress_inputs` and everything that calls them. The first call of a shape
+        records it in under a second per graph, without a compiler: one graph takes images and questions to the tokens
+        that stand for them, another one, for batches of up to 1,024 tokens, is the language model's prefill. Further
+        tokens are decoded as before; `cache_implementation="static"` compiles that.
+
+        What cannot be recorded runs as without this call, and the reason is logged once: a dynamic number of tokens,
+        training, gradients, autocast, weights that are quantised or on other devices, modules with hooks, and other
+        devices than CUDA. A graph reads the weights where they are: changes in place are seen. Before every run the
+        addresses of the weights and the active adapters are compared with those of the time of recording; where they
+        differ, all graphs are dropped.
+
+        Args:
+            enabled: `False` drops all graphs and switches back.
+            limit: Number of graphs that are kept in one memory pool; the least recently used one is dropped.
+
+        Raises:
+            ValueError: `limit` below 1.
+        """
+        self._graphs = GraphCache(limit) if enabled else None
+
+    def _recorded_front(self, inputs: dict[str, Tensor], plan: FrontPlan) -> PictureTokens | None:
+        """The tokens of images by a recording of `_front`; `None` if it must be called itself."""
+        assert self._graphs is not None
+        plan = plan.bounded()
+        if plan.layout.has_newlines:
+            inputs = {**inputs, "slots": plan.layout.slots, "rows": plan.layout.rows}
+            inputs["newline"] = self._llava.image_newline
+
+        def tokens(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+            pictures = self._front(inputs, plan)
+            if isinstance(pictures, Choice):
+                raise RuntimeError("the number of tokens depends on the images")
+            return pictures.tensors()
+
+        parts = (self._llava.vision_tower, self._llava.multi_modal_projector, self.token_recovery)
+        modules = [module for module in parts if module is not None]
+        outputs = self._graphs.run("front", modules, plan.key, tokens, inputs)
+        if outputs is None:
+            return None
+        features = outputs["features"]
+        return PictureTokens.of_tensors(outputs, None if plan.bounds else features.shape[0] * features.shape[1])
 
     def _front(self, inputs: dict[str, Tensor], plan: FrontPlan) -> Choice | PictureTokens:
         """Choose the tokens of images, and make them if their number is known.
@@ -157,7 +207,7 @@ class FrontMixin(RecoveryModulesMixin):
         Args:
             inputs: `"pixel_values"` (T, 3, H, W), or the hidden states that a tower has given; `"question"` (R, W, L)
                 int64, `"windows"` (R, W) bool and `"question_of_tile"` (T,) int64 if the choice reads questions;
-                `"slots"` and `"rows"` (I, L) int64 to take the place of the layout's.
+                `"slots"` and `"rows"` (I, L) int64 and `"newline"` (D,) to take the place of the layout's and the model's.
             plan: What is known before.
         """
         tower = clip_vision_model(self._llava.vision_tower)
@@ -180,13 +230,16 @@ class FrontMixin(RecoveryModulesMixin):
             num_heads=self.config.vision_config.num_attention_heads,
             projector=self._llava.multi_modal_projector,
         )
-        return self._tokens(choice) if plan.projects and choice.fix_sizes(plan.bounds) else choice
+        if not plan.projects or not choice.fix_sizes(plan.bounds):
+            return choice
+        return self._tokens(choice, inputs.get("newline"))
 
-    def _tokens(self, choice: Choice | PictureTokens) -> PictureTokens:
+    def _tokens(self, choice: Choice | PictureTokens, newline: Tensor | None = None) -> PictureTokens:
         """The tokens of a choice whose sizes are known."""
         if isinstance(choice, PictureTokens):
             return choice
-        newline = parameter(self._llava, "image_newline") if choice.layout.has_newlines else None
+        if newline is None and choice.layout.has_newlines:
+            newline = parameter(self._llava, "image_newline")
         return choice.tokens(self._llava.multi_modal_projector, newline)
 
     def _states(self, pixel_values: Tensor, needed: set[int]) -> dict[int, Tensor]:
@@ -202,8 +255,21 @@ class FrontMixin(RecoveryModulesMixin):
         """`encode_images` with its settings."""
         check_not_empty(pixel_values)
         pixel_values, layout = self._layout(pixel_values, image_sizes)
-        states = self._states(pixel_values, self._needed_states(section, feature_layer))
+        needed = self._needed_states(section, feature_layer)
+        states = None if self._graphs is None else self._recorded_states(pixel_values, needed)
+        states = self._states(pixel_values, needed) if states is None else states
         return EncodedImages(states, layout, self._grid(pixel_values))
+
+    def _recorded_states(self, pixel_values: Tensor, needed: set[int]) -> dict[int, Tensor] | None:
+        """The vision tower's hidden states by a recording of `_states`; `None` if it must be called itself."""
+        assert self._graphs is not None
+
+        def states(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {str(index): state for index, state in self._states(inputs["pixel_values"], needed).items()}
+
+        inputs, modules = {"pixel_values": pixel_values}, [self._llava.vision_tower]
+        outputs = self._graphs.run("vision tower", modules, tuple(sorted(needed)), states, inputs)
+        return None if outputs is None else {int(index): state for index, state in outputs.items()}
 
     def _needed_states(self, section: TokenRecoveryConfig, feature_layer: int) -> set[int]:
         """The vision tower's hidden states that a section reads from this model."""

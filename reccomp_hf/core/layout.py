@@ -88,8 +88,10 @@ class ImageLayout:
         """(T, N) bool, the patches that have a placeholder; `None` if all do."""
         if max(self.tiles) == 1 and not self.has_newlines:
             return None
-        present = torch.zeros(sum(self.tiles) * self.patches + 1, dtype=torch.bool, device=self.slots.device)
-        present[self.slots.clamp(min=-1).flatten()] = True  # newlines and padding fall on the last entry
+        patches = sum(self.tiles) * self.patches
+        present = torch.zeros(patches + 1, dtype=torch.bool, device=self.slots.device)
+        # Newlines and padding fall on the last entry. Assigning to an index would copy the value from the host.
+        present = present.scatter(0, torch.where(self.slots < 0, patches, self.slots).flatten(), True)
         return present[:-1].view(-1, self.patches)
 
     def image_of_tile(self, like: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from .compat import image_fields, stock_cache, stock_image_fields
 from .configuration import TokenRecoveryConfig
 from .features import TokenRecoveryOutput
 from .front import FrontMixin, QuestionIds
+from .prefill import recorded_prefill
 from .splicing import (
     compact_positions,
     cut,
@@ -249,14 +250,22 @@ class RecCompMixin(FrontMixin):
             check_pixels(inputs.get("pixel_values"))
             if inputs.get("mm_encoder_outputs") and self._section(token_recovery).enabled:
                 check_encoder_outputs(inputs)
-            output = stock(**inputs)
+            output = self._language(stock, inputs)
             return self.output_class(**output, **stock_image_fields(output)) if isinstance(output, Mapping) else output
         compressed = self._compress(inputs, question, section)
-        output = stock(**{**compressed.inputs, "input_ids": None})
+        output = self._language(stock, {**compressed.inputs, "input_ids": None})
         if not isinstance(output, Mapping):
             return output
         counts = {"visual_token_counts": compressed.token_counts, "newline_counts": compressed.newline_counts}
         return self.output_class(**{**output, **counts, **image_fields(self.output_class, compressed.image_features)})
+
+    def _language(self, stock: Any, inputs: dict[str, Any]) -> Any:
+        """The stock `forward`, by a CUDA graph if there is one for it."""
+        if self._graphs is not None and hasattr(self, "lm_head"):
+            fields = recorded_prefill(self, self._graphs, stock, inputs)
+            if fields is not None:
+                return self.output_class(**fields)
+        return stock(**inputs)
 
     def _feature_layer(self, inputs: dict[str, Any]) -> int:
         """The hidden state that the projector reads; removes a call's own value from its inputs."""

@@ -171,6 +171,19 @@ class PictureTokens:
         """(I,) int64, tokens of each image, newlines included."""
         return self.token_counts + self.newline_counts
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        own = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        record = {f"record {name}": value for name, value in vars(self.record).items() if value is not None}
+        return own | record
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor], image_tokens: int | None) -> PictureTokens:
+        """The inverse of `tensors`."""
+        fields = {field.name: tensors.get(f"record {field.name}") for field in dataclasses.fields(TokenRecoveryOutput)}
+        own = {name: value for name, value in tensors.items() if not name.startswith("record ")}
+        return cls(**own, record=TokenRecoveryOutput(**fields), image_tokens=image_tokens)  # type: ignore[arg-type]
+
     @property
     def unread(self) -> list[Tensor]:
         """The numbers, as 1-D tensors, whose values `read` takes."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_USED: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar("_USED", default=None)
 
 
 def constant(like: Tensor, make: Callable[..., Any], *arguments: Any) -> Tensor:
@@ -25,9 +28,26 @@ def constant(like: Tensor, make: Callable[..., Any], *arguments: Any) -> Tensor:
     Returns:
         A shared tensor: it must not be changed.
     """
-    if torch.compiler.is_compiling() or type(like) is not Tensor:
+    if _is_traced(like):
         return torch.as_tensor(make(*arguments)).to(like.device)
-    return _kept_constant(like.device, make, *arguments)
+    tensor = _kept_constant(like.device, make, *arguments)
+    if (constants := _USED.get()) is not None:
+        constants.append(tensor)
+    return tensor
+
+
+def _is_traced(like: Tensor) -> bool:
+    return torch.compiler.is_compiling() or type(like) is not Tensor
+
+
+@contextlib.contextmanager
+def used_constants() -> Iterator[list[Tensor]]:
+    """A list of the constants that are used in the context: a recording must keep those whose memory it reads."""
+    token = _USED.set([])
+    try:
+        yield _USED.get()  # type: ignore[misc]
+    finally:
+        _USED.reset(token)
 
 
 @functools.lru_cache(maxsize=128, typed=True)
@@ -222,4 +242,5 @@ __all__ = [
     "positions",
     "squared_distances",
     "top_mask",
+    "used_constants",
 ]
