@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -29,6 +30,9 @@ class Recorder(Protocol):
 
     device_type: str
 
+    def turn(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        """A context in which buffers are written, recordings repeated, and results copied: one after the other."""
+
     def __call__(self, computation: Computation, inputs: Tensors) -> tuple[Callable[[], None], Tensors]:
         """Record the computation on its input buffers.
 
@@ -48,6 +52,16 @@ class CudaRecorder:
     def __init__(self) -> None:
         """Leave the pool to the first recording."""
         self._pool: Any = None
+        self._last_turn: Any = None
+
+    @contextlib.contextmanager
+    def turn(self, device: torch.device) -> Iterator[None]:
+        """Wait, on the device, for the turn before, which may have been on another stream."""
+        with torch.cuda.device(device):
+            if self._last_turn is not None:
+                torch.cuda.current_stream().wait_event(self._last_turn)
+            yield
+            self._last_turn = torch.cuda.current_stream().record_event()
 
     def __call__(self, computation: Computation, inputs: Tensors) -> tuple[Callable[[], None], Tensors]:
         """Run the computation a few times on a stream of its own, then capture it; no compiler is involved."""
@@ -149,10 +163,11 @@ class GraphCache:
                     self._refused.add(key)
                     return self._refuse(name, f"it cannot be recorded: {' '.join(str(error).split())}")
             self._recordings.move_to_end(key)
-            for part, value in inputs.items():
-                recording.inputs[part].copy_(value)
-            recording.replay()
-            return {part: value.clone() for part, value in recording.outputs.items()}
+            with self.recorder.turn(device):
+                for part, value in inputs.items():
+                    recording.inputs[part].copy_(value)
+                recording.replay()
+                return {part: value.clone() for part, value in recording.outputs.items()}
 
     def clear(self) -> None:
         """Drop all recordings."""
@@ -195,9 +210,9 @@ def _walk(modules: list[nn.Module], device: torch.device) -> tuple[tuple[Any, ..
             return (), "the model is in training mode; call model.eval()"
         if "_hf_hook" in state:
             return (), "accelerate moves its weights or inputs; load the model on one device"
-        if any(state[hooks] for hooks in _HOOKS):
+        if any(not _is_stock(hook) for hooks in _HOOKS for hook in state[hooks].values()):
             return (), f"{type(module).__name__} has hooks"
-        parts += (id(module), type(module))
+        parts += (id(module), type(module), state.get("forward"))  # a patched instance has its own
         for values in (state["_parameters"], state["_buffers"]):
             for value in values.values():
                 if value is None:
@@ -210,6 +225,11 @@ def _walk(modules: list[nn.Module], device: torch.device) -> tuple[tuple[Any, ..
         parts += [repr(state[name]) for name in _ADAPTER_STATE if name in state]
         modules.extend(child for child in state["_modules"].values() if child is not None)
     return tuple(parts), None
+
+
+def _is_stock(hook: Any) -> bool:
+    """Whether transformers put a hook there, which collects hidden states for calls that ask for them."""
+    return getattr(hook, "__module__", "").startswith("transformers.")
 
 
 __all__ = ["CudaRecorder", "GraphCache", "Recorder"]
