@@ -82,7 +82,7 @@ def _check_device(device: str) -> None:
         torch.empty(1, device=device)
     except (AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"Nothing can run on device {device!r} here ({reason}): --device cpu always can.") from error
+        raise ValueError(f"Device {device!r} cannot be used here ({reason}). Use --device cpu.") from error
 
 
 __all__ = ["DTYPES", "load", "load_encoder", "load_image_encoder"]

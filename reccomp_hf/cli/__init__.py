@@ -5,7 +5,15 @@ Only `run` imports torch, transformers and the rooms that need them, so that hel
 
 from . import bench, card, convert, cost, demo, embed, eval, info, plot, predict, push, serve
 
-COMMANDS = (demo, convert, info, plot, predict, eval, push, card, cost, bench, serve, embed)
-"""In the order of the help."""
+GROUPS = {
+    "try": (demo, plot),
+    "make": (convert, info, card, push),
+    "measure": (eval, cost, bench),
+    "use": (predict, embed),
+    "serve": (serve,),
+}
+"""The commands by purpose, in the order of the help."""
 
-__all__ = ["COMMANDS"]
+COMMANDS = tuple(command for group in GROUPS.values() for command in group)
+
+__all__ = ["COMMANDS", "GROUPS"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..checkpoints.quiet import quiet
     from ..measure.benchmark import check_gpu, compare, comparison_text, largest_batches, plot_comparison
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes its own log to stderr
     with quiet():
         name, model, inputs_of = _contender(arguments)
         if arguments.largest_batch:
@@ -58,7 +60,7 @@ def register(commands: Any) -> None:
     command = add_command(
         commands,
         run,
-        "measure time, memory and device reads: stock, compressed, and the limit",
+        "time a model in turns: stock, compressed, and the limit",
         "Times a model on prompts with images, in turns within one process: the stock model; ours; and the\n"
         "oracle, the limit: the stock vision tower and the embeddings of the short prompt at no cost.\n"
         "Ratios are taken within a round and reported with their quartiles. A --config has random weights, so\n"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
+from .choices import CHECKPOINTS
 from .options import add_command
 from .output import say
 
@@ -13,6 +15,7 @@ from .output import say
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
     from ..checkpoints.cards import render_card, write_card
+    from ..checkpoints.info import folder_of
     from ..checkpoints.quiet import quiet
 
     settings = {
@@ -23,8 +26,13 @@ def run(arguments: argparse.Namespace) -> None:
     }
     with quiet(progress_bars=sys.stderr.isatty()):
         if arguments.stdout:
-            say(render_card(arguments.folder, **settings).rstrip("\n"))
+            say(render_card(folder_of(arguments.folder), **settings).rstrip("\n"))
             return
+        if arguments.folder in CHECKPOINTS and not Path(arguments.folder).is_dir():
+            raise ValueError(
+                f"{arguments.folder} is shipped with this package and has its card: --stdout prints one. To write a "
+                "card, name the folder of a checkpoint of yours."
+            )
         path = write_card(arguments.folder, force=arguments.force, **settings)
     say(f"Wrote {path}.", f"Next: read it, then reccomp-hf push {arguments.folder} {arguments.repo or 'OWNER/NAME'}")
 

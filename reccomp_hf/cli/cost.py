@@ -6,30 +6,35 @@ import argparse
 import json
 from typing import Any
 
-from .choices import COST_DTYPES, COST_IMAGE_SIZE, HARDWARE, PUBLISHED
+from .choices import CHECKPOINTS, COST_DTYPES, COST_IMAGE_SIZE, HARDWARE, PUBLISHED
 from .options import add_command, add_preset, count, image_size
 from .output import line, say
 
 DEFAULT_CONFIG, DEFAULT_PRESET = "llava-1.5-7b", "balanced"
 
-# Entry of a row -> label, factor to the label's unit, and number format.
-CELLS: dict[str, tuple[str, float, str]] = {
-    "visual_tokens": ("visual tokens", 1, ",d"),
-    "prompt_tokens": ("prompt tokens", 1, ",d"),
-    "prefill_flops": ("prefill, TFLOP", 1e-12, ",.3f"),
-    "prefill_seconds": ("prefill, ms", 1e3, ",.2f"),
-    "prefill_traffic_bytes": ("  memory traffic, GB", 1e-9, ",.2f"),
-    "prefill_activation_bytes": ("  stored activations, GB", 1e-9, ",.3f"),
-    "vision_tower_seconds": ("vision tower, ms", 1e3, ",.2f"),
-    "projector_seconds": ("projector, ms", 1e3, ",.2f"),
-    "text_encoder_seconds": ("text encoder, ms", 1e3, ",.2f"),
-    "first_token_seconds": ("all up to the first token, ms", 1e3, ",.2f"),
-    "kv_cache_bytes": ("KV cache, MB", 1e-6, ",.1f"),
-    "decode_seconds": ("decoding a token, ms", 1e3, ",.2f"),
-    "weight_bytes": ("weights, GB", 1e-9, ",.2f"),
-    "largest_batch": ("largest batch that fits", 1, ",d"),
-    "largest_batch_tokens_per_second": ("  its tokens per second", 1, ",.0f"),
+FLOP, SECONDS, BYTES = (
+    {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6},
+    {"ms": 1e-3, "µs": 1e-6},
+    {"GB": 1e9, "MB": 1e6, "kB": 1e3},
+)
+CELLS: dict[str, tuple[str, dict[str, float] | None]] = {
+    "visual_tokens": ("visual tokens", None),
+    "prompt_tokens": ("prompt tokens", None),
+    "prefill_flops": ("prefill", FLOP),
+    "prefill_seconds": ("prefill", SECONDS),
+    "prefill_traffic_bytes": ("  memory traffic", BYTES),
+    "prefill_activation_bytes": ("  stored activations", BYTES),
+    "vision_tower_seconds": ("vision tower", SECONDS),
+    "projector_seconds": ("projector", SECONDS),
+    "text_encoder_seconds": ("text encoder", SECONDS),
+    "first_token_seconds": ("all up to the first token", SECONDS),
+    "kv_cache_bytes": ("KV cache", BYTES),
+    "decode_seconds": ("decoding a token", SECONDS),
+    "weight_bytes": ("weights", BYTES),
+    "largest_batch": ("largest batch that fits", None),
+    "largest_batch_tokens_per_second": ("  its tokens per second", None),
 }
+"""Entry of a row -> label, and the units that fit it, the largest first; `None` for a number without a unit."""
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -53,17 +58,22 @@ def report(name: str, facts: dict[str, Any]) -> str:
     """The comparison as a table: a column per row, with its ratio to the stock model where that is useful."""
     rows = facts["rows"]
     lines = [
-        line("model", f"{name}, {facts['parameters']['total'] / 1e9:,.2f} B parameters"),
+        line("model", f"{name}, {_parameters(facts['parameters']['total'])} parameters"),
         line("hardware", f"{facts['hardware']['name']} ({facts['hardware']['source']}), {facts['dtype']}"),
         line("prompt", f"{facts['text_tokens']} text tokens and an image{_image(facts)}, batch {facts['batch']}"),
         "",
         f"  {'':<30}{'stock':>14}" + "".join(f"{'compressed':>22}" for _ in rows[1:]),
     ]
-    for entry, (label, factor, form) in CELLS.items():
-        cells = [f"{rows[0][entry] * factor:>14{form}}"]
-        for row in rows[1:]:
+    for entry, (label, units) in CELLS.items():
+        values = [row[entry] for row in rows]
+        texts = [f"{value:,.0f}" for value in values]
+        if units is not None:
+            unit, size = _unit(values, units)
+            label, texts = f"{label}, {unit}", [f"{value / size:,.2f}" for value in values]
+        cells = [f"{texts[0]:>14}"]
+        for row, text in zip(rows[1:], texts[1:], strict=True):
             ratio = row["ratios"].get(entry)
-            cells.append(f"{row[entry] * factor:>14{form}}" + (f"{ratio:>7.2f}x" if ratio else " " * 8))
+            cells.append(f"{text:>14}" + (f"{ratio:>7.2f}x" if ratio else " " * 8))
         lines.append(f"  {label:<30}{''.join(cells)}".rstrip())
     return "\n".join(
         [
@@ -74,6 +84,17 @@ def report(name: str, facts: dict[str, Any]) -> str:
             "of tokens, which `reccomp-hf bench` measures as less than 1 % of a prefill.",
         ]
     )
+
+
+def _parameters(count: int) -> str:
+    return f"{count / 1e9:,.2f} B" if count >= 1e8 else f"{count / 1e6:,.2f} M"
+
+
+def _unit(values: list[float], units: dict[str, float]) -> tuple[str, float]:
+    """The largest unit in which every value that is not 0 is at least 0.1, or else the smallest."""
+    least = min((value for value in values if value), default=0.0)
+    fitting = [(name, size) for name, size in units.items() if least >= 0.1 * size]
+    return fitting[0] if fitting else list(units.items())[-1]
 
 
 def register(commands: Any) -> None:
@@ -89,7 +110,12 @@ def register(commands: Any) -> None:
         " ./llava-reccomp --hardware H100 --batch 8 --json",
     )
     source = command.add_mutually_exclusive_group()
-    source.add_argument("folder", metavar="FOLDER", nargs="?", help="a compressed checkpoint, or a Hub id")
+    source.add_argument(
+        "folder",
+        metavar="FOLDER",
+        nargs="?",
+        help=f"a compressed checkpoint: a folder, a Hub id, {' or '.join(CHECKPOINTS)}",
+    )
     source.add_argument(
         "--config",
         choices=PUBLISHED,

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from .choices import CHECKPOINTS
-from .image_questions import file_questions, scene_questions
+from .image_questions import file_questions, scene_questions, unreadable_note
 from .options import (
     UNSET,
     Budget,
@@ -40,7 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
         model, processor = load(arguments.model, fields, device="cpu")
         if not arguments.json:
             say(f"Image: {picture.source}")
-            say(f"Model: {arguments.model}, preset {arguments.preset}; nothing is downloaded", "")
+            say(f"Model: {arguments.model}, preset {arguments.preset}; nothing is downloaded")
+            say(*unreadable_note(processor, picture.questions), "")
         found, records = compare(model, processor, picture)
         facts = {"model": arguments.model, "preset": arguments.preset, "method": fields["method"], **found}
         facts["output"] = arguments.output

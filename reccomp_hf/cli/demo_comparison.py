@@ -61,9 +61,14 @@ def draw(
         f"{answer['compressed'] or 'nothing'} (reading all: {answer['uncompressed'] or 'nothing'})"
         for answer in facts["answers"]
     ]
-    method = facts["method"]
     figure = plot_recovery(
-        picture.image, records, processor=processor, questions=picture.questions, answers=answers, method=method
+        picture.image,
+        records,
+        processor=processor,
+        questions=picture.questions,
+        answers=answers,
+        method=facts["method"],
+        title=f"{facts['model']}, preset {facts['preset']}",
     )
     figure.savefig(path)
 

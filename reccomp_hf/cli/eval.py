@@ -50,8 +50,10 @@ def run(arguments: argparse.Namespace) -> None:
         )
     pairs = [(first, second) for first, second in arguments.compare]
     pictures = len({sample.picture for sample in samples})
+    questions = f"{len(samples)} question{'s' if len(samples) > 1 else ''}"
     on = f"{pictures} image{'s' if pictures > 1 else ''} ({arguments.data})"
-    say(f"{arguments.model}: {len(samples)} questions on {on}; 95 % intervals", "")
+    note = "95 % intervals" if pictures > 1 else "intervals need more than one image"
+    say(f"{arguments.model}: {questions} on {on}; {note}", "")
     say(report.markdown(pairs))
     write_results(
         arguments,
@@ -75,7 +77,7 @@ def register(commands: Any) -> None:
     command = add_command(
         commands,
         run,
-        "measure answers: accuracy, agreement with the uncompressed model, tokens, time",
+        "measure accuracy, agreement with the uncompressed model, tokens",
         "Asks a checkpoint the same questions under several settings and prints a table.\n\n"
         "A setting is NAME[:BUDGET][+field=value...]. Names: off (all tokens), stored (the checkpoint's own),\n"
         "the presets paper, balanced and authors; visual and text (one of the paper's stages alone, nothing\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -63,10 +63,26 @@ def file_questions(path: str, texts: list[str] | None = None) -> ImageQuestions:
     return ImageQuestions(image, source, texts, [None] * len(texts), None)
 
 
+def unreadable_note(processor: Any, texts: list[str]) -> list[str]:
+    """A line for each question in a script that the text encoder has no words of: more tokens than characters."""
+    tokenizer = processor.recovery_tokenizer
+    if tokenizer is None:
+        return []
+    found = [text for text in texts if len(tokenizer(text, add_special_tokens=False)["input_ids"]) > len(text)]
+    return [f"Note: the text encoder has no words of the script of {text!r}; ask in English." for text in found]
+
+
 def _checked(texts: list[str] | None) -> list[str] | None:
     if texts and not all(text.strip() for text in texts):
         raise ValueError("A question is empty: write --question TEXT.")
     return texts
 
 
-__all__ = ["DEFAULT_SEED", "IMAGE_QUESTIONS", "ImageQuestions", "file_questions", "scene_questions"]
+__all__ = [
+    "DEFAULT_SEED",
+    "IMAGE_QUESTIONS",
+    "ImageQuestions",
+    "file_questions",
+    "scene_questions",
+    "unreadable_note",
+]

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from .options import add_command
+from .options import add_checkpoint, add_command
 from .output import line, say, section_lines
 
 
@@ -37,13 +37,14 @@ def register(commands: Any) -> None:
     command = add_command(
         commands,
         run,
-        "show a compressed checkpoint's settings, parameters and visual tokens",
+        "show a checkpoint's settings, parameters and visual tokens",
         "Shows the settings, parameters and visual tokens of a compressed checkpoint. Reads its config and\n"
         "the headers of its weights; the weights of a Hub repository are not downloaded.",
+        " demo",
         " ./llava-reccomp",
         " ./llava-reccomp --json",
     )
-    command.add_argument("folder", metavar="FOLDER", help="a folder that `reccomp-hf convert` wrote, or a Hub id")
+    add_checkpoint(command, "folder")
     command.add_argument("--json", action="store_true", help="print one JSON object")
 
 

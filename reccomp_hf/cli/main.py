@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
+import textwrap
 import traceback
 from typing import NoReturn
 
 from .. import __version__, register
-from . import COMMANDS
-from .output import say
+from . import GROUPS
+from .output import did_you_mean, say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +28,10 @@ def _main(argv: list[str] | None) -> int:
     parser = _parser()
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
-        what = f"unrecognized arguments: {' '.join(unknown)}"
+        options = re.findall(r"--[a-z][a-z-]*", arguments.format_help())
+        known = sorted(set(options)) if unknown[0].startswith("--") else []
+        hint = did_you_mean(unknown[0].partition("=")[0], known)
+        what = f"unrecognized arguments: {' '.join(unknown)}{hint}"
         parser.exit(2, f"reccomp-hf: error: {what} (see {arguments.prog} --help)\n")
     if arguments.run is None:
         say(parser.format_help().rstrip())
@@ -56,22 +61,32 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the arguments and where help is; exit with 2."""
-        self.exit(2, f"reccomp-hf: error: {message} (see {self.prog} --help)\n")
+        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        hint = did_you_mean(choice[1], re.findall(r"[\w.-]+", choice[2])) if choice else ""
+        self.exit(2, f"reccomp-hf: error: {message}{hint} (see {self.prog} --help)\n")
 
 
 def _parser() -> _Parser:
     parser = _Parser(
         prog="reccomp-hf",
+        usage="reccomp-hf [-h] [--version] [--debug] COMMAND ...",
         description="Compressed LLaVA models for transformers, which read a fraction of their visual tokens.",
-        epilog="example:\n  reccomp-hf demo\n\nEvery command has a --help with an example.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"reccomp-hf {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.set_defaults(run=None, prog=parser.prog)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in COMMANDS:
-        command.register(commands)
+    parser.set_defaults(run=None, prog=parser.prog, format_help=parser.format_help)
+    commands = parser.add_subparsers(prog="reccomp-hf", metavar="COMMAND", help=argparse.SUPPRESS)
+    lines = []
+    for purpose, group in GROUPS.items():
+        lines += ["", f"{purpose}:"]
+        for command in group:
+            command.register(commands)
+            name = command.__name__.rpartition(".")[2]
+            summary = commands.choices[name].get_default("summary")
+            lines += textwrap.wrap(f"  {name:<12}{summary}", 80, subsequent_indent=" " * 14)
+    lines += ["", "example:", "  reccomp-hf demo", "", "Every command has a --help with an example."]
+    parser.epilog = "\n".join(lines[1:])
     return parser
 
 

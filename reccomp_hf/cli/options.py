@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..core.settings import PRESETS
+from ..core.settings import FIELDS, PRESETS
 from .choices import CHECKPOINTS, DTYPES, DYNAMIC
+from .output import did_you_mean
 
 IMAGE_ENDINGS = (".png", ".pdf", ".svg", ".jpg", ".webp")
 
@@ -49,14 +50,13 @@ def add_command(commands: Any, run: Callable[..., None], summary: str, descripti
     name = run.__module__.rpartition(".")[2]
     command = commands.add_parser(
         name,
-        help=summary,
         description=description,
         epilog="\n".join(["example:", *(f"  reccomp-hf {name}{example}" for example in examples)]),
         formatter_class=HelpFormatter,
     )
     debug = "show the traceback of an error"
     command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=debug)
-    command.set_defaults(run=run, prog=command.prog)
+    command.set_defaults(run=run, prog=command.prog, summary=summary, format_help=command.format_help)
     return command
 
 
@@ -136,6 +136,9 @@ def setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not name or not equals:
         raise argparse.ArgumentTypeError(f"expected field=value, got {text!r}")
+    if name not in FIELDS:
+        hint = did_you_mean(name, FIELDS) or f"; known fields are {', '.join(FIELDS)}"
+        raise argparse.ArgumentTypeError(f"unknown token_recovery field {name!r}{hint}")
     with contextlib.suppress(json.JSONDecodeError):
         return name, json.loads(value)
     return name, value

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from .image_questions import file_questions
+from .image_questions import file_questions, unreadable_note
 from .options import (
     add_checkpoint,
     add_command,
@@ -32,11 +32,17 @@ def run(arguments: argparse.Namespace) -> None:
         section = model.config.token_recovery
         if not section.enabled:
             raise ValueError("There is nothing to plot: token_recovery.enabled is false, and every token is read.")
+        say(*unreadable_note(processor, picture.questions))
         images = [[picture.image]] * len(picture.questions)
         inputs = encode_rows(processor, images, picture.questions, picture.questions).to(model.device, model.dtype)
         records = model.recover(**inputs)
         figure = plot_recovery(
-            picture.image, records, processor=processor, questions=picture.questions, method=section.method
+            picture.image,
+            records,
+            processor=processor,
+            questions=picture.questions,
+            method=section.method,
+            title=f"{arguments.model}, {f'preset {arguments.preset}' if arguments.preset else section.method}",
         )
         figure.savefig(arguments.output)
     for question, record in zip(picture.questions, records, strict=True):

@@ -131,7 +131,7 @@ def open_rows(source: str | Path, limit: int | None = None) -> Rows:
         limit: Number of rows to read from the start; `None` for all.
 
     Raises:
-        ValueError: There are no rows or several splits, or a Parquet file is not valid.
+        ValueError: There are no rows or several splits, a Parquet file is not valid, or `source` is an image.
         OSError: A file cannot be read.
         ImportError: `source` is a folder or a Parquet file, and `datasets` is not installed.
     """
@@ -139,7 +139,11 @@ def open_rows(source: str | Path, limit: int | None = None) -> Rows:
     if path.is_dir():
         rows: Rows = _Table(_folder(path), path, limit)
     elif not path.is_file():
-        raise FileNotFoundError(f"{source} is neither a file of JSON lines nor a folder, nor a Parquet file.")
+        raise FileNotFoundError(f"{source}: no such file or folder.")
+    elif _is_picture(path):
+        raise ValueError(
+            f"{source} is a picture, expected questions: a file of JSON lines, a Parquet file or a folder of pictures."
+        )
     elif _starts_with(path, _PARQUET):
         rows = _Table(_parquet(path), path, limit)
     else:
@@ -147,6 +151,14 @@ def open_rows(source: str | Path, limit: int | None = None) -> Rows:
     if not len(rows):
         raise ValueError(f"{source} holds no rows.")
     return rows
+
+
+def _is_picture(path: Path) -> bool:
+    try:
+        picture_size(path)
+    except Exception:  # not an image, or one that no reader would take
+        return False
+    return True
 
 
 def _starts_with(path: Path, start: bytes) -> bool:

@@ -141,7 +141,7 @@ def generator(stream: int, seed: int) -> np.random.Generator:
         ValueError: If `seed` is negative.
     """
     if seed < 0:
-        raise ValueError(f"A seed must be a non-negative integer, but got {seed}. Take one from EVALUATION_SEEDS.")
+        raise ValueError(f"A seed must be 0 or more, got {seed}. Held-out scenes have the seeds 1000000 to 1999999.")
     return np.random.default_rng([stream, seed])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import colorsys
-import dataclasses
 import itertools
 import textwrap
 from collections.abc import Sequence
@@ -11,22 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageDraw
 
 from ..core.features import TokenRecoveryOutput
 from ..core.methods.registry import get_method
+from .regions import Region, regions_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = {
-    "visual": (30, 144, 255),
-    "text": (255, 150, 0),
-    "coverage": (60, 215, 110),
-    "centre": (255, 80, 200),
+    "visual": (86, 180, 233),
+    "text": (230, 159, 0),
+    "coverage": (0, 200, 150),
+    "centre": (240, 120, 190),
 }
-"""Colours (red, green, blue) of a kept patch's frame by the reason it was kept, and of a merged token's centre."""
+"""Colours (red, green, blue) of a kept patch's frame by the reason it was kept, and of a merged token's centre.
+
+They are close to the palette of Okabe and Ito, which people with any colour vision can tell apart, and frames differ
+in their lines too: double for "visual", single for "text", corners for "coverage".
+"""
 
 _WORDS = {
     "visual": ("stands out in the picture", "stand out in the picture"),
@@ -39,20 +42,16 @@ _VISUAL_WORDS = {"random": "drawn at random", "base_tile": "of the overview tile
 _SHARED = "in several of the averages, or in none"
 _PANEL = 3.3  # inches
 _WRITING = 1.45  # inches above and below a panel
-_PANELS_ACROSS = 3
+_MOST_ACROSS = 4  # panels
 _CELL = 28  # pixels of a patch, fewer where there are many of them
 _WIDEST_CANVAS = 1000  # pixels
 
+# Markers of the legend, in a square of side 2.
+_SQUARE = [(-1, -1), (1, -1), (1, 1), (-1, 1), (-1, -1)]
+_INNER = [(x / 2, y / 2) for x, y in _SQUARE]
+_CORNERS = [point for x in (-1, 1) for y in (-1, 1) for point in ((x, y / 3), (x, y), (x / 3, y))]
+
 _Pixels = npt.NDArray[np.uint8]
-
-
-@dataclasses.dataclass
-class _Region:
-    """A part of the image as the model sees it, and the index of the patch in each cell of its grid."""
-
-    picture: Image.Image
-    patches: npt.NDArray[np.int64]  # (rows, columns), counted over all tiles of the image
-    name: str
 
 
 def plot_recovery(
@@ -63,11 +62,13 @@ def plot_recovery(
     questions: str | Sequence[str] | None = None,
     answers: str | Sequence[str] | None = None,
     method: str = "recoverable",
+    title: str = "",
 ) -> Figure:
     """Show which patches of an image the language model reads, and where the others went.
 
-    Bright patches in a frame are read as they are, and the frame's colour gives the reason (see `COLORS`). Areas of
-    one tint were averaged into one token, whose place is the dot. Dark patches were dropped.
+    A panel for each question, and the image itself behind them. Bright patches in a frame are read as they are, and
+    the frame gives the reason (see `COLORS`). Areas of one tint were averaged into one token, whose place is the dot.
+    Grey patches were dropped.
 
     Args:
         image: The image as passed to the processor.
@@ -77,6 +78,7 @@ def plot_recovery(
         questions: One question for each record, written above its panel.
         answers: One answer for each record, written below its question.
         method: `token_recovery.method`, if it is not the paper's; it changes the wording of the legend.
+        title: A line above all panels, the name of the model and its settings perhaps.
 
     Returns:
         A matplotlib figure; `figure.savefig("name.png")` writes it. pyplot is not used.
@@ -90,27 +92,34 @@ def plot_recovery(
     records = [record] if isinstance(record, TokenRecoveryOutput) else list(record)
     titles = _one_per_record("questions", questions, len(records))
     replies = _one_per_record("answers", answers, len(records))
-    regions = _regions(image.convert("RGB"), records, processor)
+    regions = regions_of(image.convert("RGB"), records, processor)
     plain = _canvas(regions, None)
     panels = 1 + len(records)
-    # Side by side where they fit, in rows of about equal length; a tiled image is wide and gets a row of its own.
-    down = -(-panels // (_PANELS_ACROSS if plain.width < 1.6 * plain.height else 1))
-    across = -(-panels // down)
+    # A tiled image is wide and gets a row of its own.
+    across = _columns(panels) if plain.width < 1.6 * plain.height else 1
+    down = -(-panels // across)
     width = _PANEL * (1 if across > 1 else 2.2)
     height = width * plain.height / plain.width
     figure = Figure(figsize=(width * across, (height + _WRITING) * down), dpi=110, layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False).flatten()
+    axes = [figure.add_subplot(down, across, number + 1) for number in range(panels)]
     total = sum(int((region.patches >= 0).sum()) for region in regions)
-    _show(axes[0], plain, ["The picture as the model sees it", f"{total} patches, a token each"])
-    axes[0].text(0, -0.02, _EXPLANATION, fontsize=8, color="dimgrey", va="top", transform=axes[0].transAxes)
-    for axis, one, title, reply in zip(axes[1:], records, titles, replies, strict=False):
+    for axis, one, question, reply in zip(axes, records, titles, replies, strict=False):
         tokens = int(one.counts.sum())
         lines = [f"answer: {textwrap.shorten(reply, 60)}"] if reply else []
-        _show(axis, _canvas(regions, one), [title, *lines, f"reads {tokens} of {total} tokens ({tokens / total:.0%})"])
-        _legend(axis, _counts(one, total), method)
-    for axis in axes[panels:]:
-        axis.set_axis_off()
-    _name_regions(axes[0], regions)
+        _show(
+            axis, _canvas(regions, one), [question, *lines, f"reads {tokens} of {total} tokens ({tokens / total:.0%})"]
+        )
+        _legend(axis, one, _counts(one, total), method)
+    _show(axes[-1], plain, ["The picture as the model sees it", f"{total} patches, a token each"])
+    place: tuple[Any, float] = (axes[-1], -0.02)
+    if panels < down * across:
+        place = (figure.add_subplot(down, across, panels + 1), 1)
+        place[0].set_axis_off()
+    place[0].text(0, place[1], _EXPLANATION, fontsize=8, color="dimgrey", va="top", transform=place[0].transAxes)
+    for axis in axes:
+        _name_regions(axis, regions)
+    if title:
+        figure.suptitle(_drawable(title), fontsize=9, color="dimgrey", x=0.01, ha="left")
     return figure
 
 
@@ -118,8 +127,15 @@ _EXPLANATION = (
     "The picture is cut into patches, and the language\n"
     "model reads a token for each. Compression lets it\n"
     "read fewer: the framed patches as they are, tinted\n"
-    "areas as one average each, dark ones not at all."
+    "areas as one average each, grey ones not at all."
 )
+
+
+def _columns(panels: int) -> int:
+    """Panels per row: as many as fit, with the fewest places of the last row left empty."""
+    if panels <= _MOST_ACROSS:
+        return panels
+    return min(range(_MOST_ACROSS, 1, -1), key=lambda across: -panels % across)
 
 
 def _one_per_record(name: str, texts: str | Sequence[str] | None, count: int) -> list[str]:
@@ -129,80 +145,10 @@ def _one_per_record(name: str, texts: str | Sequence[str] | None, count: int) ->
     return texts
 
 
-# ---- the picture as the model sees it ------------------------------------------------------------------------------
-
-
-def _regions(image: Image.Image, records: Sequence[TokenRecoveryOutput], processor: Any) -> list[_Region]:
-    """One region for LLaVA-1.5; for LLaVA-NeXT the base tile, and the other tiles joined and unpadded."""
-    tiles, patches = records[0].cluster.shape
-    side = int(patches**0.5)
-    for record in records:
-        if record.cluster.shape != records[0].cluster.shape or side * side != patches:
-            raise ValueError(
-                f"Records must belong to one image with a square grid of patches, got cluster of shapes "
-                f"{[tuple(one.cluster.shape) for one in records]}."
-            )
-    if processor is None:
-        if tiles > 1:
-            raise ValueError(f"The record has {tiles} tiles: pass processor=, which is needed to place them.")
-        return [_Region(_middle_square(image), _raster(side), "")]
-    pictures = _processed_tiles(image, processor)
-    if len(pictures) < tiles:
-        raise ValueError(f"The record has {tiles} tiles, but the processor cuts this image into {len(pictures)}.")
-    pinpoints = getattr(processor.image_processor, "image_grid_pinpoints", None)
-    if not pinpoints:
-        return [_Region(pictures[0], _raster(side), "")]
-    base = _Region(pictures[0], _raster(side), "overview")
-    return [base, *_detail(image, pictures[1:tiles], side, pinpoints)]
-
-
-def _raster(side: int) -> npt.NDArray[np.int64]:
-    return np.arange(side * side).reshape(side, side)
-
-
-def _middle_square(image: Image.Image) -> Image.Image:
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
-
-
-def _processed_tiles(image: Image.Image, processor: Any) -> list[Image.Image]:
-    """The tiles as the processor scales and crops them, before colours are normalised."""
-    settings = {"do_normalize": False, "do_rescale": False, "return_tensors": "pt"}
-    values = processor.image_processor(images=image, **settings)["pixel_values"]
-    values = torch.as_tensor(np.asarray(values)).flatten(0, -4)  # (tiles, 3, height, width)
-    tiles = values.permute(0, 2, 3, 1).clamp(0, 255).to(torch.uint8).numpy()
-    return [Image.fromarray(tile) for tile in tiles]
-
-
-def _detail(image: Image.Image, pictures: list[Image.Image], side: int, pinpoints: Any) -> list[_Region]:
-    """The tiles after the base tile in their places, without the padding; empty where none of it is read."""
-    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
-
-    size, tile = (image.height, image.width), pictures[0].width
-    down, across = get_anyres_image_grid_shape(size, pinpoints, tile)
-    whole = Image.new("RGB", (across * tile, down * tile))
-    cells = np.empty((down * side, across * side), dtype=np.int64)
-    for number, picture in enumerate(pictures[: down * across]):
-        row, column = divmod(number, across)
-        whole.paste(picture, (column * tile, row * tile))
-        place = np.s_[row * side : (row + 1) * side, column * side : (column + 1) * side]
-        cells[place] = _raster(side) + (number + 1) * side * side
-    visible = unpad_image(torch.from_numpy(cells)[None], size)[0].numpy()
-    if visible.size == 0:
-        return []
-    top, left = (int(index[0]) for index in np.where(cells == visible[0, 0]))
-    rows, columns = visible.shape
-    patch = tile / side
-    edges = (left * patch, top * patch, (left + columns) * patch, (top + rows) * patch)
-    x, y, right, bottom = map(round, edges)
-    return [_Region(whole.crop((x, y, right, bottom)), visible, "details")]
-
-
 # ---- drawing -------------------------------------------------------------------------------------------------------
 
 
-def _canvas(regions: Sequence[_Region], record: TokenRecoveryOutput | None) -> Image.Image:
+def _canvas(regions: Sequence[Region], record: TokenRecoveryOutput | None) -> Image.Image:
     """All regions side by side, marked if a record is given."""
     cell = _cell_size(regions)
     parts = [_mark_region(region, record, cell) for region in regions]
@@ -215,12 +161,12 @@ def _canvas(regions: Sequence[_Region], record: TokenRecoveryOutput | None) -> I
     return canvas
 
 
-def _cell_size(regions: Sequence[_Region]) -> int:
+def _cell_size(regions: Sequence[Region]) -> int:
     columns = sum(region.patches.shape[1] for region in regions) + len(regions) - 1
     return max(12, min(_CELL, _WIDEST_CANVAS // columns))
 
 
-def _mark_region(region: _Region, record: TokenRecoveryOutput | None, cell: int) -> Image.Image:
+def _mark_region(region: Region, record: TokenRecoveryOutput | None, cell: int) -> Image.Image:
     """A region, enlarged to `cell` pixels per patch, with the marks of a record."""
     rows, columns = region.patches.shape
     picture = region.picture.resize((columns * cell, rows * cell), Image.Resampling.BICUBIC)
@@ -240,7 +186,7 @@ def _mark_region(region: _Region, record: TokenRecoveryOutput | None, cell: int)
             around = (middle[0] - reach, middle[1] - reach, middle[0] + reach, middle[1] + reach)
             draw.ellipse(around, fill=COLORS["centre"], outline="white", width=max(1, cell // 14))
         elif kinds[row, column] in COLORS:
-            draw.rectangle(box, outline=COLORS[kinds[row, column]], width=thick)
+            _draw_frame(draw, box, kinds[row, column], thick)
     return picture
 
 
@@ -258,7 +204,7 @@ def _patch_kinds(
 
 
 def _shade(pixels: _Pixels, kinds: npt.NDArray[Any], clusters: npt.NDArray[np.int64], cell: int) -> _Pixels:
-    """Kept patches unchanged, merged ones faint and tinted by their cluster, dropped ones dark."""
+    """Kept patches unchanged, merged ones faint and tinted by their cluster, dropped ones dim and grey."""
     grey = np.broadcast_to(pixels.mean(-1, keepdims=True), pixels.shape)
     tints = np.zeros((*clusters.shape, 3))
     for cluster in np.unique(clusters[clusters >= 0]):
@@ -269,13 +215,32 @@ def _shade(pixels: _Pixels, kinds: npt.NDArray[Any], clusters: npt.NDArray[np.in
 
     merged, dropped = (enlarged(kinds == name)[..., None] for name in ("merged", "dropped"))
     result = np.where(merged, 0.22 * pixels + 0.1 * grey + 0.26 * enlarged(tints), pixels)
-    result = np.where(dropped, 0.16 * pixels + 0.08 * grey, result)
+    result = np.where(dropped, 0.05 * pixels + 0.42 * grey, result)
     return result.clip(0, 255).astype(np.uint8)
 
 
 def _tint(cluster: int) -> tuple[float, ...]:
     """A colour for a cluster, far from those of clusters with neighbouring numbers."""
     return tuple(255 * part for part in colorsys.hsv_to_rgb(cluster * 0.618034 % 1, 0.55, 0.9))
+
+
+def _draw_frame(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], kind: str, thick: int) -> None:
+    """The frame of a kept patch, in the lines of its kind."""
+    left, top, right, bottom = box
+    color = COLORS[kind]
+    if kind != "coverage":
+        draw.rectangle(box, outline=color, width=thick)
+        if kind == "visual":
+            inner = 2 * thick - thick // 2
+            edges = (left + inner, top + inner, right - inner, bottom - inner)
+            draw.rectangle(edges, outline=color, width=max(1, thick // 2))
+        return
+    reach = (right - left + 1) // 3
+    for x, across in ((left, 1), (right, -1)):
+        for y, along in ((top, 1), (bottom, -1)):
+            for end in ((x + across * reach, y + along * (thick - 1)), (x + across * (thick - 1), y + along * reach)):
+                corners = sorted((x, end[0])), sorted((y, end[1]))
+                draw.rectangle((corners[0][0], corners[1][0], corners[0][1], corners[1][1]), fill=color)
 
 
 def _draw_borders(draw: ImageDraw.ImageDraw, clusters: npt.NDArray[np.int64], cell: int) -> None:
@@ -316,27 +281,43 @@ def _show(axis: Any, canvas: Image.Image, title: Sequence[str]) -> None:
     first, *rest = title
     axis.xaxis.set_label_position("top")
     axis.set_xlabel("\n".join(rest), fontsize=8.5, loc="left", linespacing=1.35)
-    axis.set_title(textwrap.fill(first, 40), fontsize=9.5, fontweight="bold", loc="left")
+    axis.set_title(textwrap.fill(_drawable(first), 40), fontsize=9.5, fontweight="bold", loc="left")
 
 
-def _legend(axis: Any, counts: dict[str, int], method: str) -> None:
+def _drawable(text: str) -> str:
+    """The text, or a sentence where matplotlib's font lacks one of its characters and would draw boxes."""
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont("DejaVu Sans"))
+    if all(font.get_char_index(ord(character)) or character.isspace() for character in text):
+        return text
+    return "(a text whose script the font of this plot lacks)"
+
+
+def _legend(axis: Any, record: TokenRecoveryOutput, counts: dict[str, int], method: str) -> None:
     """Explain the marks in plain words with their counts; marks that do not occur are left out."""
     from matplotlib.lines import Line2D
+    from matplotlib.path import Path
 
+    double = Path(_SQUARE + _INNER, [1, 2, 2, 2, 79] * 2)
+    corners = Path(_CORNERS, [1, 2, 2] * 4)
+    markers: dict[str, Any] = {"visual": double, "text": "s", "coverage": corners}
     handles = []
+    if record.text_similarity is not None and counts["coverage"] and not counts["text"]:
+        handles.append(Line2D([], [], linestyle="none", label="no patch stands out for the question"))
     for name, count in counts.items():
         if not count:
             continue
         words = _WORDS[name][count != 1]
         words = _VISUAL_WORDS.get(method, words) if name == "visual" else words
         words = _SHARED if name == "dropped" and get_method(method).shares_patches else words
-        look: dict[str, Any] = {"marker": "s", "markersize": 9, "markerfacecolor": "white", "markeredgewidth": 2.2}
+        look: dict[str, Any] = {"marker": markers.get(name, "s"), "markersize": 9, "markerfacecolor": "none"}
         if name == "merged":
             look |= {"marker": "o", "markerfacecolor": _unit(COLORS["centre"]), "markeredgewidth": 0}
         elif name == "dropped":
-            look |= {"markerfacecolor": "#2a2a2a", "markeredgecolor": "#2a2a2a"}
+            look |= {"markerfacecolor": "#6e6e6e", "markeredgecolor": "#6e6e6e"}
         else:
-            look |= {"markeredgecolor": _unit(COLORS[name])}
+            look |= {"markeredgecolor": _unit(COLORS[name]), "markeredgewidth": 1.4 if name == "visual" else 2.2}
         handles.append(Line2D([], [], linestyle="none", label=f"{count} {words}", **look))
     axis.legend(
         handles=handles,
@@ -354,7 +335,7 @@ def _unit(color: tuple[int, int, int]) -> tuple[float, ...]:
     return tuple(part / 255 for part in color)
 
 
-def _name_regions(axis: Any, regions: Sequence[_Region]) -> None:
+def _name_regions(axis: Any, regions: Sequence[Region]) -> None:
     """Write the names of several regions into their upper left corners."""
     cell, left = _cell_size(regions), 0
     for region in regions if len(regions) > 1 else ():

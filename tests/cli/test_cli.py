@@ -37,7 +37,14 @@ def test_the_main_help_names_every_command(run):
     code, out, _ = run("--help")
     assert code == 0
     assert "example:\n  reccomp-hf demo" in out
-    assert all(f"    {command} " in out for command in COMMANDS)
+    assert all(f"\n  {command} " in out for command in COMMANDS)
+    assert [line for line in out.splitlines() if line in ("try:", "make:", "measure:", "use:", "serve:")] == [
+        "try:",
+        "make:",
+        "measure:",
+        "use:",
+        "serve:",
+    ]
 
 
 def test_no_command_prints_the_help(run):
@@ -163,11 +170,11 @@ def test_info_without_weights(run, converted, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--set", "budgt=3"], "Unknown token_recovery field 'budgt'; did you mean 'budget'"),
+        (["--set", "budgt=3"], "unknown token_recovery field 'budgt'; did you mean 'budget'"),
         (["--set", "budget=many"], "token_recovery.budget must be .*, got 'many'"),
         (["--set", "budget=101"], "token_recovery.budget is 101, but an image has only 100 patches"),
-        (["--set", "processor=1"], "Unknown token_recovery field 'processor'"),
-        (["--set", "preset=1"], "Unknown token_recovery field 'preset'"),
+        (["--set", "processor=1"], "unknown token_recovery field 'processor'"),
+        (["--set", "preset=1"], "unknown token_recovery field 'preset'"),
         (["--set", "budget"], "expected field=value, got 'budget'"),
         (["--preset", "best"], "invalid choice: 'best' .*paper"),
     ],
@@ -239,3 +246,44 @@ def test_an_unknown_option_points_at_the_help_of_its_command(capsys):
     assert capsys.readouterr().err == (
         "reccomp-hf: error: unrecognized arguments: --clip three (see reccomp-hf convert --help)\n"
     )
+
+
+# ---- names and files that are nearly right -------------------------------------------------------------------------
+
+
+def test_a_misspelt_shipped_checkpoint_is_not_looked_for_on_the_hub(error):
+    for command in (("info",), ("cost",), ("eval",), ("card", "--stdout")):
+        assert "There is no folder dmeo; did you mean 'demo', which comes with this package?" in error(
+            *command, "dmeo"
+        )
+    assert "did you mean 'demo-global'" in error("info", "demo-globl")
+
+
+def test_the_card_of_a_shipped_checkpoint_is_printed_and_not_written(run, error):
+    folder = reccomp_hf.demo.checkpoint_folder("demo")
+    before = (folder / "README.md").read_bytes()
+    assert "demo is shipped with this package and has its card: --stdout prints one" in error("card", "demo")
+    code, out, err = run("card", "demo", "--stdout", "--no-measure")
+    assert (code, err) == (0, "") and out.startswith("---\n") and "token_recovery" in out
+    assert (folder / "README.md").read_bytes() == before
+
+
+def test_a_picture_given_as_data_is_named_as_one(error, tmp_path):
+    tiny.pictures(1)[0].save(tmp_path / "photo.png")
+    assert "photo.png is a picture, expected questions" in error("eval", "demo", "--data", tmp_path / "photo.png")
+
+
+def test_eval_on_one_image_prints_no_interval(run):
+    code, out, _ = run("eval", "demo", "--limit", "1", "--settings", "off,balanced:0.1")
+    assert code == 0 and out.startswith("demo: 1 question on 1 image (demo); intervals need more than one image\n")
+    assert "[" not in out
+    code, out, _ = run("eval", "demo", "--limit", "12", "--settings", "off")
+    assert "12 questions on 2 images (demo); 95 % intervals" in out and "[" in out
+
+
+def test_convert_says_what_share_of_a_small_grid_remains(run, sources, tmp_path):
+    settings = ("--preset", "balanced", "--dry-run")
+    _, out, _ = run("convert", *sources, tmp_path / "a", *settings)
+    assert "64 of 100 tokens are 64% of an image; --set budget=0.11 keeps about a tenth" in " ".join(out.split())
+    for budget in ("budget=12", "budget=0.5"):  # small, and chosen as a share
+        assert "hint" not in run("convert", *sources, tmp_path / "a", *settings, "--set", budget)[1]

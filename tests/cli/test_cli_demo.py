@@ -34,7 +34,7 @@ LONG_QUESTION = "Is there a red circle anywhere near the upper left corner of th
         (["--budget", "0"], "token_recovery.budget must be"),
         (["--budget", "145"], "only 144 patches"),
         (["--preset", "authors", "--budget", "8"], "method 'authors' fixes the number of tokens itself"),
-        (["--seed", "-1"], "non-negative"),
+        (["--seed", "-1"], "A seed must be 0 or more, got -1"),
         (["--seed", "1", "--image", "a.png"], "not allowed with argument"),
         (["--image", "no-such.png"], "no-such.png cannot be read as an image: no such file"),
         (["--image", __file__], "cannot be read as an image: cannot identify image file"),
@@ -86,23 +86,24 @@ def check_marks(file, picture, fields):
     with torch.no_grad():
         records = model.recover(**inputs, token_recovery=fields)
     answers = ["x"] * len(prompts)
-    figure = plot_recovery(picture.image, records, processor=processor, questions=picture.questions, answers=answers)
+    texts = {"questions": picture.questions, "answers": answers, "title": "demo, preset balanced"}
+    figure = plot_recovery(picture.image, records, processor=processor, **texts)
     figure.savefig(os.devnull, format="png")  # lays it out
     pixels = np.asarray(Image.open(file).convert("RGB")).astype(int)
     assert min(pixels.shape[:2]) > 400 and pixels.std() > 40
     frames = 0
-    for axis, record in zip(figure.axes[1:], records, strict=False):
+    for axis, record in zip(figure.axes, records, strict=False):
         cell = axis.images[0].get_array().shape[1] / 12
         for patch in range(144):
             row, column = divmod(patch, 12)
-            x, y = axis.transData.transform((column * cell + 0.8, (row + 0.5) * cell))
+            x, y = axis.transData.transform((column * cell + 0.8, row * cell + 3))  # frames may be corners
             pixel = pixels[len(pixels) - 1 - round(y), round(x)]
             kinds = [name for name in COUNTS[:3] if getattr(record, f"{name}_mask")[0, patch]]
             if kinds:
                 frames += 1
                 assert np.abs(pixel - np.array(COLORS[kinds[0]])).max() < 60, (patch, kinds, pixel)
             elif column and not record.cluster[0, patch - 1] >= 0:
-                assert pixel.mean() < 90, (patch, pixel)
+                assert pixel.mean() < 110, (patch, pixel)
     assert frames == sum(int(record.counts.sum()) for record in records)
 
 
@@ -158,7 +159,7 @@ def test_demo_on_a_picture_with_questions_of_ones_own(run, tmp_path, monkeypatch
     assert "Reading 8 of 144 visual tokens (6%)" in out
     assert "= 8" in " ".join(out.split())
     assert "How many?" in out and "knows drawn shapes only" in out
-    assert min(Image.open("reccomp-demo.png").size) > 700  # four panels, two in a row
+    assert min(Image.open("reccomp-demo.png").size) > 400  # four panels in a row
 
 
 def test_plot_draws_with_a_checkpoints_own_settings_or_others(run, error, converted, tmp_path, monkeypatch):
@@ -205,3 +206,19 @@ def test_the_input_is_not_overwritten(error, tmp_path):
 
 def test_a_shipped_checkpoint_has_its_name_everywhere(run):
     assert "144 become 16 (11%)" in run("info", "demo-global")[1]
+
+
+def test_a_question_in_a_script_without_words_is_noted(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run("demo", "--question", "\u7ea2\u8272\u7684\u5706\u5728\u54ea\u91cc", "Is there a red circle?")
+    assert code == 0 and out.count("Note: the text encoder has no words of the script of ") == 1
+
+
+def test_the_demo_renders_a_system_message_without_a_role():
+    _, processor = demo_model()
+    turns = [
+        {"role": "system", "content": [{"type": "text", "text": "Answer in one word."}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it red?"}]},
+    ]
+    prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
+    assert prompt == "Answer in one word. USER: <image>\nIs it red? ASSISTANT:"

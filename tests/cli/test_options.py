@@ -59,7 +59,7 @@ def test_a_default_equals_its_original():
         ("enabled=false", ("enabled", False)),
         ("text_relevance=value", ("text_relevance", "value")),
         ('text_relevance="last"', ("text_relevance", "last")),
-        ("name=a=b", ("name", "a=b")),
+        ("method=a=b", ("method", "a=b")),
     ],
 )
 def test_set_takes_json_or_a_word(text, pair):

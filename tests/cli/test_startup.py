@@ -62,8 +62,12 @@ def test_the_help_of_a_command_comes_without_torch(start, module):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demmo"], "invalid choice: 'demmo'"),
-        (["demo", "--bugdet", "4"], "unrecognized arguments: --bugdet 4"),
+        (["demmo"], "; did you mean 'demo'? (see reccomp-hf --help)"),
+        (["demo", "--bugdet", "4"], "unrecognized arguments: --bugdet 4; did you mean '--budget'? (see"),
+        (["demo", "--xyz", "4"], "unrecognized arguments: --xyz 4 (see reccomp-hf demo --help)"),
+        (["convert", "a", "b", "--preset", "ballanced"], "; did you mean 'balanced'? (see"),
+        (["convert", "a", "b", "--set", "bugdet=4"], "unknown token_recovery field 'bugdet'; did you mean 'budget'?"),
+        (["convert", "a", "b", "--set", "xyz=4"], "unknown token_recovery field 'xyz'; known fields are version, "),
         (["demo", "--budget", "few"], "a share of them or 'dynamic', got 'few'"),
         (["demo", "--output", "picture.txt"], "expected a file that ends in .png"),
         (["convert", "a", "b", "--preset", "best"], "invalid choice: 'best'"),

@@ -204,7 +204,7 @@ def test_errors_of_the_command(error, data, tmp_path, monkeypatch):
     assert "--batch-size: expected a whole number of at least 1, got '0'" in error(*common, output, "--batch-size", 0)
     assert "would be overwritten" in error(*common, data)
     assert "the folder of" in error(*common, tmp_path / "no" / "out.jsonl")
-    assert "neither a file of JSON lines" in error("predict", tmp_path / "no", "--model", "demo", "--output", output)
+    assert "no such file or folder" in error("predict", tmp_path / "no", "--model", "demo", "--output", output)
     state = State(1, 2)
     monkeypatch.setattr("reccomp_hf.engines.predict.process_state", lambda device: state)
     assert "--device cuda:1 is for one process" in error(*common, output, "--device", "cuda:1")

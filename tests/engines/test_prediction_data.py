@@ -307,7 +307,7 @@ def test_data_that_cannot_be_read_is_refused(folder):
     ):
         with pytest.raises(ValueError, match=message):
             ask(folder / name, folder / "out.jsonl")
-    with pytest.raises(FileNotFoundError, match="neither a file of JSON lines nor a folder, nor a Parquet file"):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
         ask(folder / "nothing", folder / "out.jsonl")
     data = write_lines(folder / "data.jsonl", [GOOD])
     refused = {" ": "missing or empty", "<image>": "contains <image>", INSTRUCTION: "only an answer instruction"}

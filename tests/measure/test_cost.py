@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -273,7 +274,7 @@ def test_the_papers_numbers_in_the_table(run):
     code, out, err = run("--visual-tokens", "56")
     assert (code, err) == (0, "")
     cells = {line[:32].strip(): line[32:].split() for line in out.splitlines() if line.startswith("  ")}
-    assert cells["prefill, TFLOP"] == ["8.453", "1.510", "0.18x"]
+    assert cells["prefill, TFLOP"] == ["8.45", "1.51", "0.18x"]
     assert cells["prefill, ms"] == ["30.31", "9.24", "0.30x"]
     assert cells["memory traffic, GB"] == ["22.21", "14.36"]
     assert "llava-1.5-7b, 7.19 B parameters" in out and "not measured" in out
@@ -343,3 +344,13 @@ def test_what_is_no_compressed_llava_is_refused(run, tmp_path):
     assert "--preset goes with --config" in run(tmp_path, "--preset", "paper")[2]
     LLAVA.shared_stock().config.save_pretrained(tmp_path)
     assert "is not a compressed LLaVA: its model_type is 'llava'" in run(tmp_path)[2]
+
+
+def test_units_fit_a_small_model(run):
+    out = run("demo")[1]
+    assert "2.38 M parameters" in out
+    cells = [line.split("  ")[1] for line in out.splitlines() if line.startswith("  prefill")]
+    assert cells == ["prefill, GFLOP", "prefill, µs"]
+    rows = [line for line in out.splitlines() if re.search(r", (GFLOP|µs|ms|[GMk]B) ", line)]
+    assert len(rows) == 11
+    assert all(any(float(cell.replace(",", "")) > 0 for cell in re.findall(r"[\d,]+\.\d\d(?!x)", row)) for row in rows)

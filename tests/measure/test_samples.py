@@ -69,7 +69,7 @@ def test_lines_that_are_no_objects(data, tmp_path):
         load_samples(data("[1, 2]"))
     with pytest.raises(ValueError, match="holds no rows"):
         load_samples(data(""))
-    with pytest.raises(FileNotFoundError, match="neither a file of JSON lines nor a folder"):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
         load_samples(tmp_path / "nothing.jsonl")
 
 

@@ -25,10 +25,11 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role']=='user' %}USER: "
     "{% for c in m['content'] %}{% if c['type']=='image' %}<image>\n{% endif %}{% endfor %}"
     "{% for c in m['content'] %}{% if c['type']=='text' %}{{ c['text'] }}{% endif %}{% endfor %} "
+    "{% elif m['role']=='system' %}{{ m['content'][0]['text'] }} "
     "{% else %}ASSISTANT: {{ m['content'][0]['text'] }}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-"""The conversation of LLaVA-1.5, without a system message."""
+"""The conversation of LLaVA-1.5; a system message stands before it, without a role."""
 
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"  # of CLIP
 _LLAMA_SPECIALS = ("<unk>", "<s>", "</s>", "<pad>", IMAGE_TOKEN)

@@ -148,6 +148,7 @@ class EvaluationReport:
     def markdown(self, compare: Sequence[tuple[str, str]] = ()) -> str:
         """A table of the settings, and one of the pairs in `compare`."""
         hits = any(self.object_hit(name) for name in self.results)
+        several = len(set(self.pictures)) > 1  # draws of one image are all equal
         head = ["setting", "visual tokens (10 to 90 %)", *self._columns, "agreement", "ms per question"]
         head += ["asked object kept", "kept on it"] if hits else []
         rows = [head]
@@ -155,7 +156,7 @@ class EvaluationReport:
             low, high = np.quantile(result.tokens, (0.1, 0.9))
             spread = "" if low == high else f" ({low:.0f} to {high:.0f})"
             row = [name, f"{result.tokens.mean():.1f}{spread}"]
-            row += [_cell(self.accuracy(name, kind), kind in (MEAN, ALL)) for kind in self._columns]
+            row += [_cell(self.accuracy(name, kind), several and kind in (MEAN, ALL)) for kind in self._columns]
             row += [_cell(self.agreement(name)), f"{1000 * result.seconds_per_sample:.1f}"]
             if hits:
                 hit = self.object_hit(name)
@@ -165,7 +166,7 @@ class EvaluationReport:
         if compare:
             rows = [["difference", *self._columns]]
             for name, other in compare:
-                cells = [_cell(self.difference(name, other, kind), True, "+.3f") for kind in self._columns]
+                cells = [_cell(self.difference(name, other, kind), several, "+.3f") for kind in self._columns]
                 rows.append([f"{name} minus {other}", *cells])
             lines += ["", *markdown_table(rows)]
         return "\n".join(lines)
