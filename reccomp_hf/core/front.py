@@ -207,7 +207,7 @@ class FrontMixin(RecoveryModulesMixin):
         Args:
             inputs: `"pixel_values"` (T, 3, H, W), or the hidden states that a tower has given; `"question"` (R, W, L)
                 int64, `"windows"` (R, W) bool and `"question_of_tile"` (T,) int64 if the choice reads questions;
-                `"slots"` and `"rows"` (I, L) int64 and `"newline"` (D,) to take the place of the layout's and the model's.
+                `"slots"` and `"rows"` (I, L) int64 and `"newline"` (D,) in place of the layout's and the model's.
             plan: What is known before.
         """
         tower = clip_vision_model(self._llava.vision_tower)
@@ -216,14 +216,14 @@ class FrontMixin(RecoveryModulesMixin):
         else:
             names = {index: _state_name(index) for index in range(len(tower.encoder.layers) + 1)}
             states = {index: inputs[name] for index, name in names.items() if name in inputs}
-        placeholders = {name: inputs[name] for name in ("slots", "rows") if name in inputs}
+        slots, rows = inputs.get("slots", plan.layout.slots), inputs.get("rows", plan.layout.rows)
         question = None
         if "question" in inputs:
             question = Question(inputs["question"], inputs["windows"], inputs["question_of_tile"])
         choice = choose_tokens(
             tower,
             self.token_recovery,
-            EncodedImages(states, dataclasses.replace(plan.layout, **placeholders), plan.grid),
+            EncodedImages(states, dataclasses.replace(plan.layout, slots=slots, rows=rows), plan.grid),
             question,
             plan.section,
             plan.feature_layer,

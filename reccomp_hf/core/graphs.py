@@ -114,7 +114,7 @@ class GraphCache:
         self._recordings: collections.OrderedDict[Hashable, _Recording] = collections.OrderedDict()
         self._weights: dict[str, tuple[Any, ...]] = {}
         self._refused: set[Hashable] = set()
-        self._said: set[str] = set()
+        self._said: set[tuple[str, str]] = set()
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -146,7 +146,8 @@ class GraphCache:
         weights, reason = _walk(modules, device)
         reason = reason or self._reason(inputs, device)
         if reason is not None:
-            return self._refuse(name, reason)
+            self._refuse(name, reason)
+            return None
         shapes = tuple((part, tuple(value.shape), value.dtype) for part, value in inputs.items())
         key = (name, key, shapes, device)
         with self._lock, torch.inference_mode(False), torch.no_grad():
@@ -161,7 +162,8 @@ class GraphCache:
                     recording = self._record(key, computation, inputs)
                 except RuntimeError as error:
                     self._refused.add(key)
-                    return self._refuse(name, f"it cannot be recorded: {' '.join(str(error).split())}")
+                    self._refuse(name, f"it cannot be recorded: {' '.join(str(error).split())}")
+                    return None
             self._recordings.move_to_end(key)
             with self.recorder.turn(device):
                 for part, value in inputs.items():

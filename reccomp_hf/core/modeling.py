@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from .compat import image_fields, stock_cache, stock_image_fields
 from .configuration import TokenRecoveryConfig
 from .features import TokenRecoveryOutput
 from .front import FrontMixin, QuestionIds
+from .picture_tokens import Choice
 from .prefill import recorded_prefill
 from .splicing import (
     compact_positions,
@@ -145,7 +146,8 @@ class RecCompMixin(FrontMixin):
         inputs = (input_ids, pixel_values, image_sizes, question, section, layer)
         chosen = self._read_pictures(*inputs, projects=False)
         chosen.sync_and_validate()
-        return chosen.pictures.record().split(chosen.plan.layout.tiles)
+        choice = cast("Choice", chosen.pictures)  # because nothing is projected
+        return choice.record().split(chosen.plan.layout.tiles)
 
     def compress_inputs(
         self,

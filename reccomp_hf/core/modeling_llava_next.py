@@ -105,7 +105,9 @@ class _TiledMixin:
         """
         if image_sizes is None:
             raise ValueError("LLaVA-NeXT needs image_sizes with pixel_values; the processor returns both.")
-        sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else [[*map(int, size)] for size in image_sizes]
+        sizes = (
+            image_sizes.tolist() if isinstance(image_sizes, Tensor) else [[*map(int, size)] for size in image_sizes]
+        )
         return tiled_layout(self.config, pixel_values, sizes)  # type: ignore[attr-defined]
 
 

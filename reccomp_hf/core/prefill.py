@@ -83,7 +83,7 @@ def additive_mask(mask: Tensor | None, embeds: Tensor, missing: int) -> Tensor:
 
 def _is_prefill(model: Any, inputs: Mapping[str, Any]) -> bool:
     """Whether a call starts an answer that is read by its last token's logits, and is short enough to be recorded."""
-    nothing = (None, False, {})
+    nothing: tuple[Any, ...] = (None, False, {})
     given = {name for name, value in inputs.items() if isinstance(value, Tensor) or value not in nothing}
     text = model.config.get_text_config()
     mask, embeds = inputs.get("attention_mask"), inputs.get("inputs_embeds")
