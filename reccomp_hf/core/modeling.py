@@ -263,7 +263,7 @@ class RecCompMixin(FrontMixin):
 
     def _language(self, stock: Any, inputs: dict[str, Any]) -> Any:
         """The stock `forward`, by a CUDA graph if there is one for it."""
-        if self._graphs is not None and hasattr(self, "lm_head"):
+        if self._graphs is not None and "inputs_embeds" in inputs and hasattr(self, "lm_head"):
             fields = recorded_prefill(self, self._graphs, stock, inputs)
             if fields is not None:
                 return self.output_class(**fields)

@@ -86,10 +86,9 @@ def _is_prefill(model: Any, inputs: Mapping[str, Any]) -> bool:
     nothing: tuple[Any, ...] = (None, False, {})
     given = {name for name, value in inputs.items() if isinstance(value, Tensor) or value not in nothing}
     text = model.config.get_text_config()
-    mask, embeds = inputs.get("attention_mask"), inputs.get("inputs_embeds")
+    mask, embeds = inputs.get("attention_mask"), inputs["inputs_embeds"]
     return (
-        embeds is not None
-        and given <= _READ | _WITHOUT_EFFECT
+        given <= _READ | _WITHOUT_EFFECT
         and inputs.get("use_cache") is not False
         and inputs.get("logits_to_keep") == 1
         and not cache_length(cache_of(inputs))
