@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .options import add_checkpoint, add_command, add_model_options, section_fields
+from .options import add_checkpoint, add_command, add_cuda_graph, add_model_options, section_fields
 from .output import say
 
 
@@ -28,7 +28,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     listener = listen(arguments.host, arguments.port)  # before anything is loaded
     with listener, quiet(progress_bars=sys.stderr.isatty()):
-        model, processor = load(arguments.model, section_fields(arguments), arguments.device, arguments.dtype)
+        source = (arguments.model, section_fields(arguments), arguments.device, arguments.dtype)
+        model, processor = load(*source, cuda_graph=arguments.cuda_graph)
         name, *aliases = names_of(arguments.model)
         service = Service(name, model, processor, aliases)
         server = Server(build_app(service, ImageReader(arguments.allow_urls)), service)
@@ -88,6 +89,7 @@ def register(commands: Any) -> None:
         help="fetch images that requests give as http(s) URLs of this host; may be repeated (default: no host)",
     )
     add_model_options(command)
+    add_cuda_graph(command)
 
 
 __all__ = ["names_of", "register", "run"]

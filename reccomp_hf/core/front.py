@@ -80,7 +80,7 @@ class ChosenPrompts:
 
     Args:
         pictures: The tokens of the images, or the choice where these depend on numbers to be read.
-        plan: What was known before.
+        plan: The plan of the run.
         placeholders: The image placeholders in the prompts.
         missing_question: (R,) bool, rows with an image and without a question.
     """
@@ -208,7 +208,7 @@ class FrontMixin(RecoveryModulesMixin):
             inputs: `"pixel_values"` (T, 3, H, W), or the hidden states that a tower has given; `"question"` (R, W, L)
                 int64, `"windows"` (R, W) bool and `"question_of_tile"` (T,) int64 if the choice reads questions;
                 `"slots"` and `"rows"` (I, L) int64 and `"newline"` (D,) in place of the layout's and the model's.
-            plan: What is known before.
+            plan: The plan of the run.
         """
         tower = clip_vision_model(self._llava.vision_tower)
         if "pixel_values" in inputs:

@@ -92,7 +92,7 @@ class GraphCache:
     """The recordings of one model's computations.
 
     A recording belongs to a key, to the shapes and types of its inputs, and to the weights: it reads them where they
-    were in memory. Weights that are changed in place are seen by it. For weights at another place (moved, loaded anew,
+    were in memory. Weights that are changed in place are seen by it. For weights at another place (moved, loaded again,
     merged), another active adapter, another module or a hook, the walk over the modules before every run finds other
     addresses, adapters or modules than at the time of recording, and all recordings are dropped.
     """
@@ -131,11 +131,11 @@ class GraphCache:
         """Run a computation by its recording, which is made first if there is none.
 
         Args:
-            name: Of the computation, for messages.
+            name: Name of the computation, for messages.
             modules: The modules whose weights it reads.
-            key: What decides it besides shapes and types of the inputs.
+            key: Everything that decides it besides shapes and types of the inputs.
             computation: Function from the inputs to the outputs; it must not keep or change either.
-            inputs: Its tensors, all on one device.
+            inputs: Tensors on one device.
 
         Returns:
             The outputs, as copies of their own; `None` if the computation must be run without a recording, the reason

@@ -23,7 +23,7 @@ def constant(like: Tensor, make: Callable[..., Any], *arguments: Any) -> Tensor:
     Args:
         like: A tensor on the wanted device.
         make: A function that returns a tensor on the host, or numbers in tuples or lists.
-        *arguments: Its hashable arguments.
+        *arguments: Hashable arguments of the function.
 
     Returns:
         A shared tensor: it must not be changed.

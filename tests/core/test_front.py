@@ -39,7 +39,8 @@ class Front(torch.nn.Module):
 
     def __init__(self, architecture, fields):
         super().__init__()
-        self.model, batch = architecture.compressed(), architecture.encode(ROWS)
+        # A model of its own: hooks that transformers adds for a call with hidden states do not compile.
+        self.model, batch = architecture.build(), architecture.encode(ROWS)
         section = self.model._section(fields)
         question = batch["recovery_input_ids"], batch["recovery_attention_mask"]
         pixels, layout = self.model._layout(batch["pixel_values"], batch.get("image_sizes"))
