@@ -91,10 +91,10 @@ class _Recording:
 class GraphCache:
     """The recordings of one model's computations.
 
-    A recording belongs to a key, to the shapes and types of its inputs, and to the weights: it reads them where they
-    were in memory. Weights that are changed in place are seen by it. For weights at another place (moved, loaded again,
-    merged), another active adapter, another module or a hook, the walk over the modules before every run finds other
-    addresses, adapters or modules than at the time of recording, and all recordings are dropped.
+    A recording belongs to a key, to the shapes and types of its inputs, and to the weights, which it reads where they
+    are in memory: weights that are changed in place are seen. Before every run the modules are walked. If weights are
+    at other addresses (moved, replaced, loaded again), if adapters were switched, scaled or merged, or if modules or
+    their `forward` were exchanged, all recordings are dropped.
     """
 
     def __init__(self, limit: int = 16, recorder: Recorder | None = None) -> None:

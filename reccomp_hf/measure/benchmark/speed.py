@@ -22,10 +22,11 @@ from .timing import Measures, Spread, Stopwatch, interleave
 
 GRAPHED, STATIC = "CUDA graphs", "static cache"
 OURS_GRAPHED, ORACLE_GRAPHED = f"{OURS}, {GRAPHED}", f"{ORACLE}, {GRAPHED}"
+CONTENDERS = (STOCK, OURS, OURS_GRAPHED, ORACLE, ORACLE_GRAPHED)
 RATIOS = ((STOCK, OURS), (STOCK, OURS_GRAPHED), (OURS, ORACLE), (OURS_GRAPHED, ORACLE_GRAPHED))
 """Pairs of contenders whose prefills are compared."""
 SECONDS = 500.0
-"""What has not begun by then is left out of a report, so that it takes less than nine minutes."""
+"""Batches that have not begun by then are left out of a report, so that it takes less than nine minutes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,21 +154,18 @@ def _measure(
 ) -> dict[str, Any]:
     """One batch size of a case."""
     device, fields, graphs = model.device, dict(case.fields), _graphs(model.device)
-    before = _reserved(device)
-    contenders = {
-        STOCK: stock(model, inputs),
-        OURS: ours(model, inputs, fields),
-        OURS_GRAPHED: ours(model, inputs, fields, graphs),
-        ORACLE: oracle(model, inputs, fields),
-        ORACLE_GRAPHED: oracle(model, inputs, fields, graphs),
-    }
+    made = (
+        stock(model, inputs),
+        *(make(model, inputs, fields, kept) for make in (ours, oracle) for kept in (None, graphs)),
+    )
     stopwatch, running, recording = Stopwatch(device), {}, {}
-    for name, contender in contenders.items():
+    for name, contender in zip(CONTENDERS, made, strict=True):
+        before = _reserved(device)
         try:
-            recording[name], _ = stopwatch.time(contender.prefill)
-            running[name] = contender
+            seconds, _ = stopwatch.time(contender.prefill)
         except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
+            continue
+        running[name], recording[name] = contender, {"seconds": seconds, "bytes": _reserved(device) - before}
     times = interleave({name: _prefill_turn(one, stopwatch) for name, one in running.items()}, rounds)
     prefill = {
         name: {**times[name]["prefill"].to_dict(), "launches": launches(running[name].prefill, device)}
@@ -177,7 +175,8 @@ def _measure(
         "batch_size": size,
         "prefill": prefill,
         "ratios": {f"{one} / {other}": _ratio(times, one, other) for one, other in RATIOS},
-        "graphs": {"number": len(graphs or ()), "seconds": recording.get(OURS_GRAPHED), "bytes": _reserved(device) - before},
+        "first_prefill": recording,
+        "graphs": len(graphs or ()),
         "answers": _answers(model, inputs, case, size, new_tokens, graphs) if size in case.answers else {},
     }
 
@@ -253,10 +252,13 @@ def _free() -> None:
 
 
 def _reserved(device: torch.device) -> int:
+    """Bytes that the allocator holds for tensors and graphs."""
+    _free()
     return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
 __all__ = [
+    "CONTENDERS",
     "GRAPHED",
     "OURS_GRAPHED",
     "RATIOS",
