@@ -84,7 +84,7 @@ def _report(arguments: argparse.Namespace) -> None:
             facts = speed_report(cases)
         else:
             build = functools.partial(tuple, (model, functools.partial(scene_batch, model, processor)))
-            case = Case("demo", "balanced", build, fields, (1, 2), (1, 2), (1,))  # type: ignore[arg-type]
+            case = Case("demo", "balanced", build, fields, (1, 2), (1, 2), (1,))
             facts = speed_report([case], new_tokens=(2, 4), rounds=2)
     facts = {**facts, "equal_answers": same}
     text = speed_markdown(facts)

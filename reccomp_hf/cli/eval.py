@@ -39,8 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_not_overwritten(arguments.data, [arguments.json, arguments.plot])
     samples = _samples(arguments)
     with quiet():
-        source = (arguments.model, {}, arguments.device, arguments.dtype)
-        model, processor = load(*source, cuda_graph=arguments.cuda_graph)
+        where = {"device": arguments.device, "dtype": arguments.dtype, "cuda_graph": arguments.cuda_graph}
+        model, processor = load(arguments.model, {}, **where)
         report = evaluate(
             model,
             processor,

@@ -22,6 +22,7 @@ Computation: TypeAlias = "Callable[[Tensors], Tensors]"
 
 WARM_UPS = 3
 _ADAPTER_STATE = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")  # PEFT's, of an adapted module
+_PATCHES = ("forward", "_hf_hook")  # of an instance
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -74,9 +75,11 @@ class CudaRecorder:
                 for _ in range(WARM_UPS):
                     computation(inputs)
             torch.cuda.current_stream().wait_stream(stream)
+            pool, self._pool = self._pool, None  # a pool in which a capture fails is not used again
             # Other threads may use the device meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 outputs = computation(inputs)
+            self._pool = pool
         return graph.replay, outputs
 
 
@@ -112,7 +115,7 @@ class GraphCache:
         self.limit = limit
         self.recorder: Recorder = CudaRecorder() if recorder is None else recorder
         self._recordings: collections.OrderedDict[Hashable, _Recording] = collections.OrderedDict()
-        self._weights: dict[str, tuple[Any, ...]] = {}
+        self._states: dict[str, tuple[Any, ...]] = {}
         self._refused: set[Hashable] = set()
         self._said: set[tuple[str, str]] = set()
         self._lock = threading.RLock()
@@ -143,17 +146,19 @@ class GraphCache:
         """
         modules = list(modules)
         device = next(iter(inputs.values())).device
-        weights, reason = _walk(modules, device)
-        reason = reason or self._reason(inputs, device)
+        state = _state_of(modules)
+        reason = self._reason(inputs, device)
+        if reason is None and self._states.get(name) != (state, device):
+            reason = _reason_against(modules, device)
         if reason is not None:
             self._refuse(name, reason)
             return None
         shapes = tuple((part, tuple(value.shape), value.dtype) for part, value in inputs.items())
         key = (name, key, shapes, device)
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            if self._weights.setdefault(name, weights) != weights:
+            if self._states.setdefault(name, (state, device)) != (state, device):
                 self.clear()
-                self._weights[name] = weights
+                self._states[name] = (state, device)
             if key in self._refused:
                 return None
             recording = self._recordings.get(key)
@@ -175,7 +180,7 @@ class GraphCache:
         """Drop all recordings."""
         self._recordings.clear()
         self._refused.clear()
-        self._weights.clear()
+        self._states.clear()
 
     def _record(self, key: Hashable, computation: Computation, inputs: Tensors) -> _Recording:
         while len(self._recordings) >= self.limit:
@@ -202,31 +207,59 @@ class GraphCache:
             logger.warning("The %s runs without a CUDA graph: %s.", name, reason)
 
 
-def _walk(modules: list[nn.Module], device: torch.device) -> tuple[tuple[Any, ...], str | None]:
-    """Where the weights of modules and of all that they contain are, and why they cannot be recorded."""
+def _state_of(modules: list[nn.Module]) -> tuple[Any, ...]:
+    """Everything about modules, and all that they contain, that a recording takes for granted besides values.
+
+    It is compared before every run, so it is kept cheap: identities and addresses.
+    """
     parts: list[Any] = []
+    modules = list(modules)
     while modules:
         module = modules.pop()
         state = module.__dict__
-        if module.training:
-            return (), "the model is in training mode; call model.eval()"
-        if "_hf_hook" in state:
-            return (), "accelerate moves its weights or inputs; load the model on one device"
-        if any(not _is_stock(hook) for hooks in _HOOKS for hook in state[hooks].values()):
-            return (), f"{type(module).__name__} has hooks"
-        parts += (id(module), type(module), state.get("forward"))  # a patched instance has its own
+        parts += (id(module), type(module), state["training"])
         for values in (state["_parameters"], state["_buffers"]):
             for value in values.values():
-                if value is None:
-                    continue
-                if type(value) not in (nn.Parameter, Tensor):
-                    return (), f"{type(module).__name__} has quantised weights ({type(value).__name__})"
-                if value.device != device:
-                    return (), f"weights of {type(module).__name__} are on {value.device}"
-                parts += (value.data_ptr(), value.dtype, value.shape)
-        parts += [repr(state[name]) for name in _ADAPTER_STATE if name in state]
-        modules.extend(child for child in state["_modules"].values() if child is not None)
-    return tuple(parts), None
+                if value is not None:
+                    parts += (id(value), value.data_ptr())
+        for hooks in _HOOKS:
+            if state[hooks]:
+                parts += map(id, state[hooks].values())
+        for name in _PATCHES:
+            if name in state:
+                parts.append(id(state[name]))
+        if "_active_adapter" in state:
+            parts += [repr(state.get(name)) for name in _ADAPTER_STATE]
+        modules += [child for child in state["_modules"].values() if child is not None]
+    return tuple(parts)
+
+
+def _reason_against(modules: list[nn.Module], device: torch.device) -> str | None:
+    """Why computations of modules, and of all that they contain, cannot be recorded; `None` if they can."""
+    for module in (part for root in modules for part in _parts_of(root)):
+        state, name = module.__dict__, type(module).__name__
+        if module.training:
+            return "the model is in training mode; call model.eval()"
+        if "_hf_hook" in state:
+            return "accelerate moves its weights or inputs; load the model on one device"
+        if any(not _is_stock(hook) for hooks in _HOOKS for hook in state[hooks].values()):
+            return f"{name} has hooks"
+        for value in (*state["_parameters"].values(), *state["_buffers"].values()):
+            if value is None:
+                continue
+            if type(value) not in (nn.Parameter, Tensor):
+                return f"{name} has quantised weights ({type(value).__name__})"
+            if value.device != device:
+                return f"weights of {name} are on {value.device}"
+    return None
+
+
+def _parts_of(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all that it contains; `named_modules` leaves out CLIP's text side."""
+    yield module
+    for child in module._modules.values():
+        if child is not None:
+            yield from _parts_of(child)
 
 
 def _is_stock(hook: Any) -> bool:
