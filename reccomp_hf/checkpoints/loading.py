@@ -19,7 +19,13 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def load(
-    name: str, fields: dict[str, Any], device: str | None = None, dtype: str | None = None, **options: Any
+    name: str,
+    fields: dict[str, Any],
+    device: str | None = None,
+    dtype: str | None = None,
+    *,
+    cuda_graph: bool = False,
+    **options: Any,
 ) -> tuple[Any, Any]:
     """Load a compressed checkpoint for inference.
 
@@ -28,6 +34,7 @@ def load(
         fields: Fields of its `token_recovery` section to override.
         device: A torch device; by default a GPU if there is one.
         dtype: Dtype of the weights; by default float32 on a CPU, and the checkpoint's own elsewhere.
+        cuda_graph: Whether prefills are replayed as CUDA graphs, see the model's `use_cuda_graph`.
         **options: Further arguments of `from_pretrained`; with a `device_map` the model stays where that puts it.
 
     Returns:
@@ -37,14 +44,19 @@ def load(
         ValueError: The checkpoint is not a compressed LLaVA, the fields do not fit it, or the device does not exist.
         OSError: There is no such checkpoint.
     """
-    return _load(AutoModelForImageTextToText.from_pretrained, name, fields, device, dtype, options)
+    return _load(AutoModelForImageTextToText.from_pretrained, name, fields, device, dtype, cuda_graph, options)
 
 
 def load_encoder(
-    name: str, fields: dict[str, Any], device: str | None = None, dtype: str | None = None
+    name: str,
+    fields: dict[str, Any],
+    device: str | None = None,
+    dtype: str | None = None,
+    *,
+    cuda_graph: bool = False,
 ) -> tuple[Any, Any]:
     """As [`load`], without the layers of the language model, see `load_image_encoder`."""
-    return _load(load_image_encoder, name, fields, device, dtype, {})
+    return _load(load_image_encoder, name, fields, device, dtype, cuda_graph, {})
 
 
 def _load(
@@ -53,6 +65,7 @@ def _load(
     fields: dict[str, Any],
     device: str | None,
     dtype: str | None,
+    cuda_graph: bool,
     options: dict[str, Any],
 ) -> tuple[Any, Any]:
     folder = _folder_with_weights(name)
@@ -62,6 +75,7 @@ def _load(
     processor = load_processor(folder)
     model = from_pretrained(folder, trust_remote_code=False, dtype=dtype, token_recovery=fields, **options)
     model = model if "device_map" in options else model.to(device)
+    model.use_cuda_graph(cuda_graph)
     return model.eval(), processor
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .choices import BENCH_BATCH_SIZES, BENCH_BUDGETS, BENCH_CONFIGS, BENCH_NEW_TOKENS, BENCH_ROUNDS
 from .options import (
     add_checkpoint,
     add_command,
+    add_cuda_graph,
     add_device,
     add_dtype,
     add_json_file,
@@ -25,6 +28,8 @@ from .options import (
 from .output import say, write_results
 
 DEFAULT_PRESET = "balanced"
+CPU_QUESTIONS, GPU_QUESTIONS = 4, 500
+"""Questions of a report whose answers by CUDA graphs are compared with the eager ones."""
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -33,6 +38,9 @@ def run(arguments: argparse.Namespace) -> None:
     from ..measure.benchmark import check_gpu, compare, comparison_text, largest_batches, plot_comparison
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes its own log to stderr
+    if arguments.report is not None:
+        _report(arguments)
+        return
     with quiet():
         name, model, inputs_of = _contender(arguments)
         if arguments.largest_batch:
@@ -45,6 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
             new_tokens=arguments.new_tokens,
             rounds=arguments.repeats,
             cpu_time=arguments.cpu_time,
+            cuda_graph=arguments.cuda_graph,
         )
         if arguments.largest_batch:
             facts["largest_batches"] = largest_batches(
@@ -53,6 +62,35 @@ def run(arguments: argparse.Namespace) -> None:
     facts = {"name": name, "seed": arguments.seed, "picture": arguments.image_size, **facts}
     say(comparison_text(name, facts))
     write_results(arguments, lambda: facts, lambda: plot_comparison(name, facts))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    """Write the table of speeds: of published sizes on a GPU, of the shipped checkpoint on a CPU."""
+    import torch
+
+    from ..checkpoints.loading import load
+    from ..checkpoints.quiet import quiet
+    from ..measure.benchmark import Case, equal_answers, published_cases, scene_batch, speed_markdown, speed_report
+
+    folder = Path(arguments.report)
+    folder.mkdir(parents=True, exist_ok=True)
+    fields: dict[str, Any] = {"budget": 16}
+    with quiet():
+        model, processor = load("demo", {}, arguments.device, "float32")
+        device, on_gpu = model.device, model.device.type == "cuda"
+        same = equal_answers(model, processor, fields, GPU_QUESTIONS if on_gpu else CPU_QUESTIONS)
+        if on_gpu:
+            cases = published_cases(device, getattr(torch, arguments.dtype or "bfloat16"))
+            facts = speed_report(cases)
+        else:
+            build = functools.partial(tuple, (model, functools.partial(scene_batch, model, processor)))
+            case = Case("demo", "balanced", build, fields, (1, 2), (1, 2), (1,))
+            facts = speed_report([case], new_tokens=(2, 4), rounds=2)
+    facts = {**facts, "equal_answers": same}
+    text = speed_markdown(facts)
+    (folder / "speed.md").write_text(text, encoding="utf-8")
+    (folder / "speed.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    say(text, f"Wrote {folder / 'speed.md'} and {folder / 'speed.json'}.")
 
 
 def register(commands: Any) -> None:
@@ -68,11 +106,15 @@ def register(commands: Any) -> None:
         " demo --batch-sizes 1,8 --budgets dynamic,16",
         " --config mid --device cpu --json bench.json --plot bench.png",
         " --config llava-1.5-7b --device cuda --dtype bfloat16 --batch-sizes 1,8,32 --largest-batch",
+        " --report speeds",
     )
     source = command.add_mutually_exclusive_group(required=True)
     add_checkpoint(source, nargs="?")
     source.add_argument(
         "--config", choices=BENCH_CONFIGS, metavar="NAME", help=f"random weights; one of {', '.join(BENCH_CONFIGS)}"
+    )
+    source.add_argument(
+        "--report", metavar="DIR", help="write the table of speeds of published sizes, in nine minutes of an H100"
     )
     add_preset(command, text=f"settings of a --config (default: {DEFAULT_PRESET})")
     add_device(command)
@@ -100,6 +142,7 @@ def register(commands: Any) -> None:
     command.add_argument(
         "--cpu-time", action="store_true", help="count CPU seconds of the process, for a machine with other work"
     )
+    add_cuda_graph(command)
     command.add_argument("--largest-batch", action="store_true", help="search for the largest batch that a GPU holds")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="seed of weights and inputs")
     add_json_file(command)

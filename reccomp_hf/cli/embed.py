@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import add_checkpoint, add_command, add_model_options, count, section_fields
+from .options import add_checkpoint, add_command, add_cuda_graph, add_model_options, count, section_fields
 from .output import say
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_output(output)
     rows = _read(open_rows(arguments.data, arguments.limit))
     with quiet(progress_bars=sys.stderr.isatty()):
-        model, processor = load_encoder(arguments.model, section_fields(arguments), arguments.device, arguments.dtype)
+        source = (arguments.model, section_fields(arguments), arguments.device, arguments.dtype)
+        model, processor = load_encoder(*source, cuda_graph=arguments.cuda_graph)
         with work_folder(output) as work:
             staging = work / output.name
             staging.mkdir()
@@ -156,6 +157,7 @@ def register(commands: Any) -> None:
     command.add_argument("--limit", type=count, metavar="N", help="the first N rows (default: all)")
     command.add_argument("--batch-size", type=count, default=16, metavar="N", help="images per batch")
     add_model_options(command)
+    add_cuda_graph(command)
 
 
 __all__ = ["register", "run"]

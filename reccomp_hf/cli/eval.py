@@ -11,6 +11,7 @@ from .options import (
     add_answer_options,
     add_checkpoint,
     add_command,
+    add_cuda_graph,
     add_device,
     add_dtype,
     add_json_file,
@@ -38,7 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_not_overwritten(arguments.data, [arguments.json, arguments.plot])
     samples = _samples(arguments)
     with quiet():
-        model, processor = load(arguments.model, {}, arguments.device, arguments.dtype)
+        where = {"device": arguments.device, "dtype": arguments.dtype, "cuda_graph": arguments.cuda_graph}
+        model, processor = load(arguments.model, {}, **where)
         report = evaluate(
             model,
             processor,
@@ -114,6 +116,7 @@ def register(commands: Any) -> None:
     add_json_file(command)
     command.add_argument("--plot", type=output_image, metavar="FILE", help="draw accuracy against tokens")
     add_device(command)
+    add_cuda_graph(command)
     add_dtype(command)
 
 

@@ -93,6 +93,15 @@ def add_dtype(parser: Any, default: str = "float32 on a CPU, elsewhere as stored
     parser.add_argument("--dtype", choices=DTYPES, help=f"data type of the weights (default: {default})")
 
 
+def add_cuda_graph(parser: Any) -> None:
+    """Declare `--cuda-graph`."""
+    parser.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="replay prefills as CUDA graphs, which are recorded once per shape; needs a fixed budget",
+    )
+
+
 def add_model_options(parser: Any) -> None:
     """Declare how a checkpoint is loaded, and which of its settings are replaced, see [`section_fields`]."""
     add_preset(parser, text="settings to start from (default: the checkpoint's own)")

@@ -13,6 +13,7 @@ from .options import (
     add_answer_options,
     add_checkpoint,
     add_command,
+    add_cuda_graph,
     add_model_options,
     count,
     output_file,
@@ -35,7 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
     options = {name: getattr(arguments, name) for name in ("limit", "overwrite", "batch_size", "max_new_tokens")}
     open_data(arguments.data, arguments.output, columns, **options)
     with quiet():
-        model, processor = load(arguments.model, section_fields(arguments), _device(state, arguments), arguments.dtype)
+        source = (arguments.model, section_fields(arguments), _device(state, arguments), arguments.dtype)
+        model, processor = load(*source, cuda_graph=arguments.cuda_graph)
         what = (model, processor, arguments.data, arguments.output)
         try:
             done = predict(*what, columns=columns, instruction=arguments.instruction, **options)
@@ -121,6 +123,7 @@ def register(commands: Any) -> None:
     command.add_argument("--limit", type=count, metavar="N", help="the first N rows (default: all)")
     add_answer_options(command, DEFAULT_BATCH_SIZE, DEFAULT_NEW_TOKENS)
     add_model_options(command)
+    add_cuda_graph(command)
     command.add_argument("--json", action="store_true", help="print one JSON object")
 
 

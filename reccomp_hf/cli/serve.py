@@ -15,7 +15,7 @@ from typing import Any
 from .choices import SERVE_BATCH_SIZE as BATCH_SIZE
 from .choices import SERVE_SECONDS as SECONDS
 from .choices import SERVE_WAITING as WAITING
-from .options import add_checkpoint, add_command, add_model_options, count, section_fields
+from .options import add_checkpoint, add_command, add_cuda_graph, add_model_options, count, section_fields
 from .output import say
 
 KEY_VARIABLE = "RECCOMP_HF_API_KEY"
@@ -35,7 +35,8 @@ def run(arguments: argparse.Namespace) -> None:
     key = arguments.api_key or os.environ.get(KEY_VARIABLE) or None
     listener = listen(arguments.host, arguments.port)  # before anything is loaded
     with listener, quiet(progress_bars=sys.stderr.isatty()):
-        model, processor = load(arguments.model, section_fields(arguments), arguments.device, arguments.dtype)
+        source = (arguments.model, section_fields(arguments), arguments.device, arguments.dtype)
+        model, processor = load(*source, cuda_graph=arguments.cuda_graph)
         name, *aliases = names_of(arguments.model)
         limits = {"batch_size": arguments.batch_size, "waiting": arguments.queue, "seconds": arguments.timeout}
         service = Service(name, model, processor, aliases, **limits)
@@ -120,6 +121,7 @@ def register(commands: Any) -> None:
         "--timeout", type=count, default=int(SECONDS), metavar="N", help="seconds until an answer is given up"
     )
     add_model_options(command)
+    add_cuda_graph(command)
 
 
 __all__ = ["names_of", "register", "run"]

@@ -40,6 +40,12 @@ def stock_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return others if arguments.get("cache") is None else {**others, CACHE: arguments["cache"]}
 
 
+def fill_cache(cache: Any, layer: int, keys: Tensor, values: Tensor) -> None:
+    """Write a layer's keys and values (R, H, L, C) to an empty cache of any kind."""
+    places = {} if IS_V5 else {"cache_position": torch.arange(keys.shape[2], device=keys.device)}
+    cache.update(keys, values, layer, places)
+
+
 def image_fields(output_class: type, features: Tensor) -> dict[str, Any]:
     """Fields of an output for the projected tokens (tokens, D) of all images."""
     fields: dict[str, Any] = {"image_hidden_states": features}
@@ -231,6 +237,7 @@ __all__ = [
     "default_auto_map",
     "default_max_length",
     "extended_positions",
+    "fill_cache",
     "image_fields",
     "is_prefill",
     "mend_tokenizer_config",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .relevance import class_saliency
+from .tensors import constant
 
 
 @dataclasses.dataclass
@@ -190,6 +190,7 @@ class VisualFeatures:
         saliency: Tensor | None = None,
         known_sizes: Sizes | None = None,
         extra: Tensor | None = None,
+        most_merged: int | None = None,
     ) -> TokenSelection:
         """The selection of a method that keeps these patches; a mask that is left out is empty.
 
@@ -202,6 +203,7 @@ class VisualFeatures:
             saliency: (B, N) float32, shown in the record; by default the class attention of one joint head.
             known_sizes: The selection's sizes if they follow from a fixed budget; `None` means they must be read.
             extra: (B, N) bool, see [`TokenSelection`].
+            most_merged: See [`TokenSelection`].
         """
         empty = torch.zeros_like(self.valid)
         visual, text, coverage, centres = (
@@ -209,7 +211,9 @@ class VisualFeatures:
         )
         merged_counts = empty.sum(-1) if merged_counts is None else merged_counts
         saliency = self.saliency() if saliency is None else saliency
-        return TokenSelection(visual, text, coverage, centres, merged_counts, saliency, known_sizes, extra)
+        return TokenSelection(
+            visual, text, coverage, centres, merged_counts, saliency, known_sizes, extra, most_merged
+        )
 
     def per_image(self, values: Tensor, fill: float) -> Tensor:
         """Scores of an image's tiles in one row, `fill` where it has fewer tiles: (B, N, ...) -> (I, S * N, ...)."""
@@ -224,12 +228,12 @@ class VisualFeatures:
         images, slots = len(self.tiles), max(self.tiles)
         return values if slots == 1 else values.view(images * slots, -1)[self._rows]
 
-    @functools.cached_property
+    @property
     def _rows(self) -> Tensor:
         """(B,) int64, the slot of each tile among the slots of all images."""
         slots = max(self.tiles)
-        rows = [image * slots + tile for image, size in enumerate(self.tiles) for tile in range(size)]
-        return torch.tensor(rows).to(self.valid.device, non_blocking=True)
+        rows = (image * slots + tile for image, size in enumerate(self.tiles) for tile in range(size))
+        return constant(self.valid, tuple, tuple(rows))
 
 
 @dataclasses.dataclass
@@ -238,7 +242,8 @@ class TokenSelection:
 
     [`VisualFeatures.keep`] makes one. `known_sizes` holds the values of `sizes` if they follow from a fixed budget;
     `None` means that they must be read. `extra_mask` marks, among the centres, the place of a token that is not made
-    around it, for the method's own merge.
+    around it, for the method's own merge. `most_merged` is a number of merged tokens that no row exceeds, given by a
+    method that spends a fixed budget exactly; otherwise `None`.
     """
 
     visual_mask: Tensor
@@ -249,6 +254,7 @@ class TokenSelection:
     saliency: Tensor
     known_sizes: Sizes | None = None
     extra_mask: Tensor | None = None
+    most_merged: int | None = None
 
     def __post_init__(self) -> None:
         """Accept three ints as sizes."""

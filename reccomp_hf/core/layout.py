@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .features import Sizes, TokenRecoveryOutput
+from .tensors import constant
 
 NEWLINE, PADDING = -1, -2
 
@@ -23,6 +24,7 @@ class ImageLayout:
         tiles: Number of tiles of each image; they are consecutive.
         lengths: Number of placeholders of each image.
         patches: N.
+        patch_counts: Number of patches of each image that have a placeholder.
         has_newlines: Whether rows of the image may end in a newline embedding.
         keeps_newlines: Whether a row that keeps a patch keeps its newline; otherwise no row does.
     """
@@ -32,14 +34,16 @@ class ImageLayout:
     tiles: list[int]
     lengths: list[int]
     patches: int
+    patch_counts: list[int]
     has_newlines: bool
     keeps_newlines: bool = True
 
     @classmethod
-    def of_grids(cls, images: int, patches: int) -> ImageLayout:
-        """The layout of images that are one tile each, with patches in raster order."""
-        slots = torch.arange(images * patches).view(images, patches)
-        return cls(slots, torch.zeros_like(slots), [1] * images, [patches] * images, patches, has_newlines=False)
+    def of_grids(cls, images: int, patches: int, like: Tensor | None = None) -> ImageLayout:
+        """The layout of images that are one tile each, with patches in raster order, on the device of `like`."""
+        like = torch.empty(0) if like is None else like
+        slots, lengths = constant(like, _raster_slots, images, patches), [patches] * images
+        return cls(slots, torch.zeros_like(slots), [1] * images, lengths, patches, lengths, has_newlines=False)
 
     @classmethod
     def of_packed(cls, packed: list[Tensor], tiles: list[int], patches: int) -> ImageLayout:
@@ -61,12 +65,19 @@ class ImageLayout:
             start += size
         padded = torch.nn.utils.rnn.pad_sequence(slots, batch_first=True, padding_value=PADDING)
         padded_rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return cls(padded, padded_rows, list(tiles), lengths, patches, has_newlines=True)
+        patch_counts = [int((order != NEWLINE).sum()) for order in packed]
+        return cls(padded, padded_rows, list(tiles), lengths, patches, patch_counts, has_newlines=True)
 
     def to(self, device: torch.device) -> ImageLayout:
         """The layout on another device."""
         slots, rows = (index.to(device, non_blocking=True) for index in (self.slots, self.rows))
         return dataclasses.replace(self, slots=slots, rows=rows)
+
+    def padded(self, length: int) -> ImageLayout:
+        """The layout with room for `length` placeholders an image, at least as many as it has."""
+        padding = (0, length - self.slots.shape[1])
+        slots = torch.nn.functional.pad(self.slots, padding, value=PADDING)
+        return dataclasses.replace(self, slots=slots, rows=torch.nn.functional.pad(self.rows, padding))
 
     def with_newlines(self, newlines: str) -> ImageLayout:
         """The layout with a section's `newlines`."""
@@ -77,14 +88,15 @@ class ImageLayout:
         """(T, N) bool, the patches that have a placeholder; `None` if all do."""
         if max(self.tiles) == 1 and not self.has_newlines:
             return None
-        present = torch.zeros(sum(self.tiles) * self.patches + 1, dtype=torch.bool, device=self.slots.device)
-        present[self.slots.clamp(min=-1).flatten()] = True  # newlines and padding fall on the last entry
+        patches = sum(self.tiles) * self.patches
+        present = torch.zeros(patches + 1, dtype=torch.bool, device=self.slots.device)
+        # Newlines and padding fall on the last entry. Assigning to an index would copy the value from the host.
+        present = present.scatter(0, torch.where(self.slots < 0, patches, self.slots).flatten(), True)
         return present[:-1].view(-1, self.patches)
 
-    def image_of_tile(self, device: torch.device) -> Tensor:
-        """(T,) int64, the image that each tile belongs to."""
-        image = torch.tensor([image for image, size in enumerate(self.tiles) for _ in range(size)])
-        return image.to(device, non_blocking=True)
+    def image_of_tile(self, like: Tensor) -> Tensor:
+        """(T,) int64, the image that each tile belongs to, on the device of `like`."""
+        return constant(like, tuple, tuple(image for image, size in enumerate(self.tiles) for _ in range(size)))
 
     def kept(self, kept_mask: Tensor) -> tuple[Tensor, Tensor]:
         """The placeholders whose patch is kept, and the newlines that stay with them: two (I, L) bool.
@@ -108,7 +120,7 @@ class ImageLayout:
         """
         kept, newlines = self.kept(kept_mask)
         merged = torch.zeros_like(kept[:, 0], dtype=torch.long)
-        merged = merged.index_add(0, self.image_of_tile(merged.device), merged_counts)
+        merged = merged.index_add(0, self.image_of_tile(merged), merged_counts)
         return kept.sum(-1) + merged, newlines.sum(-1)
 
     def sequence(self, record: TokenRecoveryOutput, sizes: Sizes, length: int) -> tuple[Tensor, Tensor]:
@@ -149,10 +161,14 @@ class ImageLayout:
         tile = torch.arange(len(start), device=start.device).unsqueeze(-1)
         placed = torch.where(centre >= 0, slot_of[(tile * self.patches + centre).clamp(min=0)], 0)
         shape = (len(self.tiles), max(self.tiles), most)
-        tile_of_image = torch.cat([torch.arange(size) for size in self.tiles])
-        seats = (self.image_of_tile(start.device), tile_of_image.to(start.device, non_blocking=True))
+        tile_of_image = constant(start, tuple, tuple(tile for size in self.tiles for tile in range(size)))
+        seats = (self.image_of_tile(start), tile_of_image)
         spread = [values.new_zeros(shape).index_put(seats, values) for values in (exists, start + token, placed)]
         return tuple(values.flatten(1) for values in spread)  # type: ignore[return-value]
+
+
+def _raster_slots(images: int, patches: int) -> Tensor:
+    return torch.arange(images * patches).view(images, patches)
 
 
 __all__ = ["NEWLINE", "PADDING", "ImageLayout"]

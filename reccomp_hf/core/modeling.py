@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,51 +14,26 @@ from .checks import (
     check_call,
     check_encoder_outputs,
     check_feature_layer,
-    check_finite,
     check_logits_to_keep,
     check_no_cut_logits,
-    check_question,
     check_supported,
-    no_question_hint,
 )
-from .compat import clip_vision_model, image_fields, parameter, stock_cache, stock_image_fields
+from .compat import image_fields, stock_cache, stock_image_fields
 from .configuration import TokenRecoveryConfig
 from .features import TokenRecoveryOutput
-from .layout import ImageLayout
-from .methods.registry import get_method
-from .picture_tokens import Choice, Question, choose_tokens, window_mask
+from .front import FrontMixin, QuestionIds
+from .picture_tokens import Choice
+from .prefill import recorded_prefill
 from .splicing import (
-    PlaceholderMap,
-    Splice,
-    check_placeholders,
     compact_positions,
     cut,
     cut_shifted,
-    map_placeholders,
     original_positions,
     pad_token_id,
     padding_id,
     plan_splice,
 )
-from .text_encoder import RecoveryModulesMixin
-from .vision import EncodedImages, check_not_empty, check_pixels, needed_states, vision_states
-
-_QuestionIds: TypeAlias = "tuple[Tensor | None, Tensor | None]"  # recovery_input_ids, recovery_attention_mask
-
-
-@dataclasses.dataclass
-class _ChosenPrompts:
-    """A batch of prompts and the tokens chosen for its images, before anything is read from the device.
-
-    Args:
-        choice: The chosen tokens.
-        placeholders: The image placeholders in the prompts.
-        missing_question: (R,) bool, rows with an image and without a question.
-    """
-
-    choice: Choice
-    placeholders: PlaceholderMap
-    missing_question: Tensor
+from .vision import EncodedImages, check_pixels
 
 
 @dataclasses.dataclass
@@ -81,7 +55,7 @@ class _Compressed:
     newline_counts: Tensor
 
 
-class RecCompMixin(RecoveryModulesMixin):
+class RecCompMixin(FrontMixin):
     """Token recovery for a stock LLaVA class, which stands next in the bases."""
 
     get_input_embeddings: Any
@@ -169,9 +143,11 @@ class RecCompMixin(RecoveryModulesMixin):
         section = self._section(token_recovery)
         question = (recovery_input_ids, recovery_attention_mask)
         layer = self._feature_layer(kwargs)
-        chosen = self._choose_tokens(input_ids, pixel_values, image_sizes, question, section, layer)
-        self._sync_and_validate(chosen)
-        return chosen.choice.record().split(chosen.choice.layout.tiles)
+        inputs = (input_ids, pixel_values, image_sizes, question, section, layer)
+        chosen = self._read_pictures(*inputs, projects=False)
+        chosen.sync_and_validate()
+        choice = cast("Choice", chosen.pictures)  # because nothing is projected
+        return choice.record().split(chosen.plan.layout.tiles)
 
     def compress_inputs(
         self,
@@ -221,7 +197,7 @@ class RecCompMixin(RecoveryModulesMixin):
         compressed = self._compress(inputs, (recovery_input_ids, recovery_attention_mask), section)
         return compressed.inputs, compressed.record
 
-    def _compress(self, inputs: dict[str, Any], question: _QuestionIds, section: TokenRecoveryConfig) -> _Compressed:
+    def _compress(self, inputs: dict[str, Any], question: QuestionIds, section: TokenRecoveryConfig) -> _Compressed:
         """Shorten a batch that has images, see [`RecCompMixin.compress_inputs`]."""
         inputs = dict(inputs)
         check_call(self.config, section, inputs)
@@ -230,18 +206,16 @@ class RecCompMixin(RecoveryModulesMixin):
         layer = self._feature_layer(inputs)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         sizes = inputs.pop("image_sizes", None)
-        chosen = self._choose_tokens(input_ids, pixel_values, sizes, question, section, layer)
-        choice, placeholders = chosen.choice, chosen.placeholders
-        kept_logits = check_logits_to_keep(inputs.get("logits_to_keep"))
-        splice = plan_splice(placeholders, attention_mask, choice.lengths.to(input_ids.device), kept_logits)
-        longest_before, longest_after = self._sync_and_validate(chosen, splice)
+        chosen = self._read_pictures(input_ids, pixel_values, sizes, question, section, layer)
+        placeholders, kept_logits = chosen.placeholders, check_logits_to_keep(inputs.get("logits_to_keep"))
+        lengths = chosen.pictures.lengths.to(input_ids.device)
+        splice = plan_splice(placeholders, attention_mask, lengths, kept_logits)
+        longest_before, longest_after, dropped_logits = chosen.sync_and_validate(splice)
+        check_no_cut_logits(dropped_logits)
         # Padding that every row has stays, so that cutting nothing changes nothing.
         source = splice.source(input_ids.shape[1] - longest_before + longest_after)
-        with record_function("reccomp::merge"):
-            record = choice.record()
-        with record_function("reccomp::projector"):
-            newline = parameter(self._llava, "image_newline") if choice.layout.has_newlines else None
-            features, places = choice.projected_tokens(record, self._llava.multi_modal_projector, newline)
+        tokens = self._tokens(chosen.pictures)
+        features = tokens.packed()
         with record_function("reccomp::splice"):
             new_ids = cut(input_ids, source, padding_id(input_ids, splice, pad_token_id(self.config)))
             embeds = self.get_input_embeddings()(new_ids)
@@ -259,15 +233,15 @@ class RecCompMixin(RecoveryModulesMixin):
                 shortened["shift_labels"] = cut_shifted(inputs["shift_labels"], splice, source)
             if section.position_ids == "original":
                 shortened["position_ids"] = original_positions(
-                    position_ids, placeholders, places.to(source.device), source
+                    position_ids, placeholders, tokens.places.to(source.device), source
                 )
             elif position_ids is not None:
                 shortened["position_ids"] = compact_positions(position_ids, splice, source)
-        counts = (number.to(input_ids.device) for number in (choice.token_counts, choice.newline_counts))
-        return _Compressed(shortened, record, features, *counts)
+        counts = (number.to(input_ids.device) for number in (tokens.token_counts, tokens.newline_counts))
+        return _Compressed(shortened, tokens.record, features, *counts)
 
     def _compressed_forward(
-        self, inputs: dict[str, Any], question: _QuestionIds, token_recovery: Mapping[str, Any] | None
+        self, inputs: dict[str, Any], question: QuestionIds, token_recovery: Mapping[str, Any] | None
     ) -> Any:
         """The stock `forward` on the shortened inputs, its output with the counts."""
         inputs = stock_cache({name: value for name, value in inputs.items() if value is not None})
@@ -278,111 +252,28 @@ class RecCompMixin(RecoveryModulesMixin):
             check_pixels(inputs.get("pixel_values"))
             if inputs.get("mm_encoder_outputs") and self._section(token_recovery).enabled:
                 check_encoder_outputs(inputs)
-            output = stock(**inputs)
+            output = self._language(stock, inputs)
             return self.output_class(**output, **stock_image_fields(output)) if isinstance(output, Mapping) else output
         compressed = self._compress(inputs, question, section)
-        output = stock(**{**compressed.inputs, "input_ids": None})
+        output = self._language(stock, {**compressed.inputs, "input_ids": None})
         if not isinstance(output, Mapping):
             return output
         counts = {"visual_token_counts": compressed.token_counts, "newline_counts": compressed.newline_counts}
         return self.output_class(**{**output, **counts, **image_fields(self.output_class, compressed.image_features)})
 
-    def _encode(
-        self, pixel_values: Tensor, image_sizes: Tensor | None, section: TokenRecoveryConfig, feature_layer: int
-    ) -> EncodedImages:
-        """`encode_images` with its settings; no graph is built for a frozen tower."""
-        check_not_empty(pixel_values)
-        pixel_values, layout = self._layout(pixel_values, image_sizes)
-        tower, needed = clip_vision_model(self._llava.vision_tower), self._needed_states(section, feature_layer)
-        frozen = not any(weight.requires_grad for weight in tower.parameters())
-        with record_function("reccomp::vision_tower"), torch.no_grad() if frozen else contextlib.nullcontext():
-            return EncodedImages(vision_states(tower, pixel_values, needed), layout, self._grid(pixel_values))
-
-    def _needed_states(self, section: TokenRecoveryConfig, feature_layer: int) -> set[int]:
-        """The vision tower's hidden states that a section reads from this model."""
-        blocks = len(clip_vision_model(self._llava.vision_tower).encoder.layers)
-        return needed_states(section, feature_layer, blocks, self._reads_question(section))
-
-    def _choose_tokens(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | EncodedImages,
-        image_sizes: Tensor | None,
-        question: _QuestionIds,
-        section: TokenRecoveryConfig,
-        feature_layer: int,
-    ) -> _ChosenPrompts:
-        """Run the vision tower and choose tokens; for LLaVA-1.5 nothing is read from the device."""
-        reads_question = self._reads_question(section)
-        if reads_question:
-            check_question(*question, input_ids.shape[0], section)
-        if isinstance(pixel_values, EncodedImages):
-            encoded = pixel_values
-        else:
-            encoded = self._encode(pixel_values, image_sizes, section, feature_layer)
-        placeholders = map_placeholders(
-            input_ids == self.config.image_token_id,
-            torch.tensor(encoded.layout.lengths).to(input_ids.device, non_blocking=True),
-        )
-        missing, asked = torch.zeros_like(placeholders.per_row, dtype=torch.bool), None
-        if question[0] is not None and reads_question:
-            windows = window_mask(question[0], question[1]).to(input_ids.device)
-            missing = (placeholders.per_row > 0) & ~windows.any(-1)
-            row_of_tile = placeholders.row[encoded.layout.image_of_tile(input_ids.device)]
-            asked = Question(question[0], windows, row_of_tile)
-        choice = choose_tokens(
-            clip_vision_model(self._llava.vision_tower),
-            self.token_recovery,
-            encoded,
-            asked,
-            section,
-            feature_layer,
-            num_heads=self.config.vision_config.num_attention_heads,
-            projector=self._llava.multi_modal_projector,
-        )
-        return _ChosenPrompts(choice, placeholders, missing)
-
-    def _sync_and_validate(self, chosen: _ChosenPrompts, splice: Splice | None = None) -> tuple[int, int]:
-        """The one read from the device: sets the choice's sizes, and checks features, placeholders and questions.
-
-        Returns:
-            The first two sizes of a splice; 0 without one.
-
-        Raises:
-            ValueError: Features that are not finite; placeholders, questions or places of logits that do not fit.
-        """
-        choice, per_row = chosen.choice, chosen.placeholders.per_row
-        row_sizes = per_row.new_zeros(3) if splice is None else splice.sizes
-        wanted = [per_row, chosen.missing_question.long(), row_sizes, *choice.unread, choice.non_finite]
-        values = torch.cat([value.to(per_row.device) for value in wanted]).tolist()
-        rows, tiles = len(per_row), sum(choice.layout.tiles)
-        check_finite(values[-tiles:], choice.layout.tiles)
-        check_placeholders(values[:rows], choice.layout.lengths)
-        missing, numbers = values[rows : 2 * rows], values[2 * rows : -tiles]
-        if any(missing):
-            raise ValueError(
-                f"Row {missing.index(1)} has an image but no question: its recovery_attention_mask is all 0. Put a "
-                f"question into the user turn or pass recovery_text= to the processor; "
-                f"{no_question_hint(choice.section)}"
-            )
-        check_no_cut_logits(numbers[2])
-        choice.read(numbers[3:])
-        return numbers[0], numbers[1]
-
-    def _layout(self, pixel_values: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, ImageLayout]:
-        """Tiles (T, 3, H, W) of all images, and the placeholders that stand for their patches."""
-        rows, columns = self._grid(pixel_values)
-        return pixel_values, ImageLayout.of_grids(len(pixel_values), rows * columns)
+    def _language(self, stock: Any, inputs: dict[str, Any]) -> Any:
+        """The stock `forward`, by a CUDA graph if there is one for it."""
+        if self._graphs is not None and "inputs_embeds" in inputs and hasattr(self, "lm_head"):
+            fields = recorded_prefill(self, self._graphs, stock, inputs)
+            if fields is not None:
+                return self.output_class(**fields)
+        return stock(**inputs)
 
     def _feature_layer(self, inputs: dict[str, Any]) -> int:
         """The hidden state that the projector reads; removes a call's own value from its inputs."""
         layer, strategy = (inputs.pop(f"vision_feature_{name}", None) for name in ("layer", "select_strategy"))
         check_feature_layer(self.config, layer, strategy)
         return self.config.vision_feature_layer if layer is None else layer
-
-    def _grid(self, pixel_values: Tensor) -> tuple[int, int]:
-        patch = self.config.vision_config.patch_size
-        return pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
 
     def _section(self, overrides: Mapping[str, Any] | None) -> TokenRecoveryConfig:
         """The config's section with a call's overrides, checked against the model."""
@@ -392,9 +283,6 @@ class RecCompMixin(RecoveryModulesMixin):
         check_supported(self.config, section)
         section.validate()
         return section
-
-    def _reads_question(self, section: TokenRecoveryConfig) -> bool:
-        return self.token_recovery is not None and get_method(section.method).reads_question(section)
 
 
 __all__ = ["RecCompMixin"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 from typing import Any
 
@@ -21,6 +22,7 @@ from .generation import RecCompGenerationMixin
 from .layout import NEWLINE, ImageLayout
 from .modeling import RecCompMixin
 from .outputs import CompressedFields
+from .tensors import constant
 
 
 @dataclasses.dataclass
@@ -58,16 +60,39 @@ def tiled_layout(config: Any, pixel_values: Tensor, image_sizes: list[list[int]]
         pixel_values = torch.cat([image[:count] for image, count in zip(pixel_values, tiles, strict=True)])
     if len(pixel_values) != sum(tiles):
         raise ValueError(f"pixel_values hold {len(pixel_values)} tiles, image_sizes need {sum(tiles)}.")
-    patches = (side // config.vision_config.patch_size) ** 2
+    sizes, pinpoints = (tuple(map(tuple, pairs)) for pairs in (image_sizes, config.image_grid_pinpoints))
+    arguments = (sizes, tuple(tiles), pinpoints, side, config.vision_config.patch_size)
+    slots, rows = constant(pixel_values, _packed_index, *arguments)
+    return pixel_values, dataclasses.replace(_packed_layout(*arguments), slots=slots, rows=rows)
+
+
+@functools.lru_cache(maxsize=64)
+def _packed_layout(
+    image_sizes: tuple[tuple[int, ...], ...],
+    tiles: tuple[int, ...],
+    pinpoints: tuple[tuple[int, ...], ...],
+    side: int,
+    patch: int,
+) -> ImageLayout:
+    """The layout on the host, from the order in which stock LLaVA-NeXT packs an index of patches."""
+    vision = types.SimpleNamespace(image_size=side, patch_size=patch)
+    config = types.SimpleNamespace(vision_config=vision, image_grid_pinpoints=[list(pair) for pair in pinpoints])
+    patches = (side // patch) ** 2
     index = [torch.arange(count * patches).view(count, patches, 1) for count in tiles]
     packed, _ = LlavaNextModel.pack_image_features(
         types.SimpleNamespace(config=config),  # it reads nothing of a model but the config
         index,
-        image_sizes,
-        config.vision_feature_select_strategy,
+        [list(size) for size in image_sizes],
+        "default",
         image_newline=torch.tensor([NEWLINE]),
     )
-    return pixel_values, ImageLayout.of_packed([order.squeeze(-1) for order in packed], tiles, patches)
+    return ImageLayout.of_packed([order.squeeze(-1) for order in packed], list(tiles), patches)
+
+
+def _packed_index(*arguments: Any) -> Tensor:
+    """(2, I, L) int64, slots and rows of the layout."""
+    layout = _packed_layout(*arguments)
+    return torch.stack([layout.slots, layout.rows])
 
 
 class _TiledMixin:
@@ -80,7 +105,10 @@ class _TiledMixin:
         """
         if image_sizes is None:
             raise ValueError("LLaVA-NeXT needs image_sizes with pixel_values; the processor returns both.")
-        return tiled_layout(self.config, pixel_values, torch.as_tensor(image_sizes).tolist())  # type: ignore[attr-defined]
+        sizes = (
+            image_sizes.tolist() if isinstance(image_sizes, Tensor) else [[*map(int, size)] for size in image_sizes]
+        )
+        return tiled_layout(self.config, pixel_values, sizes)  # type: ignore[attr-defined]
 
 
 class LlavaNextRecCompModel(_TiledMixin, RecCompMixin, LlavaNextModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,11 +35,25 @@ class Question:
     rows: Tensor
 
 
+class Bounds(NamedTuple):
+    """Sizes that hold for every choice under a fixed budget.
+
+    Args:
+        longest: No tile has more tokens.
+        total: Tokens of all tiles together, exactly.
+        longest_image: No image has more tokens, newlines included.
+    """
+
+    longest: int
+    total: int
+    longest_image: int
+
+
 @dataclasses.dataclass
 class Choice:
     """The tokens chosen for the images of a batch. I images, T tiles.
 
-    Nothing is read from the device until `read` or `sync`; `record` and `projected_tokens` need the sizes.
+    Nothing is read from the device until `read` or `sync`; `record` and `tokens` need the sizes.
 
     Args:
         features: The features that the choice was made from.
@@ -61,7 +75,7 @@ class Choice:
     newline_counts: Tensor
     sizes: Sizes = dataclasses.field(init=False)
     longest_image: int = dataclasses.field(init=False)
-    image_tokens: int = dataclasses.field(init=False)
+    image_tokens: int | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -92,29 +106,98 @@ class Choice:
         """Read the sizes from the device, if they are not known."""
         self.read(torch.cat(self.unread).tolist() if self.unread else [])
 
+    def fix_sizes(self, bounds: Bounds | None = None) -> bool:
+        """Set sizes that need no read: known ones, or bounds, with padding where the choice has fewer tokens.
+
+        Returns:
+            Whether the sizes are set.
+        """
+        if self.selection.known_sizes is not None:
+            self.sync()
+        elif bounds is None or self.selection.most_merged is None:
+            return False
+        else:
+            self.sizes = Sizes(bounds.longest, min(self.selection.most_merged, bounds.longest), bounds.total)
+            self.longest_image = bounds.longest_image
+        return True
+
     def record(self) -> TokenRecoveryOutput:
         """The record of the choice, one row per tile; merges what was not kept."""
         return assemble_tokens(self.features, self.selection, self.section, self.sizes)
 
-    def projected_tokens(
-        self, record: TokenRecoveryOutput, projector: Callable[[Tensor], Tensor], newline: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The language model's tokens of all images, in the order of the prompt.
+    def tokens(self, projector: Callable[[Tensor], Tensor], newline: Tensor | None) -> PictureTokens:
+        """Merge what was not kept, and project the language model's tokens of all images.
 
         Args:
-            record: From `record`.
             projector: LLaVA's projector; it reads kept and merged tokens only.
             newline: (D,), the embedding at a row's end; `None` if the layout has no newlines.
-
-        Returns:
-            (image_tokens, D) tokens, and (I, longest_image) int64, the placeholder that each stands for.
         """
-        features = projector(pack_rows(record.tokens, record.counts, self.sizes.total))
-        if newline is not None:
-            features = torch.cat([features, newline.to(features).unsqueeze(0)])
-        order, places = self.layout.sequence(record, self.sizes, self.longest_image)
-        packed = pack_rows(order, self.lengths.to(order.device), self.image_tokens)
-        return features[packed.to(features.device)], places
+        with record_function("reccomp::merge"):
+            record = self.record()
+        with record_function("reccomp::projector"):
+            features = projector(pack_rows(record.tokens, record.counts, self.sizes.total))
+            if newline is not None:
+                features = torch.cat([features, newline.to(features).unsqueeze(0)])
+            order, places = self.layout.sequence(record, self.sizes, self.longest_image)
+            features = features[order.to(features.device)]
+        counts = (self.token_counts, self.newline_counts)
+        return PictureTokens(features, places, *counts, self.non_finite, record, self.image_tokens)
+
+
+@dataclasses.dataclass
+class PictureTokens:
+    """The language model's tokens of the images of a batch. I images, K tokens at most, T tiles.
+
+    Args:
+        features: (I, K, D), the tokens in the order of the prompt, padded on the right.
+        places: (I, K) int64, the placeholder that each token stands for.
+        token_counts: (I,) int64, tokens of each image, newlines not counted.
+        newline_counts: (I,) int64, newlines of each image.
+        non_finite: (T,) int64, 1 for each tile whose features hold NaN or infinity.
+        record: Where every patch went.
+        image_tokens: Tokens of all images, newlines included; `None` until read.
+    """
+
+    features: Tensor
+    places: Tensor
+    token_counts: Tensor
+    newline_counts: Tensor
+    non_finite: Tensor
+    record: TokenRecoveryOutput
+    image_tokens: int | None
+
+    @property
+    def lengths(self) -> Tensor:
+        """(I,) int64, tokens of each image, newlines included."""
+        return self.token_counts + self.newline_counts
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        own = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        record = {f"record {name}": value for name, value in vars(self.record).items() if value is not None}
+        return own | record
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor], image_tokens: int | None) -> PictureTokens:
+        """The inverse of `tensors`."""
+        fields = {field.name: tensors.get(f"record {field.name}") for field in dataclasses.fields(TokenRecoveryOutput)}
+        own = {name: value for name, value in tensors.items() if not name.startswith("record ")}
+        return cls(**own, record=TokenRecoveryOutput(**fields), image_tokens=image_tokens)  # type: ignore[arg-type]
+
+    @property
+    def unread(self) -> list[Tensor]:
+        """The numbers, as 1-D tensors, whose values `read` takes."""
+        return [self.lengths.sum().unsqueeze(0)] if self.image_tokens is None else []
+
+    def read(self, values: list[int]) -> None:
+        """Set the number of tokens from the value of `unread`."""
+        if values:
+            (self.image_tokens,) = values
+
+    def packed(self) -> Tensor:
+        """The tokens of all images, one image after the other: (image_tokens, D)."""
+        assert self.image_tokens is not None
+        return pack_rows(self.features, self.lengths.to(self.features.device), self.image_tokens)
 
 
 def window_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -238,4 +321,12 @@ def question_similarity(
     return similarity / scale
 
 
-__all__ = ["Choice", "Question", "choose_tokens", "question_similarity", "visual_features", "window_mask"]
+__all__ = [
+    "Choice",
+    "PictureTokens",
+    "Question",
+    "choose_tokens",
+    "question_similarity",
+    "visual_features",
+    "window_mask",
+]

@@ -3,9 +3,57 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+
+_USED: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar("_USED", default=None)
+
+
+def constant(like: Tensor, make: Callable[..., Any], *arguments: Any) -> Tensor:
+    """The tensor of `make(*arguments)` on the device of another tensor, made once per device and arguments.
+
+    A copy from the host makes a GPU's stream wait, and cannot be captured in a CUDA graph: a constant is copied at its
+    first use. Traced code (`torch.compile`, `torch.export`, fake tensors) neither keeps nor reads kept ones.
+
+    Args:
+        like: A tensor on the wanted device.
+        make: A function that returns a tensor on the host, or numbers in tuples or lists.
+        *arguments: Hashable arguments of the function.
+
+    Returns:
+        A shared tensor: it must not be changed.
+    """
+    if _is_traced(like):
+        return torch.as_tensor(make(*arguments)).to(like.device)
+    tensor = _kept_constant(like.device, make, *arguments)
+    if (constants := _USED.get()) is not None:
+        constants.append(tensor)
+    return tensor
+
+
+def _is_traced(like: Tensor) -> bool:
+    return torch.compiler.is_compiling() or type(like) is not Tensor
+
+
+@contextlib.contextmanager
+def used_constants() -> Iterator[list[Tensor]]:
+    """A list of the constants that are used in the context: a recording must keep those whose memory it reads."""
+    token = _USED.set([])
+    try:
+        yield _USED.get()  # type: ignore[misc]
+    finally:
+        _USED.reset(token)
+
+
+@functools.lru_cache(maxsize=128, typed=True)
+def _kept_constant(device: torch.device, make: Callable[..., Any], *arguments: Any) -> Tensor:
+    with torch.inference_mode(False):  # an inference tensor could not serve a training step later
+        return torch.as_tensor(make(*arguments)).to(device)
 
 
 def full_precision(values: Tensor) -> contextlib.AbstractContextManager[None]:
@@ -183,6 +231,7 @@ def _first_picks(picks: list[Tensor], counts: Tensor, candidates: Tensor) -> Ten
 
 __all__ = [
     "cluster_means",
+    "constant",
     "farthest_points",
     "full_precision",
     "gather_rows",
@@ -193,4 +242,5 @@ __all__ = [
     "positions",
     "squared_distances",
     "top_mask",
+    "used_constants",
 ]

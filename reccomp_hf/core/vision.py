@@ -64,6 +64,7 @@ def concatenate(parts: Sequence[EncodedImages | None]) -> EncodedImages | None:
         rows=torch.cat(rows),
         tiles=[size for layout in layouts for size in layout.tiles],
         lengths=[length for layout in layouts for length in layout.lengths],
+        patch_counts=[count for layout in layouts for count in layout.patch_counts],
     )
     states = {index: torch.cat([part.states[index] for part in given]) for index in given[0].states}
     return dataclasses.replace(given[0], states=states, layout=layout)

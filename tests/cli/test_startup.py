@@ -75,7 +75,7 @@ def test_the_help_of_a_command_comes_without_torch(start, module):
         (["eval", "demo", "--limit", "0"], "expected a whole number of at least 1, got '0'"),
         (["cost", "--hardware", "abacus"], "unknown hardware 'abacus'; known are A100"),
         (["cost", "--config", "llava-2"], "invalid choice: 'llava-2'"),
-        (["bench"], "one of the arguments MODEL --config is required"),
+        (["bench"], "one of the arguments MODEL --config --report is required"),
         (["predict", "data.jsonl"], "the following arguments are required: --model, --output"),
     ],
 )

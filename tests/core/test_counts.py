@@ -53,6 +53,7 @@ def random_image(patches, batch=BATCH, width=WIDTH):
 def counted(config, patches, **shape):
     image = random_image(patches, **shape)
     projected = torch.randn(*image[0].shape[:2], PROJECTED)
+    recover_tokens(*image, config, projected=projected)  # makes the constants, which later calls share
     with Counts() as counts:
         recover_tokens(*image, config, projected=projected)
     return counts

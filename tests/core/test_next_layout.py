@@ -60,7 +60,7 @@ def check_layout(model: Any, processor: LlavaNextProcessor, sizes: list[Size]) -
         start += tiles
     assert layout.slots.shape[1] == max(layout.lengths)
     assert torch.equal(layout.valid.flatten(), valid)
-    assert layout.image_of_tile(torch.device("cpu")).tolist() == [
+    assert layout.image_of_tile(layout.slots).tolist() == [
         i for i, tiles in enumerate(layout.tiles) for _ in range(tiles)
     ]
     return layout

@@ -293,7 +293,7 @@ def test_the_command_serves_until_it_is_interrupted():
 
 
 def test_an_address_beyond_this_machine_is_announced(run, monkeypatch):
-    monkeypatch.setattr("reccomp_hf.checkpoints.loading.load", lambda *arguments: demo_model.demo_model())
+    monkeypatch.setattr("reccomp_hf.checkpoints.loading.load", lambda *arguments, **options: demo_model.demo_model())
     monkeypatch.setattr(Server, "run", lambda self, sockets: None)
     code, out, _ = run("serve", "demo", "--host", "0.0.0.0", "--port", "0")
     warning = "No API key is required: anyone who can reach this address can use it (see --api-key)."

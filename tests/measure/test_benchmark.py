@@ -264,7 +264,7 @@ def test_a_contender_that_did_not_run_leaves_a_dash():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "one of the arguments MODEL --config is required"),
+        ([], "one of the arguments MODEL --config --report is required"),
         (["demo", "--config", "mid"], "not allowed with argument"),
         (["demo", "--batch-sizes", "1,0"], "expected counts separated by commas as in 1,4,16, got '1,0'"),
         (["demo", "--budgets", "few"], "expected tokens, shares or dynamic"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..features import MergedTokens, Sizes, TokenSelection, VisualFeatures
 from ..settings import Settings
-from ..tensors import cluster_means, nonzero_first, positions, top_mask
+from ..tensors import cluster_means, constant, nonzero_first, positions, top_mask
 from .budgets import budget_table, budget_tokens
 from .contract import BudgetUse, RecoveryMethod, check_int
 
@@ -40,9 +40,9 @@ def _select_random(features: VisualFeatures, settings: Settings) -> TokenSelecti
     valid = features.per_image(features.valid, False)
     most = budget_tokens(settings.budget, valid.shape[1])
     # Only the device knows how many patches are valid.
-    counts = torch.tensor([most] * len(valid) if features.uniform else budget_table(settings.budget, valid.shape[1]))
-    counts = counts.to(valid.device, non_blocking=True)
-    counts = counts if features.uniform else counts[valid.sum(-1)]
+    counts = torch.full_like(valid[:, 0], most, dtype=torch.long)
+    if not features.uniform:
+        counts = constant(valid, budget_table, settings.budget, valid.shape[1])[valid.sum(-1)]
     kept = features.per_tile(top_mask(features.per_image(_noise(features, settings.options.seed), 0.0), counts, valid))
     return features.keep(
         visual=kept,
@@ -57,20 +57,23 @@ def _noise(features: VisualFeatures, seed: int) -> Tensor:
     The features enter through comparisons of two patches in a channel, which float32 rounding does not flip: an image
     has the same noise in every batch. In half precision the features, and so the noise, may depend on the batch.
     """
-    states, device = features.hidden_states.detach(), features.valid.device
+    states, valid = features.hidden_states.detach(), features.valid
     _, patches, width = states.shape
+    first, second, channel = constant(valid, _draws, patches, width)
+    bits = states[:, first, channel] > states[:, second, channel]  # (B, bits)
+    weights = torch.ones_like(first) << positions(first)
+    start = _first_count(seed)
+    place = constant(valid, tuple, tuple(start + tile for size in features.tiles for tile in range(size)))
+    mixed = _hash((bits * weights).sum(-1) + _hash(place))  # (B,)
+    mixed = _hash(mixed.unsqueeze(-1) + torch.arange(patches, device=valid.device))
+    return (mixed & 0xFFFFFF).float() / 2**24
+
+
+def _draws(patches: int, width: int) -> Tensor:
+    """(3, bits) int64: two patches and a channel for each comparison."""
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(2**31, (3, _FINGERPRINT_BITS), generator=generator)
-    first, second, channel = (draws % torch.tensor([[patches], [patches], [width]])).to(device, non_blocking=True)
-    bits = states[:, first, channel] > states[:, second, channel]  # (B, bits)
-    weights = (torch.ones(_FINGERPRINT_BITS, dtype=torch.int64) << torch.arange(_FINGERPRINT_BITS)).to(
-        device, non_blocking=True
-    )
-    start = _first_count(seed)
-    place = torch.tensor([start + tile for size in features.tiles for tile in range(size)])
-    mixed = _hash((bits * weights).sum(-1) + _hash(place.to(device, non_blocking=True)))  # (B,)
-    mixed = _hash(mixed.unsqueeze(-1) + torch.arange(patches, device=device))
-    return (mixed & 0xFFFFFF).float() / 2**24
+    return draws % torch.tensor([[patches], [patches], [width]])
 
 
 def _first_count(seed: int) -> int:
@@ -138,8 +141,8 @@ def _cells(side: int | None, features: VisualFeatures, settings: Settings) -> Te
         return (row * cell_rows // rows * cell_columns + column * cell_columns // columns).expand_as(features.valid)
     # An int is spent evenly over all tiles of an image; only the device knows how many patches those have.
     patches = features.per_image(features.valid, False).sum(-1, keepdim=True)  # (I, 1)
-    table = torch.tensor(_shape_table(features.grid, settings.budget or 1, max(features.tiles)))
-    shape = table.to(device, non_blocking=True)[patches.expand(-1, max(features.tiles))]  # (I, S, 2)
+    table = constant(patches, _shape_table, features.grid, settings.budget or 1, max(features.tiles))
+    shape = table[patches.expand(-1, max(features.tiles))]  # (I, S, 2)
     down, across = (features.per_tile(size) for size in shape.unbind(-1))  # (B, 1) each
     return row * down // rows * across + column * across // columns
 
@@ -193,8 +196,7 @@ def _shape_table(grid: tuple[int, int], budget: int, tiles: int) -> list[tuple[i
 
 def _select_base_tile(features: VisualFeatures, settings: Settings) -> TokenSelection:
     """The first tile of each image as it is, the others dropped."""
-    is_base = torch.tensor([tile == 0 for size in features.tiles for tile in range(size)])
-    is_base = is_base.to(features.valid.device, non_blocking=True)
+    is_base = constant(features.valid, tuple, tuple(tile == 0 for size in features.tiles for tile in range(size)))
     kept = features.valid & is_base.unsqueeze(-1)
     return features.keep(visual=kept, saliency=features.saliency(settings.visual_heads))
 

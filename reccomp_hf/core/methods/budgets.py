@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..features import Sizes, VisualFeatures
 from ..settings import Settings
-from ..tensors import highest_precision, positions, top_mask
+from ..tensors import constant, highest_precision, positions, top_mask
 
 FENCE = 1.5
 """Interquartile ranges above the third quartile beyond which a value stands out (Tukey's box plot)."""
@@ -37,8 +37,7 @@ class Spending:
 
     def split(self, part: Callable[[int], int]) -> Tensor:
         """A part of each tile's tokens, given as a function of their number: (B,) int64."""
-        table = torch.tensor([part(count) for count in range(self.most + 1)])
-        return table.to(self.counts.device, non_blocking=True)[self.counts]
+        return constant(self.counts, tuple, tuple(part(count) for count in range(self.most + 1)))[self.counts]
 
     def sizes(self, merged: Callable[[int], int] = lambda count: 0) -> Sizes | None:
         """`TokenSelection.known_sizes`, given the number of merged tokens among `count` tokens."""
@@ -71,8 +70,7 @@ def tile_budgets(features: VisualFeatures, settings: Settings) -> tuple[Tensor, 
         return torch.full_like(features.valid[:, 0], most, dtype=torch.long), most
     own = features.per_image(features.valid.sum(-1, keepdim=True), 0)  # (I, S)
     total = own.sum(-1, keepdim=True)
-    table = torch.tensor(budget_table(settings.budget, patches * tiles))
-    budget = table.to(own.device, non_blocking=True)[total]  # (I, 1)
+    budget = constant(own, budget_table, settings.budget, patches * tiles)[total]  # (I, 1)
     exact, total = budget * own, total.clamp(min=1)
     seats, remainder = exact // total, exact % total
     seats = seats + top_mask(remainder.float(), budget.squeeze(-1) - seats.sum(-1), own > 0)

@@ -13,6 +13,7 @@ from ..outliers import upper_outliers
 from ..settings import Settings
 from ..tensors import (
     cluster_means,
+    constant,
     farthest_points,
     gather_rows,
     herd_patches,
@@ -93,6 +94,7 @@ def _select_budget(features: VisualFeatures, saliency: Tensor, settings: Setting
         known_sizes=Sizes(shares.total, shares.most.merged, shares.total * len(saliency))
         if features.uniform
         else None,
+        most_merged=shares.most.merged,
     )
 
 
@@ -102,13 +104,13 @@ def _shares(features: VisualFeatures, settings: Settings) -> _Shares:
     patches = features.valid.shape[1] * max(features.tiles)
     text_share = 0.0 if features.text_similarity is None else settings.text_share
     arguments = (patches, settings.budget, text_share, settings.coverage_share, settings.merged_tokens)
-    splits = [budget_split(*arguments)] if features.uniform else _split_table(*arguments)
+    table = _only_split if features.uniform else _split_table
+    splits = table(*arguments)
     valid = features.per_image(features.valid, False)
     row = torch.zeros_like(valid[:, 0], dtype=torch.long) if features.uniform else valid.sum(-1)
-    table = torch.tensor(splits).to(valid.device, non_blocking=True)
     most = BudgetSplit(*map(max, zip(*splits, strict=True)))
     most_chosen = max(split.text + split.coverage for split in splits)
-    visual, text, coverage, merged = table[row].unbind(-1)
+    visual, text, coverage, merged = constant(valid, table, *arguments)[row].unbind(-1)
     return _Shares(visual, text, coverage, merged, most, most_chosen, sum(splits[-1]))
 
 
@@ -168,6 +170,13 @@ def _centres_per_tile(
     averages = mass.unsqueeze(-1) / (seat + 1)  # (I, S, M)
     given = top_mask(averages.flatten(1), counts, (seat < left.unsqueeze(-1)).flatten(1))
     return features.per_tile(given).sum(-1)
+
+
+def _only_split(
+    patches: int, budget: float, text_share: float, coverage_share: float, merged: int
+) -> list[BudgetSplit]:
+    """`budget_split` for all patches, as the only row of a table."""
+    return [budget_split(patches, budget, text_share, coverage_share, merged)]
 
 
 @functools.lru_cache(maxsize=64, typed=True)  # a budget of 1 is one token, one of 1.0 is all of them

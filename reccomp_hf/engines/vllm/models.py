@@ -163,7 +163,7 @@ class RecoveryModelMixin:
             tower,
             self.token_recovery,
             EncodedImages(states, layout, (self._side, self._side)),
-            _question(images, layout.image_of_tile(tiles.device)) if reads_question else None,
+            _question(images, layout.image_of_tile(tiles)) if reads_question else None,
             section,
             layer,
             num_heads=config.vision_config.num_attention_heads,
@@ -178,8 +178,7 @@ class RecoveryModelMixin:
                 f"Method {section.method!r} gave {choice.lengths.tolist()} tokens, the budget {expected}."
             )
         newline = getattr(self, "image_newline", None)
-        flat, _ = choice.projected_tokens(choice.record(), self.multi_modal_projector, newline)
-        return flat.split(expected)
+        return choice.tokens(self.multi_modal_projector, newline).packed().split(expected)
 
 
 @MULTIMODAL_REGISTRY.register_processor(

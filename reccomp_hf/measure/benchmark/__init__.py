@@ -9,20 +9,27 @@ from .comparing import BATCH_SIZES, BUDGETS, DYNAMIC, compare
 from .models import CONFIGS, named_config, random_model, sharpen
 from .plotting import plot_comparison
 from .reporting import comparison_text
+from .speed import Case, equal_answers, published_cases, speed_report
+from .speed_text import speed_markdown
 
 __all__ = [
     "BATCH_SIZES",
     "BUDGETS",
     "CONFIGS",
     "DYNAMIC",
+    "Case",
     "check_gpu",
     "compare",
     "comparison_text",
+    "equal_answers",
     "largest_batches",
     "named_config",
     "noise_batch",
     "plot_comparison",
+    "published_cases",
     "random_model",
     "scene_batch",
     "sharpen",
+    "speed_markdown",
+    "speed_report",
 ]

@@ -11,6 +11,7 @@ from ...core.checks import is_tiled
 from ...core.choosing import check_budget
 from ...core.compat import CACHE
 from ...core.counting import patches_per_side
+from ...core.graphs import GraphCache
 from ...data.progress import progress_bar
 from .batches import Inputs
 from .contenders import ORACLE, OURS, STOCK, Contender, oracle, ours, stock
@@ -48,6 +49,7 @@ def compare(
     new_tokens: int = NEW_TOKENS,
     rounds: int = ROUNDS,
     cpu_time: bool = False,
+    cuda_graph: bool = False,
     progress: bool | None = None,
 ) -> dict[str, Any]:
     """Compare the stock model, ours and the oracle, interleaved in this process.
@@ -63,6 +65,7 @@ def compare(
         new_tokens: Tokens to decode after every prompt.
         rounds: Timed turns of each contender, after one warm-up turn.
         cpu_time: Count CPU seconds of this process, see [`Stopwatch`].
+        cuda_graph: Whether prefills of ours and of the oracle are replayed as CUDA graphs.
         progress: Whether to show a progress bar; `None` shows it where stderr is a terminal.
 
     Returns:
@@ -79,13 +82,16 @@ def compare(
     rows: list[dict[str, Any]] = []
     with progress_bar(turns, "turns", progress) as bar:
         for size in batch_sizes:
-            rows += _BatchSize(model, inputs_of(size), sections, stopwatch, bar.update).rows(size, rounds, new_tokens)
+            graphs = GraphCache() if cuda_graph else None
+            contenders = _BatchSize(model, inputs_of(size), sections, graphs, stopwatch, bar.update)
+            rows += contenders.rows(size, rounds, new_tokens)
     return {
         "environment": environment(model.device, model.dtype),
         "settings": {
             "new_tokens": new_tokens,
             "rounds": rounds,
             "clock": stopwatch.clock,
+            "cuda_graph": cuda_graph,
             "token_recovery": model.config.token_recovery.to_dict(),
         },
         "weight_bytes": sum(weight.numel() * weight.element_size() for weight in model.parameters()),
@@ -148,14 +154,15 @@ class _BatchSize:
         model: Any,
         inputs: Inputs,
         sections: Mapping[BudgetLabel, dict[str, Any]],
+        graphs: GraphCache | None,
         stopwatch: Stopwatch,
         step: Callable[[], Any],
     ) -> None:
         self.device, self.stopwatch, self.step, self.budgets = model.device, stopwatch, step, list(sections)
         self.contenders: dict[str, Contender] = {STOCK: stock(model, inputs)}
         for budget, fields in sections.items():
-            self.contenders[f"{OURS} {budget}"] = ours(model, inputs, fields)
-            self.contenders[f"{ORACLE} {budget}"] = oracle(model, inputs, fields)
+            self.contenders[f"{OURS} {budget}"] = ours(model, inputs, fields, graphs)
+            self.contenders[f"{ORACLE} {budget}"] = oracle(model, inputs, fields, graphs)
 
     def rows(self, size: int, rounds: int, new_tokens: int) -> list[dict[str, Any]]:
         """The results, a row per budget."""

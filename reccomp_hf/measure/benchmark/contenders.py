@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...core.compat import CACHE
+from ...core.graphs import GraphCache
 from .batches import Inputs
 from .timing import Measures, Stopwatch
 
@@ -26,6 +28,7 @@ class Contender:
         attention_mask: (R, L) of the prompt as the language model reads it.
         next_position: (R,) int64, position of the first new token.
         visual_tokens: (R,) int64, visual tokens of each prompt, newlines included.
+        graphs: The CUDA graphs that a prefill is replayed by; `None` runs it eagerly.
     """
 
     model: Any
@@ -33,11 +36,13 @@ class Contender:
     attention_mask: Tensor
     next_position: Tensor
     visual_tokens: Tensor
+    graphs: GraphCache | None = None
 
     @torch.no_grad()
     def prefill(self) -> Any:
         """Everything up to the first token's logits."""
-        return self.read()
+        with recordings(self.model, self.graphs):
+            return self.read()
 
     @torch.no_grad()
     def decode(self, prefilled: Any, steps: int) -> Tensor:
@@ -68,6 +73,17 @@ class Contender:
         return {"prefill": prefill, "decode": decode / steps, "answer": prefill + decode}
 
 
+@contextlib.contextmanager
+def recordings(model: Any, graphs: GraphCache | None) -> Iterator[None]:
+    """The model uses these CUDA graphs, or none, in the context; those it had are kept for later."""
+    before = model._graphs
+    model._graphs = graphs
+    try:
+        yield
+    finally:
+        model._graphs = before
+
+
 def stock(model: Any, inputs: Inputs) -> Contender:
     """The model with token recovery off, which equals the stock one bit for bit."""
     off = {"enabled": False}
@@ -80,17 +96,18 @@ def stock(model: Any, inputs: Inputs) -> Contender:
     )
 
 
-def ours(model: Any, inputs: Inputs, fields: dict[str, Any]) -> Contender:
+def ours(model: Any, inputs: Inputs, fields: dict[str, Any], graphs: GraphCache | None = None) -> Contender:
     """The compressed model with fields of its section overridden."""
     prompt = _short_prompt(model, inputs, fields)
     return Contender(
         model,
         lambda: model(**inputs, token_recovery=fields, logits_to_keep=1, use_cache=True),
         *_prompt(model, prompt),
+        graphs,
     )
 
 
-def oracle(model: Any, inputs: Inputs, fields: dict[str, Any]) -> Contender:
+def oracle(model: Any, inputs: Inputs, fields: dict[str, Any], graphs: GraphCache | None = None) -> Contender:
     """The limit: the full vision tower, as in the stock model, and the short prompt's embeddings for free.
 
     The language model reads exactly the prompt of `ours`; nothing is chosen, merged, projected or cut.
@@ -100,11 +117,19 @@ def oracle(model: Any, inputs: Inputs, fields: dict[str, Any]) -> Contender:
     pixels = inputs["pixel_values"]
     pixels = pixels.flatten(0, 1) if pixels.ndim == 5 else pixels  # tiles; all images of a batch have equally many
 
+    tower = model.model.vision_tower
+
+    def states(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = tower(tensors["pixel_values"], output_hidden_states=True)
+        return {"states": found.hidden_states[model.config.vision_feature_layer]}
+
     def read() -> Any:
-        model.model.vision_tower(pixels, output_hidden_states=True)
+        given = {"pixel_values": pixels}
+        if graphs is None or graphs.run("oracle's vision tower", [tower], (), states, given) is None:
+            states(given)
         return model(**embedded, logits_to_keep=1, use_cache=True)
 
-    return Contender(model, read, *_prompt(model, prompt))
+    return Contender(model, read, *_prompt(model, prompt), graphs)
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ from .tracing import trace
 
 CPU_READS = "reads of tensors by the host, each of which would make it wait for a GPU"
 CUDA_READS = "synchronisations, by torch.cuda.set_sync_debug_mode"
+CPU_LAUNCHES = "operators, each of which would launch a kernel or none on a GPU"
+CUDA_LAUNCHES = "kernels, graphs, copies and fills that the host launches, by torch's profiler"
 CPU_MEMORY = "peak of what torch's CPU allocator gave out during a prefill, beyond what it held before"
 CUDA_MEMORY = "torch.cuda.max_memory_allocated during a prefill"
 
@@ -22,6 +24,17 @@ CUDA_MEMORY = "torch.cuda.max_memory_allocated during a prefill"
 def device_reads(work: Callable[[], Any], device: torch.device) -> int:
     """Number of times the host waits for the device, or on a CPU would have to (see `CPU_READS`)."""
     return _cuda_reads(work) if device.type == "cuda" else _cpu_reads(work)
+
+
+def launches(work: Callable[[], Any], device: torch.device) -> int:
+    """Number of times the host gives the device work: `CUDA_LAUNCHES`, on a CPU `CPU_LAUNCHES`."""
+    if device.type != "cuda":
+        with _Operators() as operators:
+            work()
+        return operators.count
+    names = ("LaunchKernel", "GraphLaunch", "Memcpy", "Memset")
+    events = [event for event in trace(work, device) if event.get("cat") in ("cuda_runtime", "cuda_driver")]
+    return sum(any(name in event.get("name", "") for name in names) for event in events)
 
 
 def peak_memory(work: Callable[[], Any], device: torch.device) -> dict[str, Any]:
@@ -89,6 +102,18 @@ class _ReadingOperators(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+class _Operators(TorchDispatchMode):
+    """Counts operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
 class _ReadingMethods(TorchFunctionMode):
     """Counts the methods that read a tensor on a CPU without an operator; one read for any number of elements."""
 
@@ -112,4 +137,15 @@ def _cpu_peak(work: Callable[[], Any]) -> int:
     return peak
 
 
-__all__ = ["CPU_MEMORY", "CPU_READS", "CUDA_MEMORY", "CUDA_READS", "cache_bytes", "device_reads", "peak_memory"]
+__all__ = [
+    "CPU_LAUNCHES",
+    "CPU_MEMORY",
+    "CPU_READS",
+    "CUDA_LAUNCHES",
+    "CUDA_MEMORY",
+    "CUDA_READS",
+    "cache_bytes",
+    "device_reads",
+    "launches",
+    "peak_memory",
+]

@@ -25,7 +25,8 @@ def comparison_text(name: str, facts: Mapping[str, Any]) -> str:
     lines = [
         f"{name} on {describe_environment(facts)}",
         f"medians of {settings['rounds']} rounds by {settings['clock']}, in brackets the quartiles of ratios within a "
-        f"round; answers of {settings['new_tokens']} tokens",
+        f"round; answers of {settings['new_tokens']} tokens"
+        + ("; prefills of ours and the oracle as CUDA graphs" if settings["cuda_graph"] else ""),
     ]
     for row in facts["rows"]:
         lines += ["", *_row_lines(row)]

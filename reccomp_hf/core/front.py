@@ -1,0 +1,300 @@
+"""The front of the compressed models: from pixels and questions to the tokens that stand for the images.
+
+It is one function, however it is run: eagerly, compiled, exported, or captured as a CUDA graph. Under a fixed budget
+it reads nothing from the device, copies nothing to it after its first run, and has no shape that depends on values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Hashable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from .checks import check_finite, check_question, no_question_hint
+from .compat import clip_vision_model, parameter
+from .configuration import TokenRecoveryConfig
+from .graphs import GraphCache
+from .layout import ImageLayout
+from .methods.budgets import budget_tokens
+from .methods.registry import get_method
+from .picture_tokens import Bounds, Choice, PictureTokens, Question, choose_tokens, window_mask
+from .splicing import PlaceholderMap, Splice, check_placeholders, map_placeholders
+from .tensors import constant
+from .text_encoder import RecoveryModulesMixin
+from .vision import EncodedImages, check_not_empty, needed_states, vision_states
+
+QuestionIds: TypeAlias = "tuple[Tensor | None, Tensor | None]"  # recovery_input_ids, recovery_attention_mask
+_STEP = {"placeholders": 256, "tokens": 32}
+"""Images of LLaVA-NeXT with as many tiles share a computation: their lengths are rounded up to multiples of these."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FrontPlan:
+    """What is known of a run of the front before it starts.
+
+    Args:
+        section: The settings.
+        feature_layer: The hidden state that LLaVA's projector reads.
+        layout: The placeholders of the images; a run takes its index tensors from its inputs.
+        grid: (rows, columns) of a tile's patches.
+        bounds: Bounds that take the place of sizes which depend on the choice; `None` without any.
+        projects: Whether tokens are made of the choice, rather than the choice alone returned.
+    """
+
+    section: TokenRecoveryConfig
+    feature_layer: int
+    layout: ImageLayout
+    grid: tuple[int, int]
+    bounds: Bounds | None = None
+    projects: bool = True
+
+    @property
+    def key(self) -> tuple[Hashable, ...]:
+        """Equal keys and equal shapes of the inputs mean an equal computation."""
+        section, layout = json.dumps(self.section.to_dict(), sort_keys=True), self.layout
+        shape = (tuple(layout.tiles), layout.has_newlines, self.grid, self.bounds)
+        return (section, id(get_method(self.section.method)), self.feature_layer, *shape)
+
+    def bounded(self) -> FrontPlan:
+        """The plan without sizes that depend on the choice, as far as a fixed budget bounds them."""
+        layout, budget = self.layout, self.section.budget
+        if budget is None or not layout.has_newlines:
+            return self
+        totals = [budget_tokens(budget, count) for count in layout.patch_counts]
+        newlines = [length - count for length, count in zip(layout.lengths, layout.patch_counts, strict=True)]
+        longest = max(map(sum, zip(totals, newlines, strict=True)))
+        bounds = Bounds(min(max(totals), layout.patches), sum(totals), _round_up(longest, _STEP["tokens"]))
+        layout = layout.padded(_round_up(layout.slots.shape[1], _STEP["placeholders"]))
+        return dataclasses.replace(self, layout=layout, bounds=bounds)
+
+
+@dataclasses.dataclass
+class ChosenPrompts:
+    """A batch of prompts and the tokens chosen for its images, before anything is read from the device.
+
+    Args:
+        pictures: The tokens of the images, or the choice where these depend on numbers to be read.
+        plan: The plan of the run.
+        placeholders: The image placeholders in the prompts.
+        missing_question: (R,) bool, rows with an image and without a question.
+    """
+
+    pictures: Choice | PictureTokens
+    plan: FrontPlan
+    placeholders: PlaceholderMap
+    missing_question: Tensor
+
+    def sync_and_validate(self, splice: Splice | None = None) -> list[int]:
+        """The one read from the device: sets the sizes, and checks features, placeholders and questions.
+
+        Returns:
+            The sizes of a splice; zeros without one.
+
+        Raises:
+            ValueError: Features that are not finite; placeholders or questions that do not fit.
+        """
+        pictures, layout, per_row = self.pictures, self.plan.layout, self.placeholders.per_row
+        row_sizes = per_row.new_zeros(3) if splice is None else splice.sizes
+        wanted = [per_row, self.missing_question.long(), row_sizes, *pictures.unread, pictures.non_finite]
+        values = torch.cat([value.to(per_row.device) for value in wanted]).tolist()
+        rows, tiles = len(per_row), sum(layout.tiles)
+        check_finite(values[-tiles:], layout.tiles)
+        check_placeholders(values[:rows], layout.lengths)
+        missing, numbers = values[rows : 2 * rows], values[2 * rows : -tiles]
+        if any(missing):
+            raise ValueError(
+                f"Row {missing.index(1)} has an image but no question: its recovery_attention_mask is all 0. Put a "
+                f"question into the user turn or pass recovery_text= to the processor; "
+                f"{no_question_hint(self.plan.section)}"
+            )
+        pictures.read(numbers[3:])
+        return numbers[:3]
+
+
+class FrontMixin(RecoveryModulesMixin):
+    """The front of a compressed LLaVA."""
+
+    _graphs: GraphCache | None = None
+
+    def _read_pictures(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | EncodedImages,
+        image_sizes: Tensor | None,
+        question: QuestionIds,
+        section: TokenRecoveryConfig,
+        feature_layer: int,
+        *,
+        projects: bool = True,
+    ) -> ChosenPrompts:
+        """Run the front on a call's arguments; for LLaVA-1.5 nothing is read from the device."""
+        reads_question = self._reads_question(section)
+        if reads_question:
+            check_question(*question, input_ids.shape[0], section)
+        if isinstance(pixel_values, EncodedImages):
+            layout, grid = pixel_values.layout, pixel_values.grid
+            inputs = {_state_name(index): state for index, state in pixel_values.states.items()}
+        else:
+            check_not_empty(pixel_values)
+            pixel_values, layout = self._layout(pixel_values, image_sizes)
+            grid, inputs = self._grid(pixel_values), {"pixel_values": pixel_values}
+        lengths = constant(input_ids, tuple, tuple(layout.lengths))
+        placeholders = map_placeholders(input_ids == self.config.image_token_id, lengths)
+        missing = torch.zeros_like(placeholders.per_row, dtype=torch.bool)
+        if question[0] is not None and reads_question:
+            windows = window_mask(question[0], question[1]).to(input_ids.device)
+            missing = (placeholders.per_row > 0) & ~windows.any(-1)
+            rows = placeholders.row[layout.image_of_tile(input_ids)]
+            inputs |= {"question": question[0], "windows": windows, "question_of_tile": rows}
+        plan = FrontPlan(section, feature_layer, layout.with_newlines(section.newlines), grid, projects=projects)
+        pictures = self._recorded_front(inputs, plan) if self._graphs is not None and projects else None
+        return ChosenPrompts(self._front(inputs, plan) if pictures is None else pictures, plan, placeholders, missing)
+
+    def use_cuda_graph(self, enabled: bool = True, *, limit: int = 16) -> None:
+        """Replay the prefill as CUDA graphs from now on: on a GPU a short prompt is read several times as fast.
+
+        It serves `generate`, `forward`, `compress_inputs` and everything that calls them. The first call of a shape
+        records it in under a second per graph, without a compiler: one graph takes images and questions to the tokens
+        that stand for them, another one, for batches of up to 1,024 tokens, is the language model's prefill. Further
+        tokens are decoded as before; `cache_implementation="static"` compiles that.
+
+        What cannot be recorded runs as without this call, and the reason is logged once: a dynamic number of tokens,
+        training, gradients, autocast, weights that are quantised or on other devices, modules with hooks, and other
+        devices than CUDA. A graph reads the weights where they are: changes in place are seen. Before every run the
+        addresses of the weights and the active adapters are compared with those of the time of recording; where they
+        differ, all graphs are dropped.
+
+        Args:
+            enabled: `False` drops all graphs and switches back.
+            limit: Number of graphs that are kept in one memory pool; the least recently used one is dropped.
+
+        Raises:
+            ValueError: `limit` below 1.
+        """
+        self._graphs = GraphCache(limit) if enabled else None
+
+    def _recorded_front(self, inputs: dict[str, Tensor], plan: FrontPlan) -> PictureTokens | None:
+        """The tokens of images by a recording of `_front`; `None` if it must be called itself."""
+        assert self._graphs is not None
+        plan = plan.bounded()
+        if plan.layout.has_newlines:
+            inputs = {**inputs, "slots": plan.layout.slots, "rows": plan.layout.rows}
+            inputs["newline"] = self._llava.image_newline
+
+        def tokens(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+            pictures = self._front(inputs, plan)
+            if isinstance(pictures, Choice):
+                raise RuntimeError("the number of tokens depends on the images")
+            return pictures.tensors()
+
+        parts = (self._llava.vision_tower, self._llava.multi_modal_projector, self.token_recovery)
+        modules = [module for module in parts if module is not None]
+        outputs = self._graphs.run("front", modules, plan.key, tokens, inputs)
+        if outputs is None:
+            return None
+        features = outputs["features"]
+        return PictureTokens.of_tensors(outputs, None if plan.bounds else features.shape[0] * features.shape[1])
+
+    def _front(self, inputs: dict[str, Tensor], plan: FrontPlan) -> Choice | PictureTokens:
+        """Choose the tokens of images, and make them if their number is known.
+
+        Args:
+            inputs: `"pixel_values"` (T, 3, H, W), or the hidden states that a tower has given; `"question"` (R, W, L)
+                int64, `"windows"` (R, W) bool and `"question_of_tile"` (T,) int64 if the choice reads questions;
+                `"slots"` and `"rows"` (I, L) int64 and `"newline"` (D,) in place of the layout's and the model's.
+            plan: The plan of the run.
+        """
+        tower = clip_vision_model(self._llava.vision_tower)
+        if "pixel_values" in inputs:
+            states = self._states(inputs["pixel_values"], self._needed_states(plan.section, plan.feature_layer))
+        else:
+            names = {index: _state_name(index) for index in range(len(tower.encoder.layers) + 1)}
+            states = {index: inputs[name] for index, name in names.items() if name in inputs}
+        slots, rows = inputs.get("slots", plan.layout.slots), inputs.get("rows", plan.layout.rows)
+        question = None
+        if "question" in inputs:
+            question = Question(inputs["question"], inputs["windows"], inputs["question_of_tile"])
+        choice = choose_tokens(
+            tower,
+            self.token_recovery,
+            EncodedImages(states, dataclasses.replace(plan.layout, slots=slots, rows=rows), plan.grid),
+            question,
+            plan.section,
+            plan.feature_layer,
+            num_heads=self.config.vision_config.num_attention_heads,
+            projector=self._llava.multi_modal_projector,
+        )
+        if not plan.projects or not choice.fix_sizes(plan.bounds):
+            return choice
+        return self._tokens(choice, inputs.get("newline"))
+
+    def _tokens(self, choice: Choice | PictureTokens, newline: Tensor | None = None) -> PictureTokens:
+        """The tokens of a choice whose sizes are known."""
+        if isinstance(choice, PictureTokens):
+            return choice
+        if newline is None and choice.layout.has_newlines:
+            newline = parameter(self._llava, "image_newline")
+        return choice.tokens(self._llava.multi_modal_projector, newline)
+
+    def _states(self, pixel_values: Tensor, needed: set[int]) -> dict[int, Tensor]:
+        """The vision tower's hidden states by index; no graph is built for a frozen tower."""
+        tower = clip_vision_model(self._llava.vision_tower)
+        frozen = not any(weight.requires_grad for weight in tower.parameters())
+        with record_function("reccomp::vision_tower"), torch.no_grad() if frozen else contextlib.nullcontext():
+            return vision_states(tower, pixel_values, needed)
+
+    def _encode(
+        self, pixel_values: Tensor, image_sizes: Tensor | None, section: TokenRecoveryConfig, feature_layer: int
+    ) -> EncodedImages:
+        """`encode_images` with its settings."""
+        check_not_empty(pixel_values)
+        pixel_values, layout = self._layout(pixel_values, image_sizes)
+        needed = self._needed_states(section, feature_layer)
+        states = None if self._graphs is None else self._recorded_states(pixel_values, needed)
+        states = self._states(pixel_values, needed) if states is None else states
+        return EncodedImages(states, layout, self._grid(pixel_values))
+
+    def _recorded_states(self, pixel_values: Tensor, needed: set[int]) -> dict[int, Tensor] | None:
+        """The vision tower's hidden states by a recording of `_states`; `None` if it must be called itself."""
+        assert self._graphs is not None
+
+        def states(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {str(index): state for index, state in self._states(inputs["pixel_values"], needed).items()}
+
+        inputs, modules = {"pixel_values": pixel_values}, [self._llava.vision_tower]
+        outputs = self._graphs.run("vision tower", modules, tuple(sorted(needed)), states, inputs)
+        return None if outputs is None else {int(index): state for index, state in outputs.items()}
+
+    def _needed_states(self, section: TokenRecoveryConfig, feature_layer: int) -> set[int]:
+        """The vision tower's hidden states that a section reads from this model."""
+        blocks = len(clip_vision_model(self._llava.vision_tower).encoder.layers)
+        return needed_states(section, feature_layer, blocks, self._reads_question(section))
+
+    def _layout(self, pixel_values: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, ImageLayout]:
+        """Tiles (T, 3, H, W) of all images, and the placeholders that stand for their patches."""
+        rows, columns = self._grid(pixel_values)
+        return pixel_values, ImageLayout.of_grids(len(pixel_values), rows * columns, pixel_values)
+
+    def _grid(self, pixel_values: Tensor) -> tuple[int, int]:
+        patch = self.config.vision_config.patch_size
+        return pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
+
+    def _reads_question(self, section: TokenRecoveryConfig) -> bool:
+        return self.token_recovery is not None and get_method(section.method).reads_question(section)
+
+
+def _state_name(index: int) -> str:
+    return f"state {index}"
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+__all__ = ["ChosenPrompts", "FrontMixin", "FrontPlan", "QuestionIds"]

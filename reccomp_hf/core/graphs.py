@@ -1,0 +1,270 @@
+"""CUDA graphs of a model's computations: recorded at the first call of a shape, replayed at the next ones."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .tensors import used_constants
+
+logger = logging.getLogger(__name__)
+
+Tensors: TypeAlias = "dict[str, Tensor]"
+Computation: TypeAlias = "Callable[[Tensors], Tensors]"
+
+WARM_UPS = 3
+_ADAPTER_STATE = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")  # PEFT's, of an adapted module
+_PATCHES = ("forward", "_hf_hook")  # of an instance
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+class Recorder(Protocol):
+    """Records a computation, so that it can be repeated on other values in the same memory."""
+
+    device_type: str
+
+    def turn(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        """A context in which buffers are written, recordings repeated, and results copied: one after the other."""
+
+    def __call__(self, computation: Computation, inputs: Tensors) -> tuple[Callable[[], None], Tensors]:
+        """Record the computation on its input buffers.
+
+        Returns:
+            A function that repeats it, and the tensors that hold its results afterwards.
+
+        Raises:
+            RuntimeError: The computation reads the device, or does something else that cannot be recorded.
+        """
+
+
+class CudaRecorder:
+    """Records CUDA graphs, all of which share one memory pool."""
+
+    device_type = "cuda"
+
+    def __init__(self) -> None:
+        """Leave the pool to the first recording."""
+        self._pool: Any = None
+        self._last_turn: Any = None
+
+    @contextlib.contextmanager
+    def turn(self, device: torch.device) -> Iterator[None]:
+        """Wait, on the device, for the turn before, which may have been on another stream."""
+        with torch.cuda.device(device):
+            if self._last_turn is not None:
+                torch.cuda.current_stream().wait_event(self._last_turn)
+            yield
+            self._last_turn = torch.cuda.current_stream().record_event()
+
+    def __call__(self, computation: Computation, inputs: Tensors) -> tuple[Callable[[], None], Tensors]:
+        """Run the computation a few times on a stream of its own, then capture it; no compiler is involved."""
+        device = next(iter(inputs.values())).device
+        with torch.cuda.device(device):
+            self._pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
+            stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    computation(inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            pool, self._pool = self._pool, None  # a pool in which a capture fails is not used again
+            # Other threads may use the device meanwhile.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                outputs = computation(inputs)
+            self._pool = pool
+        return graph.replay, outputs
+
+
+@dataclasses.dataclass
+class _Recording:
+    inputs: Tensors
+    replay: Callable[[], None]
+    outputs: Tensors
+    constants: list[Tensor]
+
+
+class GraphCache:
+    """The recordings of one model's computations.
+
+    A recording belongs to a key, to the shapes and types of its inputs, and to the weights, which it reads where they
+    are in memory: weights that are changed in place are seen. Before every run the modules are walked. If weights are
+    at other addresses (moved, replaced, loaded again), if adapters were switched, scaled or merged, or if modules or
+    their `forward` were exchanged, all recordings are dropped.
+    """
+
+    def __init__(self, limit: int = 16, recorder: Recorder | None = None) -> None:
+        """Make an empty cache.
+
+        Args:
+            limit: Number of recordings; the one whose last use is longest ago is dropped.
+            recorder: By default a [`CudaRecorder`].
+
+        Raises:
+            ValueError: `limit` below 1.
+        """
+        if limit < 1:
+            raise ValueError(f"limit must be at least 1, got {limit}.")
+        self.limit = limit
+        self.recorder: Recorder = CudaRecorder() if recorder is None else recorder
+        self._recordings: collections.OrderedDict[Hashable, _Recording] = collections.OrderedDict()
+        self._states: dict[str, tuple[Any, ...]] = {}
+        self._refused: set[Hashable] = set()
+        self._said: set[tuple[str, str]] = set()
+        self._lock = threading.RLock()
+
+    def __len__(self) -> int:
+        """Number of recordings."""
+        return len(self._recordings)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles of a model start without recordings."""
+        return GraphCache, (self.limit,)
+
+    def run(
+        self, name: str, modules: Iterable[nn.Module], key: Hashable, computation: Computation, inputs: Tensors
+    ) -> Tensors | None:
+        """Run a computation by its recording, which is made first if there is none.
+
+        Args:
+            name: Name of the computation, for messages.
+            modules: The modules whose weights it reads.
+            key: Everything that decides it besides shapes and types of the inputs.
+            computation: Function from the inputs to the outputs; it must not keep or change either.
+            inputs: Tensors on one device.
+
+        Returns:
+            The outputs, as copies of their own; `None` if the computation must be run without a recording, the reason
+            of which is logged once.
+        """
+        modules = list(modules)
+        device = next(iter(inputs.values())).device
+        state = _state_of(modules)
+        reason = self._reason(inputs, device)
+        if reason is None and self._states.get(name) != (state, device):
+            reason = _reason_against(modules, device)
+        if reason is not None:
+            self._refuse(name, reason)
+            return None
+        shapes = tuple((part, tuple(value.shape), value.dtype) for part, value in inputs.items())
+        key = (name, key, shapes, device)
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if self._states.setdefault(name, (state, device)) != (state, device):
+                self.clear()
+                self._states[name] = (state, device)
+            if key in self._refused:
+                return None
+            recording = self._recordings.get(key)
+            if recording is None:
+                try:
+                    recording = self._record(key, computation, inputs)
+                except RuntimeError as error:
+                    self._refused.add(key)
+                    self._refuse(name, f"it cannot be recorded: {' '.join(str(error).split())}")
+                    return None
+            self._recordings.move_to_end(key)
+            with self.recorder.turn(device):
+                for part, value in inputs.items():
+                    recording.inputs[part].copy_(value)
+                recording.replay()
+                return {part: value.clone() for part, value in recording.outputs.items()}
+
+    def clear(self) -> None:
+        """Drop all recordings."""
+        self._recordings.clear()
+        self._refused.clear()
+        self._states.clear()
+
+    def _record(self, key: Hashable, computation: Computation, inputs: Tensors) -> _Recording:
+        while len(self._recordings) >= self.limit:
+            self._recordings.popitem(last=False)
+        buffers = {part: value.clone() for part, value in inputs.items()}
+        with used_constants() as constants:
+            recording = _Recording(buffers, *self.recorder(computation, buffers), constants)
+        self._recordings[key] = recording
+        return recording
+
+    def _reason(self, inputs: Tensors, device: torch.device) -> str | None:
+        """Why a call cannot be run by a recording; `None` if it can."""
+        if device.type != self.recorder.device_type or any(value.device != device for value in inputs.values()):
+            return f"inputs are on {', '.join(sorted({str(value.device) for value in inputs.values()}))}"
+        if torch.is_grad_enabled():
+            return "gradients are recorded; call it under torch.no_grad()"
+        if torch.is_autocast_enabled(device.type):
+            return "autocast is on; load the model in the wanted dtype"
+        return None
+
+    def _refuse(self, name: str, reason: str) -> None:
+        if (name, reason) not in self._said:
+            self._said.add((name, reason))
+            logger.warning("The %s runs without a CUDA graph: %s.", name, reason)
+
+
+def _state_of(modules: list[nn.Module]) -> tuple[Any, ...]:
+    """Everything about modules, and all that they contain, that a recording takes for granted besides values.
+
+    It is compared before every run, so it is kept cheap: identities and addresses.
+    """
+    parts: list[Any] = []
+    modules = list(modules)
+    while modules:
+        module = modules.pop()
+        state = module.__dict__
+        parts += (id(module), type(module), state["training"])
+        for values in (state["_parameters"], state["_buffers"]):
+            for value in values.values():
+                if value is not None:
+                    parts += (id(value), value.data_ptr())
+        for hooks in _HOOKS:
+            if state[hooks]:
+                parts += map(id, state[hooks].values())
+        for name in _PATCHES:
+            if name in state:
+                parts.append(id(state[name]))
+        if "_active_adapter" in state:
+            parts += [repr(state.get(name)) for name in _ADAPTER_STATE]
+        modules += [child for child in state["_modules"].values() if child is not None]
+    return tuple(parts)
+
+
+def _reason_against(modules: list[nn.Module], device: torch.device) -> str | None:
+    """Why computations of modules, and of all that they contain, cannot be recorded; `None` if they can."""
+    for module in (part for root in modules for part in _parts_of(root)):
+        state, name = module.__dict__, type(module).__name__
+        if module.training:
+            return "the model is in training mode; call model.eval()"
+        if "_hf_hook" in state:
+            return "accelerate moves its weights or inputs; load the model on one device"
+        if any(not _is_stock(hook) for hooks in _HOOKS for hook in state[hooks].values()):
+            return f"{name} has hooks"
+        for value in (*state["_parameters"].values(), *state["_buffers"].values()):
+            if value is None:
+                continue
+            if type(value) not in (nn.Parameter, Tensor):
+                return f"{name} has quantised weights ({type(value).__name__})"
+            if value.device != device:
+                return f"weights of {name} are on {value.device}"
+    return None
+
+
+def _parts_of(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all that it contains; `named_modules` leaves out CLIP's text side."""
+    yield module
+    for child in module._modules.values():
+        if child is not None:
+            yield from _parts_of(child)
+
+
+def _is_stock(hook: Any) -> bool:
+    """Whether transformers put a hook there, which collects hidden states for calls that ask for them."""
+    return getattr(hook, "__module__", "").startswith("transformers.")
+
+
+__all__ = ["CudaRecorder", "GraphCache", "Recorder"]

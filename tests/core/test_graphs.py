@@ -1,0 +1,413 @@
+"""CUDA graphs without a GPU: a recorder for CPUs repeats the recorded operators on the recorded memory, as graphs do.
+
+What the recordings are kept by, when they are dropped, what is refused and why, with real models.
+"""
+
+import copy
+import logging
+import pickle
+import re
+
+import pytest
+import torch
+from architectures import LLAVA, MODEL_SETTINGS, ROWS, each_architecture, each_side, generate
+from tape import TapeRecorder
+from torch import nn
+
+from reccomp_hf.core import prefill
+from reccomp_hf.core.graphs import CudaRecorder, GraphCache
+from reccomp_hf.core.prefill import additive_mask
+
+BALANCED = {
+    "budget": 16,
+    "coverage_share": 0.25,
+    "coverage_by": "content",
+    "text_limit": "outliers",
+    "text_relevance": "value",
+    "visual_layer": -2,
+    "merged_tokens": 0,
+    "position_ids": "original",
+}
+FIXED = {"merged": {"budget": 16, "merged_tokens": 4}, "balanced": BALANCED, "share": {"budget": 0.2}}
+each_budget = pytest.mark.parametrize("fields", FIXED.values(), ids=FIXED)
+
+
+def recorded(model, **options):
+    """Switch recordings on, with the recorder for CPUs."""
+    recorder = TapeRecorder()
+    model._graphs = GraphCache(recorder=recorder, **options)
+    return recorder
+
+
+@pytest.fixture
+def model():
+    """A model of one's own, with recordings."""
+    model = LLAVA.build(budget=16)
+    recorded(model)
+    return model
+
+
+@torch.no_grad()
+def tokens_of(model, batch, **fields):
+    return model(**batch, token_recovery=fields, logits_to_keep=1).image_hidden_states
+
+
+# ---- real models ---------------------------------------------------------------------------------------------------
+
+
+@each_budget
+@each_side
+@each_architecture
+def test_answers_are_those_without_recordings(architecture, side, fields):
+    model = copy.deepcopy(architecture.compressed())
+    batches = [architecture.encode(ROWS[:2], side, first) for first in (0, 3)]
+    wanted = [generate(model, batch, token_recovery=fields) for batch in batches]
+    assert not wanted[0].equal(wanted[1])
+    recorder = recorded(model)
+    for batch, ids in [*zip(batches, wanted, strict=True)] * 2:
+        assert generate(model, batch, token_recovery=fields).equal(ids)
+    # Two calls for each of two batches, of which the front is recorded once, and the prefill once for each length.
+    assert recorder.replayed == 8 and 2 <= recorder.recorded <= 3
+    assert {key[0] for key in model._graphs._recordings} == {"front", "language model"}
+
+
+@each_budget
+@each_architecture
+def test_outputs_are_those_without_recordings(architecture, fields):
+    model, batch = copy.deepcopy(architecture.compressed()), architecture.encode(ROWS)
+    with torch.no_grad():
+        short, record = model.compress_inputs(**batch, token_recovery=fields)
+        output = model(**batch, token_recovery=fields, logits_to_keep=1)
+        recorded(model)
+        for _ in range(2):
+            again, record_again = model.compress_inputs(**batch, token_recovery=fields)
+            for name, value in short.items():
+                torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-5, msg=name)
+            assert record_again.counts.equal(record.counts) and record_again.cluster.equal(record.cluster)
+            found = model(**batch, token_recovery=fields, logits_to_keep=1)
+            torch.testing.assert_close(found.logits, output.logits)
+            torch.testing.assert_close(found.image_hidden_states, output.image_hidden_states)
+            assert found.visual_token_counts.equal(output.visual_token_counts)
+            assert found.newline_counts.equal(output.newline_counts)
+
+
+@each_architecture
+def test_encoded_images_are_recorded_too(architecture):
+    model, batch = copy.deepcopy(architecture.compressed()), architecture.encode(ROWS)
+    wanted, recorder = generate(model, batch, token_recovery=BALANCED), recorded(model)
+    sizes = batch.pop("image_sizes", None)
+    pixels = batch.pop("pixel_values")
+    for _ in range(2):
+        with torch.no_grad():
+            images = model.encode_images(pixels, sizes, token_recovery=BALANCED)
+        assert generate(model, {**batch, "pixel_values": images}, token_recovery=BALANCED).equal(wanted)
+    assert (recorder.recorded, recorder.replayed) == (3, 6)  # the tower, the rest of the front, the prefill
+
+
+def test_results_of_a_call_stay_when_another_follows(model):
+    first, second = (LLAVA.encode(ROWS, first=first) for first in (0, 3))
+    kept = tokens_of(model, first)
+    values = kept.clone()
+    assert not tokens_of(model, second).equal(values)
+    assert kept.equal(values)
+
+
+def test_results_may_be_used_in_training_later(model):
+    with torch.inference_mode():
+        tokens = model(**LLAVA.encode(ROWS), logits_to_keep=1).image_hidden_states
+    assert not tokens.is_inference()
+    assert tokens_of(model, LLAVA.encode(ROWS)).equal(tokens)
+
+
+@each_architecture
+def test_a_recording_holds_no_operator_that_reads_or_copies_from_the_host(architecture):
+    """The recorder refuses them; here the same operators are shown to be refused."""
+    recorder = TapeRecorder()
+    values = {"values": torch.arange(4.0)}
+    for computation in (
+        lambda tensors: {"sum": tensors["values"] * tensors["values"].sum().item()},
+        lambda tensors: {"some": tensors["values"][tensors["values"] > 1]},
+        lambda tensors: {"sum": tensors["values"] + torch.tensor([1.0])},
+    ):
+        with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+            recorder(computation, values)
+
+
+# ---- weights -------------------------------------------------------------------------------------------------------
+
+
+def test_weights_that_change_in_place_are_seen(model):
+    batch, recorder = LLAVA.encode(ROWS), model._graphs.recorder
+    before = tokens_of(model, batch)
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_2.weight.mul_(2)
+    after = tokens_of(model, batch)
+    assert recorder.recorded == 2 and not after.equal(before)
+    model.use_cuda_graph(False)
+    torch.testing.assert_close(after, tokens_of(model, batch))
+
+
+def replace_a_weight(model):
+    projection = model.model.multi_modal_projector.linear_2
+    projection.weight = nn.Parameter(projection.weight * 2, requires_grad=False)
+
+
+def replace_the_storage(model):
+    weight = model.model.multi_modal_projector.linear_2.weight
+    weight.data = weight.data * 2
+
+
+def replace_a_module(model):
+    class Doubled(nn.Linear):
+        def forward(self, states):
+            return 2 * super().forward(states)
+
+    projection = model.model.multi_modal_projector.linear_2
+    doubled = Doubled(projection.in_features, projection.out_features).eval()
+    doubled.weight, doubled.bias = projection.weight, projection.bias  # at the same place
+    model.model.multi_modal_projector.linear_2 = doubled
+
+
+def patch_a_forward(model):
+    projection = model.model.multi_modal_projector.linear_2
+    stock = projection.forward
+    projection.forward = lambda states: 2 * stock(states)
+
+
+def add_an_adapter(model):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    torch.manual_seed(0)
+    inject_adapter_in_model(LoraConfig(target_modules=["linear_2"], init_lora_weights=False), model)
+    model.eval()
+
+
+@pytest.mark.parametrize(
+    "change", [replace_a_weight, replace_the_storage, replace_a_module, patch_a_forward, add_an_adapter]
+)
+def test_what_stands_elsewhere_is_recorded_anew(model, change):
+    batch, recorder = LLAVA.encode(ROWS), model._graphs.recorder
+    before = tokens_of(model, batch)
+    change(model)
+    after = tokens_of(model, batch)
+    assert recorder.recorded > 2 and not after.equal(before)
+    model.use_cuda_graph(False)
+    torch.testing.assert_close(after, tokens_of(model, batch))
+
+
+def test_adapters_that_are_switched_scaled_or_merged_are_recorded_anew(model):
+    add_an_adapter(model)
+    batch, recorder = LLAVA.encode(ROWS), model._graphs.recorder
+    layer, seen = model.model.multi_modal_projector.linear_2, [tokens_of(model, batch)]
+    for change in (
+        lambda: layer.enable_adapters(False),
+        lambda: layer.enable_adapters(True),
+        lambda: layer.scale_layer(3.0),
+        lambda: layer.merge(),
+    ):
+        recordings = recorder.recorded
+        change()
+        seen.append(tokens_of(model, batch))
+        assert recorder.recorded > recordings
+    assert not seen[1].equal(seen[0]) and not seen[3].equal(seen[0])
+    torch.testing.assert_close(seen[2], seen[0])
+    torch.testing.assert_close(seen[4], seen[3], rtol=1e-4, atol=1e-5)
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+
+def hooked(model):
+    model.model.vision_tower.register_forward_hook(lambda *_: None)
+
+
+def training(model):
+    model.train()
+
+
+def moved_by_accelerate(model):
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    add_hook_to_module(model.model.multi_modal_projector, AlignDevicesHook("cpu"))
+
+
+def on_two_devices(model):
+    projection = model.model.multi_modal_projector.linear_2
+    projection.register_buffer("elsewhere", torch.zeros(1, device="meta"))
+
+
+def quantised(model):
+    class Packed(nn.Parameter):
+        """A weight as quantisers make them."""
+
+    projection = model.model.multi_modal_projector.linear_2
+    projection.weight = Packed(projection.weight.data, requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (hooked, "has hooks"),
+        (training, "training mode; call model.eval()"),
+        (moved_by_accelerate, "accelerate moves its weights or inputs"),
+        (on_two_devices, "weights of Linear are on meta"),
+        (quantised, r"quantised weights \(Packed\)"),
+    ],
+)
+def test_models_that_cannot_be_recorded_run_without_and_say_why_once(model, change, reason, caplog):
+    batch, recorder = LLAVA.encode(ROWS), model._graphs.recorder
+    change(model)
+    with caplog.at_level(logging.WARNING):
+        found = [tokens_of(model, batch) for _ in range(2)]
+    assert "front" not in [key[0] for key in model._graphs._recordings] and not caplog.text.count("Traceback")
+    said = [record.message for record in caplog.records if "The front runs without a CUDA graph" in record.message]
+    assert len(said) == 1
+    torch.testing.assert_close(found[0], found[1])
+    assert re.search(reason, said[0])
+    assert recorder.recorded <= 1  # the language model, where it is not concerned
+
+
+def test_calls_that_cannot_be_recorded_run_without_and_say_why_once(model, caplog):
+    batch = LLAVA.encode(ROWS)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            model(**batch, logits_to_keep=1)
+            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+                model(**batch, logits_to_keep=1)
+            generate(model, batch, token_recovery={"budget": None})
+    fronts = [record.message for record in caplog.records if "front" in record.message]
+    assert [message.partition(": ")[2].split(";")[0] for message in fronts] == [
+        "gradients are recorded",
+        "autocast is on",
+        "it cannot be recorded: the number of tokens depends on the images.",
+    ]
+
+
+def test_another_device_is_refused(model, caplog):
+    model.use_cuda_graph()
+    assert isinstance(model._graphs.recorder, CudaRecorder)
+    with caplog.at_level(logging.WARNING):
+        wanted = tokens_of(model, LLAVA.encode(ROWS))
+    assert "The front runs without a CUDA graph: inputs are on cpu." in caplog.text
+    model.use_cuda_graph(False)
+    assert model._graphs is None and tokens_of(model, LLAVA.encode(ROWS)).equal(wanted)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"output_hidden_states": True},
+        {"use_cache": False},
+        {"num_beams": 2},
+        {"prompt_lookup_num_tokens": 2},
+        {"cache_implementation": "static"},
+        {"return_dict_in_generate": True, "output_logits": True},
+    ],
+    ids=str,
+)
+def test_generation_options_are_those_without_recordings(model, options):
+    batch = LLAVA.encode(ROWS[:1])
+    found = [model.generate(**batch, max_new_tokens=5, do_sample=False, **options) for _ in range(2)]
+    model.use_cuda_graph(False)
+    wanted = model.generate(**batch, max_new_tokens=5, do_sample=False, **options)
+    for ids in found:
+        assert getattr(ids, "sequences", ids).equal(getattr(wanted, "sequences", wanted))
+
+
+def test_long_prefills_are_not_recorded(model, monkeypatch):
+    recorder = model._graphs.recorder
+    monkeypatch.setattr(prefill, "MOST_TOKENS", 100)
+    tokens_of(model, LLAVA.encode(ROWS))
+    assert recorder.recorded == 1  # the front
+
+
+def test_loss_is_that_without_recordings(model):
+    batch = LLAVA.encode(ROWS)
+    labels = batch["input_ids"].masked_fill(batch["input_ids"] == model.config.image_token_id, -100)
+    with torch.no_grad():
+        loss = model(**batch, labels=labels).loss
+    model.use_cuda_graph(False)
+    torch.testing.assert_close(loss, model(**batch, labels=labels).loss)
+
+
+# ---- the cache -----------------------------------------------------------------------------------------------------
+
+
+def doubled(tensors):
+    return {"values": 2 * tensors["values"]}
+
+
+def run(cache, rows, key=()):
+    with torch.no_grad():
+        return cache.run("test", [nn.Linear(1, 1).eval()] * 0, key, doubled, {"values": torch.ones(rows)})
+
+
+def test_a_recording_belongs_to_key_shape_and_type():
+    cache = GraphCache(recorder=TapeRecorder())
+    for _ in range(2):
+        run(cache, 1), run(cache, 2), run(cache, 2, ("other",))
+    with torch.no_grad():
+        halves = cache.run("test", [], (), doubled, {"values": torch.ones(2, dtype=torch.bfloat16)})
+    assert halves["values"].dtype == torch.bfloat16
+    assert (len(cache), cache.recorder.recorded, cache.recorder.replayed) == (4, 4, 7)
+
+
+def test_the_least_recently_used_recording_is_dropped():
+    cache = GraphCache(limit=2, recorder=TapeRecorder())
+    for rows in (1, 2, 1, 3):  # 2 is dropped for 3
+        assert run(cache, rows)["values"].tolist() == [2.0] * rows
+    assert (len(cache), cache.recorder.recorded) == (2, 3)
+    run(cache, 1)
+    assert cache.recorder.recorded == 3
+    run(cache, 2)
+    assert cache.recorder.recorded == 4
+
+
+def test_what_cannot_be_recorded_is_tried_once(caplog):
+    class Failing(TapeRecorder):
+        def __call__(self, computation, inputs):
+            self.recorded += 1
+            raise RuntimeError("no memory\nleft")
+
+    cache = GraphCache(recorder=Failing())
+    with caplog.at_level(logging.WARNING):
+        assert run(cache, 1) is run(cache, 1) is None
+    assert cache.recorder.recorded == 1
+    assert caplog.text.count("The test runs without a CUDA graph: it cannot be recorded: no memory left.") == 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_a_model_start_without_recordings(copied):
+    model = LLAVA.build(budget=16)
+    model.use_cuda_graph(limit=5)
+    other = copied(model)
+    assert (other._graphs.limit, len(other._graphs)) == (5, 0) and other._graphs is not model._graphs
+
+
+def test_a_limit_below_one_is_refused(model):
+    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
+        model.use_cuda_graph(limit=0)
+
+
+@pytest.mark.parametrize("missing", [0, 3])
+def test_masks_of_every_form_are_one(missing):
+    embeds = torch.zeros(2, 5, 4)
+    padded = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    square = torch.ones(5, 5, dtype=torch.bool).tril() & padded[:, None, None].bool()
+    longer = torch.nn.functional.pad(square, (0, 4))  # for the places of a static cache
+    wanted = additive_mask(padded, embeds, missing)
+    assert wanted.shape == (2, 1, 5 + missing, 5 + missing)
+    assert (wanted == 0)[..., missing:, missing:].equal(square) and (wanted != 0)[..., :missing].all()
+    assert additive_mask(longer, embeds, missing).equal(wanted)
+    lowest = torch.finfo(torch.float32).min
+    assert additive_mask(torch.zeros(2, 1, 5, 9).masked_fill(~longer, lowest), embeds, missing).equal(wanted)
+    assert additive_mask(None, embeds, missing)[1].equal(wanted[1])
+
+
+def test_settings_of_all_methods_run_recorded_or_say_why():
+    batch, model = LLAVA.encode(ROWS), copy.deepcopy(LLAVA.compressed())
+    recorder = recorded(model, limit=100)
+    for name, fields in MODEL_SETTINGS.items():
+        wanted = tokens_of(LLAVA.compressed(), batch, **fields)
+        torch.testing.assert_close(tokens_of(model, batch, **fields), wanted, msg=name)
+    assert recorder.recorded > sum(fields.get("budget") is not None for fields in MODEL_SETTINGS.values())
