@@ -16,15 +16,21 @@ from transformers.generation.streamers import BaseStreamer
 from .checks import cache_length, check_continuation, check_encoder_outputs, is_continuation
 from .compat import behind_cache, cache_of, default_max_length, extended_positions, is_prefill, stock_cache
 from .configuration import TokenRecoveryConfig
+from .inner_model import InnerModelMixin
 from .modeling import RecCompMixin
 from .splicing import counted_positions
 from .vision import check_pixels
 
 
-class RecCompGenerationMixin(RecCompMixin):
+class RecCompGenerationMixin(InnerModelMixin, RecCompMixin):
     """Token recovery for a stock LLaVA class that generates."""
 
     generation_config: Any
+
+    def __init__(self, config: Any) -> None:
+        """Build the model; the inner one, without the head, compresses calls that do not come through `forward`."""
+        super().__init__(config)
+        self._watch_inner_model()
 
     def forward(
         self,

@@ -263,8 +263,8 @@ def _parts_of(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_stock(hook: Any) -> bool:
-    """Whether transformers put a hook there, which collects hidden states for calls that ask for them."""
-    return getattr(hook, "__module__", "").startswith("transformers.")
+    """Whether this code or transformers, which collects hidden states for some calls, put a hook there."""
+    return getattr(hook, "__module__", "").startswith(("transformers.", f"{__name__.rpartition('.')[0]}."))
 
 
 __all__ = ["CudaRecorder", "GraphCache", "Recorder"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, cast
@@ -22,6 +23,7 @@ from .compat import image_fields, stock_cache, stock_image_fields
 from .configuration import TokenRecoveryConfig
 from .features import TokenRecoveryOutput
 from .front import FrontMixin, QuestionIds
+from .inner_model import stock_inner_model
 from .picture_tokens import Choice
 from .prefill import recorded_prefill
 from .splicing import (
@@ -46,6 +48,7 @@ class _Compressed:
         image_features: (tokens, D), the projected tokens of all images.
         token_counts: (I,) int64, tokens of each image.
         newline_counts: (I,) int64, newlines of each image.
+        source: (R, W) int64, the uncut slot that each new slot holds, -1 for padding.
     """
 
     inputs: dict[str, Any]
@@ -53,6 +56,7 @@ class _Compressed:
     image_features: Tensor
     token_counts: Tensor
     newline_counts: Tensor
+    source: Tensor
 
 
 class RecCompMixin(FrontMixin):
@@ -238,7 +242,7 @@ class RecCompMixin(FrontMixin):
             elif position_ids is not None:
                 shortened["position_ids"] = compact_positions(position_ids, splice, source)
         counts = (number.to(input_ids.device) for number in (tokens.token_counts, tokens.newline_counts))
-        return _Compressed(shortened, tokens.record, features, *counts)
+        return _Compressed(shortened, tokens.record, features, *counts, source)
 
     def _compressed_forward(
         self, inputs: dict[str, Any], question: QuestionIds, token_recovery: Mapping[str, Any] | None
@@ -252,7 +256,8 @@ class RecCompMixin(FrontMixin):
             check_pixels(inputs.get("pixel_values"))
             if inputs.get("mm_encoder_outputs") and self._section(token_recovery).enabled:
                 check_encoder_outputs(inputs)
-            output = self._language(stock, inputs)
+            with stock_inner_model() if "pixel_values" in inputs else contextlib.nullcontext():
+                output = self._language(stock, inputs)
             return self.output_class(**output, **stock_image_fields(output)) if isinstance(output, Mapping) else output
         compressed = self._compress(inputs, question, section)
         output = self._language(stock, {**compressed.inputs, "input_ids": None})
