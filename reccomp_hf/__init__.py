@@ -83,7 +83,7 @@ def register() -> None:
         AutoConfig.register(model_type, config)  # raises if another class has the model type
         AutoModel.register(config, base_model, exist_ok=True)
         AutoProcessor.register(config, processor, exist_ok=True)
-        for auto in filter(None, map(compat.auto_class, HEAD_CLASSES)):
+        for auto in filter(None, map(compat.auto_class, (*HEAD_CLASSES, *compat.HEADS_OF_PROGRAMS))):
             auto.register(config, head_model, exist_ok=True)
 
 

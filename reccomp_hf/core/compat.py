@@ -202,13 +202,18 @@ def with_listed_content(conversation: Sequence[Any]) -> list[Any]:
     ]
 
 
+HEADS_OF_PROGRAMS = () if IS_V5 else ("AutoModelForCausalLM",)
+"""Auto classes that hold our models only for programs that read no class in `auto_map`."""
+
+
 def default_auto_map(auto_map: dict[str, str]) -> dict[str, Any]:
     """The config's argument `auto_map` for a config.json that has none.
 
-    Programs that find the class of a model by its config look there (TRL's reference models). It is left out on 4.57,
-    which would take `trust_remote_code=True` for a wish to run code that such a folder does not carry.
+    Programs that find the class of a model by its config look there (TRL's reference models). It is empty on 4.57,
+    which would take `trust_remote_code=True` for a wish to run code that such a folder does not carry: there TRL takes
+    `AutoModelForCausalLM`, see `HEADS_OF_PROGRAMS`.
     """
-    return {"auto_map": auto_map} if IS_V5 else {}
+    return {"auto_map": auto_map if IS_V5 else {}}
 
 
 def takes_processor_kwargs() -> bool:
@@ -228,6 +233,7 @@ def auto_class(name: str) -> Any:
 
 __all__ = [
     "CACHE",
+    "HEADS_OF_PROGRAMS",
     "IS_V5",
     "auto_class",
     "auto_model_for_vision2seq",

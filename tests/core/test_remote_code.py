@@ -245,9 +245,11 @@ def test_the_shipped_demo_loads_by_the_package_whatever_code_is_trusted(trust):
     assert type(model) is reccomp_hf.LlavaRecCompForConditionalGeneration
 
 
-@pytest.mark.skipif(not IS_V5, reason="4.57 would look for the code that `auto_map` names in the demo's folder")
-def test_programs_that_read_auto_map_find_the_class_of_the_shipped_demo():
-    assert remote_code.model_auto_map("llava_reccomp") == reccomp_hf.LlavaRecCompConfig().auto_map
-    trl = pytest.importorskip("trl.trainer.utils")  # GRPO's and RLOO's reference models are made so
-    model = trl.create_model_from_path(str(checkpoint_folder("demo")))
+@pytest.mark.parametrize("trust", [None, True, False])
+def test_programs_that_read_auto_map_find_the_class_of_the_shipped_demo(trust):
+    # 4.57 would look for the code that `auto_map` names in the demo's folder
+    expected = remote_code.model_auto_map("llava_reccomp") if IS_V5 else {}
+    assert reccomp_hf.LlavaRecCompConfig().auto_map == expected
+    trl = pytest.importorskip("trl.trainer.utils")  # the trainers' reference models are made so
+    model = trl.create_model_from_path(str(checkpoint_folder("demo")), trust_remote_code=trust)
     assert type(model) is reccomp_hf.LlavaRecCompForConditionalGeneration
