@@ -241,8 +241,8 @@ class RecCompMixin(FrontMixin):
                 )
             elif position_ids is not None:
                 shortened["position_ids"] = compact_positions(position_ids, splice, source)
-        counts = (number.to(input_ids.device) for number in (tokens.token_counts, tokens.newline_counts))
-        return _Compressed(shortened, tokens.record, features, *counts, source)
+        counts = [number.to(input_ids.device) for number in (tokens.token_counts, tokens.newline_counts)]
+        return _Compressed(shortened, tokens.record, features, counts[0], counts[1], source)
 
     def _compressed_forward(
         self, inputs: dict[str, Any], question: QuestionIds, token_recovery: Mapping[str, Any] | None

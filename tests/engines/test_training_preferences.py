@@ -180,11 +180,12 @@ def test_the_reference_of_an_adapter_is_the_model_without_it():
     )
 
 
-def test_nothing_changes_where_compression_is_off():
+@pytest.mark.parametrize("make", [dpo, kto])
+def test_nothing_changes_where_compression_is_off(make):
     model = fresh()
     model.config.token_recovery = model.config.token_recovery.replace({"enabled": False})
     watch = Watch(model)
-    dpo(model, fresh()).train()
+    make(model, fresh()).train()
     assert min(watch.widths) > 144
 
 
@@ -237,6 +238,37 @@ def test_answers_are_scored_on_the_tokens_that_they_were_sampled_from(name):
         completion = ids[row, -kept:][mask[row, -kept:].bool()]
         found = float((logps[row] * mask[row, -kept:]).sum())
         assert found == pytest.approx(log_probability(start, pixels[row], prompt, completion), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", REWARDED)
+def test_the_language_model_reads_the_same_prompt_when_it_samples_and_when_it_scores(name):
+    torch.manual_seed(0)
+    model, read = fresh(), []
+
+    def see(module, args, kwargs):
+        embeds, mask, places = kwargs["inputs_embeds"].detach(), kwargs["attention_mask"], kwargs["position_ids"]
+        if embeds.shape[1] > 1:
+            kept = torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+            read.append([(embeds[row, kept[row]], places[row, kept[row]]) for row in range(len(embeds))])
+
+    model.model.language_model.register_forward_pre_hook(see, with_kwargs=True)
+    rewarded(name, model).train()
+    sampled, scored = read[0], read[1]
+    assert len(sampled) == len(scored) == 2
+    for (prompt, places), (whole, whole_places) in zip(sampled, scored, strict=True):
+        assert len(prompt) < len(whole)
+        assert torch.equal(prompt, whole[: len(prompt)])
+        assert torch.equal(places, whole_places[: len(prompt)])
+
+
+@pytest.mark.parametrize("name", REWARDED)
+def test_rewarded_trainers_read_every_token_where_compression_is_off(name):
+    torch.manual_seed(0)
+    model = fresh()
+    model.config.token_recovery = model.config.token_recovery.replace({"enabled": False})
+    watch = Watch(model)
+    rewarded(name, model, beta=0.0).train()
+    assert min(watch.widths) > 144
 
 
 def test_without_the_mixin_scoring_without_the_question_is_an_error():
