@@ -32,6 +32,8 @@ def run(arguments: argparse.Namespace) -> None:
     from ..engines.server.images import ImageReader
     from ..engines.server.listening import Server, listen, url_of
 
+    if arguments.api_key == "":
+        raise ValueError("--api-key is empty: leave it out to require no key.")
     key = arguments.api_key or os.environ.get(KEY_VARIABLE) or None
     listener = listen(arguments.host, arguments.port)  # before anything is loaded
     with listener, quiet(progress_bars=sys.stderr.isatty()):

@@ -139,7 +139,7 @@ def test_too_many_requests_are_asked_to_come_back():
     service = talkative(seconds_per_step=0.01, waiting=2)
     with running(service) as server, client_of(server) as client, concurrent.futures.ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(ask, client, MESSAGES, max_tokens=60) for _ in range(2)]
-        while len(service._open) < 2:
+        while service.open < 2:
             time.sleep(0.01)
         status, headers, body = send(server, {"messages": MESSAGES})
         assert (status, headers["retry-after"], body["error"]["code"]) == (429, "5", "rate_limit_exceeded")
