@@ -117,6 +117,9 @@ WRONG = [
     ({"logit_bias": {"3": 1}}, "logit_bias is not supported"),
     ({"generation_config": "{}"}, "Unknown field 'generation_config'"),
     ({"token_recovery": 3}, "token_recovery must be an object"),
+    ({"token_recovery": {"x": "y" * 10_000}}, "token_recovery may have 10,000 characters, got 10,009"),
+    ({"messages": [{"role": "user", "content": ""}] * 4_001}, "may have 4,000 parts together"),
+    (user([{"type": "text", "text": ""}] * 4_001), "may have 4,000 parts together"),
 ]
 
 

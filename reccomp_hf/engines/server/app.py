@@ -99,7 +99,7 @@ class _Routes:
         body = bytearray()
         try:
             await asyncio.wait_for(self._receive(request, body), BODY_SECONDS)
-            read = functools.partial(_parse, bytes(body), self.service.names, self.open_image.for_request())
+            read = functools.partial(_parse, body, self.service.names, self.open_image.for_request())
             return await asyncio.get_running_loop().run_in_executor(self._readers, read)
         except asyncio.TimeoutError as error:
             message = f"The body did not arrive within {BODY_SECONDS:g} seconds."
@@ -166,7 +166,7 @@ async def _watch_client(request: Request, answer: Answer) -> AsyncIterator[None]
         watcher.cancel()
 
 
-def _parse(body: bytes, models: tuple[str, ...], open_image: Callable[[str, str], Image.Image]) -> ChatRequest:
+def _parse(body: bytearray, models: tuple[str, ...], open_image: Callable[[str, str], Image.Image]) -> ChatRequest:
     """Parse and validate a body, see `read_request`."""
     if body.count(b",") > _MAX_COMMAS:
         raise RequestError("The body has too many values.", 413)

@@ -18,6 +18,7 @@ _MAX_IMAGES = 32
 _MAX_PIXELS = 100_000_000  # of all images
 _MAX_PARTS = 4_000  # of all messages
 _MAX_FIELDS = 10_000  # characters of token_recovery
+_MAX_BRACKETS = 50  # in token_recovery
 _MAX_STOP = 200  # characters
 # Unsupported fields that would change the answer, with the values that change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -211,11 +212,14 @@ def _recovery(value: Any) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise RequestError(f"token_recovery must be an object of fields, got {_short(value)}.")
     try:
-        length = len(json.dumps(value))
-    except RecursionError as error:
-        raise RequestError("token_recovery is nested too deeply.") from error
-    if length > _MAX_FIELDS:
-        raise RequestError(f"token_recovery may have {_MAX_FIELDS:,} characters, got {length:,}.")
+        text = json.dumps(value)
+        deep = text.count("[") + text.count("{") > _MAX_BRACKETS
+    except RecursionError:
+        text, deep = "", True
+    if deep:  # what reads it later must not run out of stack
+        raise RequestError("token_recovery is nested too deeply: its fields are numbers, strings and short objects.")
+    if len(text) > _MAX_FIELDS:
+        raise RequestError(f"token_recovery may have {_MAX_FIELDS:,} characters, got {len(text):,}.")
     return value
 
 
