@@ -1,6 +1,7 @@
 """Hostile clients: what they send is bounded, and others are answered meanwhile."""
 
 import concurrent.futures
+import copy
 import http.client
 import socket
 import time
@@ -15,7 +16,10 @@ from reccomp_hf.demo import draw_scene
 from reccomp_hf.engines.server import app as app_module
 from reccomp_hf.engines.server import listening, requests
 from reccomp_hf.engines.server.answering import Service
+from reccomp_hf.engines.server.errors import RequestError
 from reccomp_hf.engines.server.guard import allowed_hosts
+from reccomp_hf.engines.server.images import ImageReader
+from reccomp_hf.engines.server.requests import read_request
 
 SCENE = data_url(draw_scene(1_000_000).image)
 QUESTION = "What letter is on the cyan sign?"
@@ -48,6 +52,22 @@ def test_a_long_text_is_refused_before_it_is_tokenized(service, monkeypatch):
         status, _, body = send(server, {"messages": chat("a " * 4_000_000)})
         assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
         assert time.monotonic() - began < 10
+
+
+def test_of_a_long_text_only_what_fits_is_tokenized(service, monkeypatch):
+    works, lengths = service.processor.tokenizer, []
+
+    def tokenizer(text, **settings):
+        lengths.append(len(text))
+        return works(text, **settings)
+
+    service.processor = copy.copy(service.processor)
+    service.processor.tokenizer = tokenizer
+    service._positions, service._longest_token = 50_000, 20
+    request = read_request({"messages": chat("a " * 450_000)}, ("demo",), ImageReader())
+    with pytest.raises(RequestError, match="leaves none for an answer"):
+        service.check(request)
+    assert 100_000 <= sum(lengths) < 110_000  # of 900,000 characters: each token takes two
 
 
 @pytest.mark.parametrize(

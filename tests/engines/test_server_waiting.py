@@ -11,7 +11,8 @@ from test_server_batches import talkative
 
 from reccomp_hf.demo import draw_scene
 from reccomp_hf.engines.server import answering
-from reccomp_hf.engines.server.answering import Answer, Service
+from reccomp_hf.engines.server.answering import Service
+from reccomp_hf.engines.server.answers import Answer
 from reccomp_hf.engines.server.images import ImageReader
 from reccomp_hf.engines.server.requests import read_request
 

@@ -58,7 +58,7 @@ def main() -> None:
             f"one among hostile clients: {honest}",
             f"one afterwards: {last}",
             *(f"  {name}: {dict(count)}" for name, count in sorted(statuses.items())),
-            f"memory: {start} MB, {before} MB before the crowd, {after} MB after it, {_resident(process)} MB at the end",
+            f"memory: {start} MB, {before} MB before the crowd, {after} MB after it, {_resident(process)} MB last",
         ]
         sys.stdout.write("\n".join(lines) + "\n")
         sys.exit(any(part.mismatches for part in (one, crowd, honest, last)))

@@ -9,11 +9,8 @@ compressed before the first token is generated, so a request that does not fit i
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
-import dataclasses
 import json
-import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -22,6 +19,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
+from .answers import Answer, Prepared
 from .errors import CallEnded, RequestError, too_busy
 from .requests import DEFAULT_MAX_TOKENS, ChatRequest
 from .rows import Row, Rows
@@ -29,6 +27,9 @@ from .rows import Row, Rows
 BATCH_SIZE, WAITING, SECONDS = 16, 64, 600.0
 """Defaults of [`Service`]."""
 _WINDOW = 0.005  # seconds
+_MOST_POSITIONS = 1 << 20  # of a model that has no limit
+_LONGEST_TOKEN = 20  # characters, on average: some vocabularies have tokens of 128 spaces
+_PIECE = 5_000  # characters that are tokenized at once
 _MAX_PIXELS = 400_000_000  # of all images that wait, each of three bytes
 _SMALL = 4_000_000  # pixels of a request that is taken nevertheless
 _BATCHED = frozenset(
@@ -37,90 +38,6 @@ _BATCHED = frozenset(
         *("temperature", "top_k", "top_p", "suppress_tokens", "use_cache", "transformers_version"),
     ]
 )  # fields of a generation config with which a row of a batch gets the answer that it gets alone
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A request with its images compressed, ready for the language model.
-
-    Attributes:
-        prompt_tokens: Number of tokens in the shortened prompt.
-        max_new_tokens: Number of tokens that may follow.
-        visual_tokens: Number of image placeholders in it, newlines included.
-        visual_tokens_before: The same number in the uncompressed prompt.
-    """
-
-    prompt_tokens: int
-    max_new_tokens: int
-    visual_tokens: int
-    visual_tokens_before: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Finished:
-    """The end of an answer.
-
-    Attributes:
-        text: The whole text.
-        tokens: Number of generated tokens, the end token included.
-        reason: `"length"` where `max_new_tokens` is reached, else `"stop"`.
-    """
-
-    text: str
-    tokens: int
-    reason: str
-
-
-class Answer:
-    """An answer on its way from the model's thread to the event loop in which it is created.
-
-    Args:
-        request: The request that it answers.
-        seconds: Time until it is given up.
-        key: Equal for requests of one batch; `None` for a request that is answered alone.
-    """
-
-    def __init__(self, request: ChatRequest, seconds: float = float("inf"), key: Any = None) -> None:
-        self.request, self.key = request, key
-        self.ends_at = time.monotonic() + seconds
-        self.client_left, self.done = threading.Event(), threading.Event()
-        self.prepared = False
-        self._loop = asyncio.get_running_loop()
-        self._items: asyncio.Queue[Any] = asyncio.Queue()
-
-    @property
-    def ended(self) -> bool:
-        """Whether the last item was sent."""
-        return self.done.is_set()
-
-    def send(self, item: Any) -> None:
-        """Pass on the next item; called in the model's thread."""
-        self.prepared = True
-        with contextlib.suppress(RuntimeError):  # the loop is closed once the server has stopped
-            self._loop.call_soon_threadsafe(self._items.put_nowait, item)
-
-    def finish(self, text: str, tokens: int, reason: str) -> None:
-        """Send the end, see [`Finished`]."""
-        self.done.set()
-        self.send(Finished(text, tokens, reason))
-
-    def fail(self, error: Exception) -> None:
-        """Send an error as the end."""
-        self.done.set()
-        self.send(error)
-
-    async def receive(self) -> Any:
-        """Wait for the next item: `Prepared`, pieces of text if the answer is streamed, and `Finished`.
-
-        Raises:
-            RequestError: Instead of `Prepared`: the chat template, the processor or the model refuses the request.
-            CallEnded: The client has left, the time is over, or the server is stopping.
-            Exception: The model fails.
-        """
-        item = await self._items.get()
-        if isinstance(item, Exception):
-            raise item
-        return item
 
 
 class Service:
@@ -153,8 +70,9 @@ class Service:
         self.ends_at = float("inf")
         """The `time.monotonic` at which unfinished answers are given up."""
         self.batch_size, self.waiting, self.seconds = batch_size, waiting, seconds
-        self._positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-        self._longest_token = max(map(len, processor.tokenizer.get_vocab()), default=1)
+        self._positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _MOST_POSITIONS
+        longest = max(map(len, processor.tokenizer.get_vocab()), default=1)
+        self._longest_token = min(longest, _LONGEST_TOKEN)
         self._waiting: list[Answer] = []  # in the order of their arrival
         self._running: Sequence[Answer] = ()
         self._arrival = threading.Condition()  # held while either of them changes
@@ -290,9 +208,7 @@ class Service:
             raise RequestError(
                 f"A text contains {self.processor.image_token!r}, which stands for an image: send the image instead."
             )
-        characters = sum(map(len, texts))
-        if characters > self._positions * self._longest_token:  # whatever its tokens are
-            _check_length(-(-characters // self._longest_token), self._positions)
+        self._check_texts(texts)
         reads_questions = "recovery_input_ids" in self.processor.model_input_names
         if request.images and reads_questions and not self.processor.questions_of(request.messages):
             raise RequestError("The image has no question: add a text part to the last user message.")
@@ -301,6 +217,21 @@ class Service:
         except (ValueError, TemplateError) as error:
             raise RequestError(" ".join(str(error).split())) from error
         _check_length(len(self.processor.tokenizer(prompt)["input_ids"]) - request.images, self._positions)
+
+    def _check_texts(self, texts: Sequence[str]) -> None:
+        """Refuse long texts; of one that is too long, little more than what fits is tokenized."""
+        characters = sum(map(len, texts))
+        least = -(-characters // self._longest_token)  # whatever the tokens are
+        _check_length(least, self._positions)
+        if characters < 4 * self._positions:
+            return
+        tokens = cuts = 0
+        for text in texts:
+            for start in range(0, len(text), _PIECE):
+                piece = text[start : start + _PIECE]
+                tokens += len(self.processor.tokenizer(piece, add_special_tokens=False)["input_ids"])
+                cuts += 1  # each may have added a few tokens
+                _check_length(tokens - 8 * cuts, self._positions)
 
     @torch.no_grad()
     def prepare(self, requests: Sequence[ChatRequest]) -> tuple[dict[str, Any], list[Prepared]]:
@@ -381,4 +312,4 @@ def _check_length(used: int, limit: int) -> None:
         )
 
 
-__all__ = ["BATCH_SIZE", "SECONDS", "WAITING", "Answer", "Finished", "Prepared", "Service"]
+__all__ = ["BATCH_SIZE", "SECONDS", "WAITING", "Service"]

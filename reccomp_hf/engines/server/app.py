@@ -21,7 +21,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from .answering import Answer, Prepared, Service
+from .answering import Service
+from .answers import Answer, Prepared
 from .errors import CallEnded, RequestError, error_body, too_busy
 from .guard import Guard
 from .images import PLACES, ImageReader
