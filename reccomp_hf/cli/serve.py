@@ -113,7 +113,11 @@ def register(commands: Any) -> None:
         "machine on 127.0.0.1, any name on other addresses)",
     )
     command.add_argument(
-        "--batch-size", type=count, default=BATCH_SIZE, metavar="N", help="most requests that are answered together"
+        "--batch-size",
+        type=count,
+        default=BATCH_SIZE,
+        metavar="N",
+        help="most requests, and most images, that are answered together",
     )
     command.add_argument(
         "--queue", type=count, default=WAITING, metavar="N", help="most open requests; others get 429, try again"

@@ -268,6 +268,7 @@ def test_errors_before_anything_is_loaded(error):
     with listen("127.0.0.1", 0) as taken:
         assert "is in use" in error("serve", "demo", "--port", taken.getsockname()[1])
     assert "--port must be" in error("serve", "demo", "--port", "-1")
+    assert "--api-key is empty" in error("serve", "demo", "--api-key", "")
     assert "did you mean 'budget'" in error("serve", "demo", "--port", "0", "--set", "budgt=3")
     assert "only 144 patches" in error("serve", "demo", "--port", "0", "--budget", "145")
 
