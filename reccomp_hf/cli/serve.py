@@ -32,6 +32,8 @@ def run(arguments: argparse.Namespace) -> None:
     from ..engines.server.images import ImageReader
     from ..engines.server.listening import Server, listen, url_of
 
+    if arguments.api_key == "":
+        raise ValueError("--api-key is empty: leave it out to require no key.")
     key = arguments.api_key or os.environ.get(KEY_VARIABLE) or None
     listener = listen(arguments.host, arguments.port)  # before anything is loaded
     with listener, quiet(progress_bars=sys.stderr.isatty()):
@@ -112,7 +114,11 @@ def register(commands: Any) -> None:
         "machine on 127.0.0.1, any name on other addresses)",
     )
     command.add_argument(
-        "--batch-size", type=count, default=BATCH_SIZE, metavar="N", help="most requests that are answered together"
+        "--batch-size",
+        type=count,
+        default=BATCH_SIZE,
+        metavar="N",
+        help="most requests, and most images, that are answered together",
     )
     command.add_argument(
         "--queue", type=count, default=WAITING, metavar="N", help="most open requests; others get 429, try again"

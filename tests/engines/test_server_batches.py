@@ -70,8 +70,11 @@ def mixed_requests(count):
             settings["extra_body"] = {"token_recovery": {"budget": 36}}
         if number % 4 == 0:
             settings["stop"] = ["e", "w"]
-        image = [data_url(draw_scene(seed).image)] if number % 7 else []
-        yield chat(question, *image), settings
+        images = [data_url(draw_scene(seed + n).image) for n in range(0 if number % 7 == 0 else 1 + (number % 6 == 0))]
+        turns = (
+            [*chat("What color is the square?"), {"role": "assistant", "content": "red"}] if number % 8 == 1 else []
+        )
+        yield [*turns, *chat(question, *images)], settings
 
 
 def test_a_crowd_gets_the_answers_of_single_requests():

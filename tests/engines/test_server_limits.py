@@ -1,40 +1,29 @@
 """Hostile clients: what they send is bounded, and others are answered meanwhile."""
 
 import concurrent.futures
+import copy
 import http.client
-import http.server
-import json
 import socket
-import threading
 import time
 
-import conftest
 import demo_model
 import openai
 import pytest
-from chat_client import ask, chat, client_of, data_url, running
+from chat_client import ask, chat, client_of, data_url, running, send
 from test_server_batches import talkative
 
 from reccomp_hf.demo import draw_scene
 from reccomp_hf.engines.server import app as app_module
-from reccomp_hf.engines.server import images, listening, requests
+from reccomp_hf.engines.server import listening, requests
 from reccomp_hf.engines.server.answering import Service
+from reccomp_hf.engines.server.errors import RequestError
 from reccomp_hf.engines.server.guard import allowed_hosts
+from reccomp_hf.engines.server.images import ImageReader
+from reccomp_hf.engines.server.requests import read_request
 
 SCENE = data_url(draw_scene(1_000_000).image)
 QUESTION = "What letter is on the cyan sign?"
 MESSAGES = chat(QUESTION, SCENE)
-
-
-def send(server, body, path="/v1/chat/completions", method="POST", **headers):
-    """Status, headers and parsed body of a response."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-    given = {"Content-Type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
-    connection.request(method, path, json.dumps(body) if body is not None else None, given)
-    response = connection.getresponse()
-    found = response.status, dict(response.headers), json.loads(response.read())
-    connection.close()
-    return found
 
 
 def is_answered(server):
@@ -47,6 +36,12 @@ def service():
     return Service("demo", *demo_model.demo_model())
 
 
+@pytest.fixture(scope="module")
+def server():
+    with running(Service("demo", *demo_model.demo_model())) as opened:
+        yield opened
+
+
 # ---- what a request holds ------------------------------------------------------------------------------------------
 
 
@@ -57,6 +52,22 @@ def test_a_long_text_is_refused_before_it_is_tokenized(service, monkeypatch):
         status, _, body = send(server, {"messages": chat("a " * 4_000_000)})
         assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
         assert time.monotonic() - began < 10
+
+
+def test_of_a_long_text_only_what_fits_is_tokenized(service, monkeypatch):
+    works, lengths = service.processor.tokenizer, []
+
+    def tokenizer(text, **settings):
+        lengths.append(len(text))
+        return works(text, **settings)
+
+    service.processor = copy.copy(service.processor)
+    service.processor.tokenizer = tokenizer
+    service._positions, service._longest_token = 50_000, 20
+    request = read_request({"messages": chat("a " * 450_000)}, ("demo",), ImageReader())
+    with pytest.raises(RequestError, match="leaves none for an answer"):
+        service.check(request)
+    assert 100_000 <= sum(lengths) < 110_000  # of 900,000 characters: each token takes two
 
 
 @pytest.mark.parametrize(
@@ -86,6 +97,33 @@ def test_a_body_of_very_many_values_is_not_parsed(service, monkeypatch):
     with running(service) as server:
         status, _, body = send(server, {"messages": [1] * 60})
         assert status == 413 and "too many values" in body["error"]["message"]
+
+
+def test_large_bodies_together_are_bounded(service, monkeypatch):
+    monkeypatch.setattr(app_module, "_MAX_BYTES_TOGETHER", 40_000)
+    monkeypatch.setattr(app_module, "_SMALL", 20_000)
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99999"
+    with running(service) as server, socket.create_connection(("127.0.0.1", server.port)) as slow:
+        slow.sendall(f"{head}\r\n\r\n{'x' * 39_000}".encode())
+        time.sleep(0.3)
+        status, headers, body = send(server, {"messages": chat("x" * 30_000)})
+        assert (status, headers["retry-after"]) == (429, "5") and "large requests" in body["error"]["message"]
+        assert send(server, {"messages": chat("What?"), "max_tokens": 1})[0] == 200  # a small one
+        slow.close()
+        time.sleep(0.3)
+        assert send(server, {"messages": chat("x" * 30_000)})[1].get("retry-after") is None
+
+
+@pytest.mark.parametrize("depth", [100, *range(900, 1000, 9), 3000])
+def test_deep_settings_leave_the_server_running(server, depth):
+    deep = (
+        b'{"messages": [{"role": "user", "content": "?"}], "token_recovery": {"budget": ' + b"[" * depth + b"]" * depth
+    )
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection.request("POST", "/v1/chat/completions", deep + b"}}", {"Content-Type": "application/json"})
+    assert connection.getresponse().status == 400
+    connection.close()
+    assert send(server, {"messages": chat("?"), "max_tokens": 1})[0] == 200
 
 
 # ---- headers -------------------------------------------------------------------------------------------------------
@@ -139,7 +177,7 @@ def test_too_many_requests_are_asked_to_come_back():
     service = talkative(seconds_per_step=0.01, waiting=2)
     with running(service) as server, client_of(server) as client, concurrent.futures.ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(ask, client, MESSAGES, max_tokens=60) for _ in range(2)]
-        while len(service._open) < 2:
+        while service.open < 2:
             time.sleep(0.01)
         status, headers, body = send(server, {"messages": MESSAGES})
         assert (status, headers["retry-after"], body["error"]["code"]) == (429, "5", "rate_limit_exceeded")
@@ -178,45 +216,3 @@ def test_connections_without_a_request_are_closed(service, monkeypatch):
         assert is_answered(server)
         assert [one.recv(100) for one in silent] == [b""] * 20
         assert is_answered(server)
-
-
-class _Dripping(http.server.BaseHTTPRequestHandler):
-    """Sends a byte of its headers now and then, without an end."""
-
-    def do_GET(self):
-        try:
-            while True:
-                self.wfile.write(b"H")
-                self.wfile.flush()
-                time.sleep(0.05)
-        except OSError:
-            self.server.ended.set()
-
-    def log_message(self, *args):
-        pass
-
-
-def test_a_host_that_drips_is_cut_off_and_blocks_nobody(service, monkeypatch):
-    monkeypatch.setattr(images, "_SECONDS", 1.0)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Dripping) as host:
-        host.daemon_threads, host.ended = True, threading.Event()
-        conftest.OPEN_PORTS.add(host.server_port)
-        threading.Thread(target=host.serve_forever, daemon=True).start()
-        slow = {"messages": chat(QUESTION, f"http://127.0.0.1:{host.server_port}/picture.png")}
-        with running(service, "127.0.0.1") as server, concurrent.futures.ThreadPoolExecutor(12) as pool:
-            waiting = [pool.submit(send, server, slow) for _ in range(12)]
-            time.sleep(0.2)
-            assert is_answered(server) and not any(one.done() for one in waiting)
-            for one in waiting:
-                status, _, body = one.result()
-                assert status == 400 and "does not answer within 1 seconds" in body["error"]["message"]
-            assert host.ended.wait(5)
-        host.shutdown()
-        conftest.OPEN_PORTS.discard(host.server_port)
-
-
-@pytest.mark.parametrize("piece", ["\r\nX: y", "\n", " ", "\t", "\x7f"])
-def test_a_url_cannot_end_the_line_of_its_request(service, piece):
-    with running(service, "127.0.0.1") as server:
-        status, _, body = send(server, {"messages": chat(QUESTION, f"http://127.0.0.1:9/a{piece}b")})
-        assert status == 400 and "a space or a control character" in body["error"]["message"]

@@ -117,6 +117,9 @@ WRONG = [
     ({"logit_bias": {"3": 1}}, "logit_bias is not supported"),
     ({"generation_config": "{}"}, "Unknown field 'generation_config'"),
     ({"token_recovery": 3}, "token_recovery must be an object"),
+    ({"token_recovery": {"x": "y" * 10_000}}, "token_recovery may have 10,000 characters, got 10,009"),
+    ({"messages": [{"role": "user", "content": ""}] * 4_001}, "may have 4,000 parts together"),
+    (user([{"type": "text", "text": ""}] * 4_001), "may have 4,000 parts together"),
 ]
 
 
@@ -265,6 +268,7 @@ def test_errors_before_anything_is_loaded(error):
     with listen("127.0.0.1", 0) as taken:
         assert "is in use" in error("serve", "demo", "--port", taken.getsockname()[1])
     assert "--port must be" in error("serve", "demo", "--port", "-1")
+    assert "--api-key is empty" in error("serve", "demo", "--api-key", "")
     assert "did you mean 'budget'" in error("serve", "demo", "--port", "0", "--set", "budgt=3")
     assert "only 144 patches" in error("serve", "demo", "--port", "0", "--budget", "145")
 

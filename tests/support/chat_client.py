@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import http.client
 import io
 import json
 import threading
@@ -46,6 +47,19 @@ def client_of(server: Any, **settings: Any) -> Any:
     """The official client."""
     address = f"http://127.0.0.1:{server.port}/v1"
     return openai.OpenAI(base_url=address, max_retries=0, **{"api_key": "none", "timeout": 60, **settings})
+
+
+def send(
+    server: Any, body: Any, path: str = "/v1/chat/completions", method: str = "POST", **headers: str
+) -> tuple[int, dict[str, str], Any]:
+    """Status, headers and parsed body of a response; `_` stands for `-` in the names of headers."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    given = {"Content-Type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
+    connection.request(method, path, json.dumps(body) if body is not None else None, given)
+    response = connection.getresponse()
+    found = response.status, dict(response.headers), json.loads(response.read())
+    connection.close()
+    return found
 
 
 def raw_events(server: Any, messages: list[dict[str, Any]], **settings: Any) -> list[str]:

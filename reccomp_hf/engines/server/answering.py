@@ -1,6 +1,6 @@
 """Chat requests answered by one model, in one thread.
 
-Requests wait in a queue. The model's thread takes the first one out together with those that arrive within a few
+Requests wait in a list. The model's thread takes the first one out together with those that arrive within a few
 milliseconds and that one call of `generate` can answer: greedy ones with the same `token_recovery` fields. Images are
 compressed before the first token is generated, so a request that does not fit is refused before anything is sent,
 `prompt_tokens` counts what the language model reads, and an error of one request does not end the others.
@@ -9,12 +9,8 @@ compressed before the first token is generated, so a request that does not fit i
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
-import dataclasses
 import json
-import queue
-import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -23,97 +19,25 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from .errors import CallEnded, RequestError
+from .answers import Answer, Prepared
+from .errors import CallEnded, RequestError, too_busy
 from .requests import DEFAULT_MAX_TOKENS, ChatRequest
 from .rows import Row, Rows
 
 BATCH_SIZE, WAITING, SECONDS = 16, 64, 600.0
 """Defaults of [`Service`]."""
 _WINDOW = 0.005  # seconds
-_RETRY_AFTER = 5  # seconds that a client is asked to wait
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A request with its images compressed, ready for the language model.
-
-    Attributes:
-        prompt_tokens: Number of tokens in the shortened prompt.
-        max_new_tokens: Number of tokens that may follow.
-        visual_tokens: Number of image placeholders in it, newlines included.
-        visual_tokens_before: The same number in the uncompressed prompt.
-    """
-
-    prompt_tokens: int
-    max_new_tokens: int
-    visual_tokens: int
-    visual_tokens_before: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Finished:
-    """The end of an answer.
-
-    Attributes:
-        text: The whole text.
-        tokens: Number of generated tokens, the end token included.
-        reason: `"length"` where `max_new_tokens` is reached, else `"stop"`.
-    """
-
-    text: str
-    tokens: int
-    reason: str
-
-
-class Answer:
-    """An answer on its way from the model's thread to the event loop in which it is created.
-
-    Args:
-        request: The request that it answers.
-        seconds: Time until it is given up.
-    """
-
-    def __init__(self, request: ChatRequest, seconds: float = float("inf")) -> None:
-        self.request = request
-        self.ends_at = time.monotonic() + seconds
-        self.client_left, self.done = threading.Event(), threading.Event()
-        self.prepared = False
-        self._loop = asyncio.get_running_loop()
-        self._items: asyncio.Queue[Any] = asyncio.Queue()
-
-    @property
-    def ended(self) -> bool:
-        """Whether the last item was sent."""
-        return self.done.is_set()
-
-    def send(self, item: Any) -> None:
-        """Pass on the next item; called in the model's thread."""
-        self.prepared = True
-        with contextlib.suppress(RuntimeError):  # the loop is closed once the server has stopped
-            self._loop.call_soon_threadsafe(self._items.put_nowait, item)
-
-    def finish(self, text: str, tokens: int, reason: str) -> None:
-        """Send the end, see [`Finished`]."""
-        self.done.set()
-        self.send(Finished(text, tokens, reason))
-
-    def fail(self, error: Exception) -> None:
-        """Send an error as the end."""
-        self.done.set()
-        self.send(error)
-
-    async def receive(self) -> Any:
-        """Wait for the next item: `Prepared`, pieces of text if the answer is streamed, and `Finished`.
-
-        Raises:
-            RequestError: Instead of `Prepared`: the chat template, the processor or the model refuses the request.
-            CallEnded: The client has left, the time is over, or the server is stopping.
-            Exception: The model fails.
-        """
-        item = await self._items.get()
-        if isinstance(item, Exception):
-            raise item
-        return item
+_MOST_POSITIONS = 1 << 20  # of a model that has no limit
+_LONGEST_TOKEN = 20  # characters, on average: some vocabularies have tokens of 128 spaces
+_PIECE = 5_000  # characters that are tokenized at once
+_MAX_PIXELS = 400_000_000  # of all images that wait, each of three bytes
+_SMALL = 4_000_000  # pixels of a request that is taken nevertheless
+_BATCHED = frozenset(
+    [
+        *("bos_token_id", "eos_token_id", "pad_token_id", "max_new_tokens", "max_length", "min_new_tokens"),
+        *("temperature", "top_k", "top_p", "suppress_tokens", "use_cache", "transformers_version"),
+    ]
+)  # fields of a generation config with which a row of a batch gets the answer that it gets alone
 
 
 class Service:
@@ -124,7 +48,8 @@ class Service:
         model: A compressed LLaVA in eval mode.
         processor: The model's processor.
         aliases: Other names that clients may use.
-        batch_size: Most requests that are answered by one call of `generate`.
+        batch_size: Most requests that are answered by one call of `generate`, with as many images in all; a request
+            with more images is answered alone.
         waiting: Most requests that are answered or wait for it; others are refused.
         seconds: Time of a request until its answer is given up.
     """
@@ -145,11 +70,18 @@ class Service:
         self.ends_at = float("inf")
         """The `time.monotonic` at which unfinished answers are given up."""
         self.batch_size, self.waiting, self.seconds = batch_size, waiting, seconds
-        self._positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-        self._longest_token = max(map(len, processor.tokenizer.get_vocab()), default=1)
-        self._open: set[Answer] = set()
-        self._queue: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+        self._positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _MOST_POSITIONS
+        longest = max(map(len, processor.tokenizer.get_vocab()), default=1)
+        self._longest_token = min(longest, _LONGEST_TOKEN)
+        self._waiting: list[Answer] = []  # in the order of their arrival
+        self._running: Sequence[Answer] = ()
+        self._arrival = threading.Condition()  # held while either of them changes
         threading.Thread(target=self._run, daemon=True).start()  # a daemon: a long prefill must not delay the exit
+
+    @property
+    def open(self) -> int:
+        """Number of requests that wait or are being answered."""
+        return len(self._waiting) + sum(not answer.ended for answer in self._running)
 
     def check_load(self) -> None:
         """Refuse a request where too many wait; called in the event loop, before the request is read.
@@ -157,53 +89,69 @@ class Service:
         Raises:
             RequestError: With status 429 and the header `Retry-After`.
         """
-        self._open = {answer for answer in self._open if not answer.ended}
-        if len(self._open) >= self.waiting:
-            message = f"{len(self._open)} requests are being answered or wait: try again in {_RETRY_AFTER} seconds."
-            raise RequestError(message, 429, "rate_limit_exceeded", {"retry-after": str(_RETRY_AFTER)})
+        self.drop_unwanted()
+        if self.open >= self.waiting:
+            raise too_busy(f"{self.open} requests are being answered or wait")
 
     def submit(self, request: ChatRequest) -> Answer:
         """Queue a request; called in the event loop that reads the answer.
 
         Raises:
-            RequestError: Too many requests wait.
+            RequestError: Too many requests wait, or too many pixels.
         """
         self.check_load()
-        answer = Answer(request, self.seconds)
-        self._open.add(answer)
-        self._queue.put(answer)
+        answer = Answer(request, self.seconds, self._batch_key(request))
+        with self._arrival:
+            pixels = request.pixels + sum(other.request.pixels for other in self._waiting)
+            if pixels > _MAX_PIXELS and request.pixels > _SMALL:
+                raise too_busy(f"{pixels:,} pixels wait")
+            self._waiting.append(answer)
+            self._arrival.notify()
+        asyncio.get_running_loop().call_later(self.seconds + 0.01, self.drop_unwanted)
         return answer
+
+    def drop_unwanted(self) -> None:
+        """End the answers that nobody waits for any more, and that have not begun."""
+        with self._arrival:
+            for answer in list(self._waiting):
+                try:
+                    self.check_wanted(answer)
+                except CallEnded as error:
+                    self._waiting.remove(answer)
+                    answer.fail(error)
 
     # ---- the model's thread ----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        held: list[Answer] = []  # taken out of the queue, but not for the batch of the moment
         while True:
-            batch = [held.pop(0) if held else self._queue.get()]
-            batch += self._companions(batch[0], held)
-            self._work(batch)
+            self._work(self._next_batch())
 
-    def _companions(self, first: Answer, held: list[Answer]) -> list[Answer]:
-        """Requests that can be answered with the first one; others that were looked at are added to `held`."""
-        key = self._batch_key(first.request)
-        if key is None:
-            return []
-        found = [answer for answer in held if self._batch_key(answer.request) == key][: self.batch_size - 1]
-        held[:] = [answer for answer in held if answer not in found]
-        ends_at = time.monotonic() + _WINDOW
-        while len(found) < self.batch_size - 1:
-            try:
-                answer = self._queue.get(timeout=max(ends_at - time.monotonic(), 0))
-            except queue.Empty:
-                break
-            (found if self._batch_key(answer.request) == key else held).append(answer)
-        return found
+    def _next_batch(self) -> Sequence[Answer]:
+        """Wait for a request, and a few milliseconds for others that can be answered with it."""
+        with self._arrival:
+            self._arrival.wait_for(lambda: self._waiting)
+            first = self._waiting[0]
+            if first.key is not None:
+                self._arrival.wait_for(lambda: len(self._companions(first)) >= self.batch_size, _WINDOW)
+            self._running = self._companions(first)
+            self._waiting = [answer for answer in self._waiting if answer not in self._running]
+        return self._running
+
+    def _companions(self, first: Answer) -> list[Answer]:
+        """The first request, unless its client has left, and those that wait and can be answered with it."""
+        found: list[Answer] = []
+        images = 0
+        for answer in self._waiting:
+            fits = answer is first or (first.key is not None and answer.key == first.key)
+            if fits and (not found or images + answer.request.images <= self.batch_size):
+                found.append(answer)
+                images += answer.request.images
+        return found[: self.batch_size]
 
     def _batch_key(self, request: ChatRequest) -> Any:
         """A value that is equal for requests of one batch; `None` for a request that is answered alone."""
         config = self._generation_config(request, 1)
-        alone = config.do_sample or (config.num_beams or 1) > 1 or (config.repetition_penalty or 1.0) != 1.0
-        if alone or config.no_repeat_ngram_size:  # these read the padding of a batch
+        if config.do_sample or not _BATCHED.issuperset(_fields_set(config)):
             return None
         return bool(request.images), json.dumps(request.token_recovery, sort_keys=True)
 
@@ -260,9 +208,7 @@ class Service:
             raise RequestError(
                 f"A text contains {self.processor.image_token!r}, which stands for an image: send the image instead."
             )
-        characters = sum(map(len, texts))
-        if characters > self._positions * self._longest_token:  # whatever its tokens are
-            _check_length(-(-characters // self._longest_token), self._positions)
+        self._check_texts(texts)
         reads_questions = "recovery_input_ids" in self.processor.model_input_names
         if request.images and reads_questions and not self.processor.questions_of(request.messages):
             raise RequestError("The image has no question: add a text part to the last user message.")
@@ -271,6 +217,21 @@ class Service:
         except (ValueError, TemplateError) as error:
             raise RequestError(" ".join(str(error).split())) from error
         _check_length(len(self.processor.tokenizer(prompt)["input_ids"]) - request.images, self._positions)
+
+    def _check_texts(self, texts: Sequence[str]) -> None:
+        """Refuse long texts; of one that is too long, little more than what fits is tokenized."""
+        characters = sum(map(len, texts))
+        least = -(-characters // self._longest_token)  # whatever the tokens are
+        _check_length(least, self._positions)
+        if characters < 4 * self._positions:
+            return
+        tokens = cuts = 0
+        for text in texts:
+            for start in range(0, len(text), _PIECE):
+                piece = text[start : start + _PIECE]
+                tokens += len(self.processor.tokenizer(piece, add_special_tokens=False)["input_ids"])
+                cuts += 1  # each may have added a few tokens
+                _check_length(tokens - 8 * cuts, self._positions)
 
     @torch.no_grad()
     def prepare(self, requests: Sequence[ChatRequest]) -> tuple[dict[str, Any], list[Prepared]]:
@@ -336,6 +297,12 @@ class Service:
             raise CallEnded(f"The answer took longer than {self.seconds:g} seconds: ask for fewer tokens.", 504)
 
 
+def _fields_set(config: Any) -> set[str]:
+    """Names of the fields of a generation config that differ from its defaults."""
+    fields = config.to_diff_dict()
+    return {name for name, value in fields.items() if value is not None and value is not False and name[0] != "_"}
+
+
 def _check_length(used: int, limit: int) -> None:
     if used >= limit:
         raise RequestError(
@@ -345,4 +312,4 @@ def _check_length(used: int, limit: int) -> None:
         )
 
 
-__all__ = ["BATCH_SIZE", "SECONDS", "WAITING", "Answer", "Finished", "Prepared", "Service"]
+__all__ = ["BATCH_SIZE", "SECONDS", "WAITING", "Service"]

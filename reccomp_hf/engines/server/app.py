@@ -9,10 +9,11 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -20,18 +21,21 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from .answering import Answer, Prepared, Service
-from .errors import CallEnded, RequestError, error_body
+from .answering import Service
+from .answers import Answer, Prepared
+from .errors import CallEnded, RequestError, error_body, too_busy
 from .guard import Guard
-from .images import ImageReader
+from .images import PLACES, ImageReader
 from .requests import ChatRequest, check_model, read_request
 from .streaming import EventStream, completion_body
 
 logger = logging.getLogger(__name__)
 
 _MAX_BYTES = 64 << 20  # per request
-_MAX_COMMAS = 1_000_000  # in a body: a list of tens of millions of numbers would take seconds and gigabytes to parse
-_DOWNLOADS = 32  # requests whose images are fetched at once
+_MAX_BYTES_TOGETHER = 512 << 20  # of all bodies that are being read
+_SMALL = 2 << 20  # bytes of a body that is read nevertheless
+_MAX_COMMAS = 100_000  # in a body: a list of tens of millions of numbers would take seconds and gigabytes to parse
+_READERS = 4  # requests that are validated and decoded at once, besides downloads
 BODY_SECONDS = 60.0
 """Time for the body of a request to arrive."""
 _ROUTES = "POST /v1/chat/completions, GET /v1/models and GET /health"
@@ -71,14 +75,15 @@ class _Routes:
 
     def __init__(self, service: Service, open_image: ImageReader) -> None:
         self.service, self.open_image = service, open_image
-        self._downloads = ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="download")
+        # Downloads from one host cannot take all threads, so that requests without any always find a free one.
+        self._readers = ThreadPoolExecutor(_READERS + PLACES * len(open_image.hosts), thread_name_prefix="reader")
+        self._bytes = 0  # of all bodies that are being read
         self.entry = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "reccomp_hf"}
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat request, streaming or not."""
         self.service.check_load()
-        body = await _read_json(request)
-        chat_request = await self._read_request(body)
+        chat_request = await self._read_request(request)
         answer = self.service.submit(chat_request)
         try:
             async with _watch_client(request, answer):
@@ -90,11 +95,27 @@ class _Routes:
             message = f"The server failed: {type(error).__name__}. See the server's log."
             return JSONResponse(error_body(message, 500), 500)
 
-    async def _read_request(self, body: Any) -> ChatRequest:
-        """Validate a request and open its images, with downloads in threads of their own."""
-        read = functools.partial(read_request, body, self.service.names, self.open_image)
-        threads = self._downloads if self.open_image.hosts else None
-        return await asyncio.get_running_loop().run_in_executor(threads, read)
+    async def _read_request(self, request: Request) -> ChatRequest:
+        """Receive and validate a request and open its images, in threads of their own."""
+        body = bytearray()
+        try:
+            await asyncio.wait_for(self._receive(request, body), BODY_SECONDS)
+            read = functools.partial(_parse, body, self.service.names, self.open_image.for_request())
+            return await asyncio.get_running_loop().run_in_executor(self._readers, read)
+        except asyncio.TimeoutError as error:
+            message = f"The body did not arrive within {BODY_SECONDS:g} seconds."
+            raise RequestError(message, 408, headers={"connection": "close"}) from error
+        finally:
+            self._bytes -= len(body)
+
+    async def _receive(self, request: Request, body: bytearray) -> None:
+        async for chunk in request.stream():
+            body += chunk
+            self._bytes += len(chunk)
+            if len(body) > _MAX_BYTES:
+                raise RequestError(f"The request is larger than {_MAX_BYTES:,} bytes: send smaller images.", 413)
+            if len(body) > _SMALL and self._bytes > _MAX_BYTES_TOGETHER:
+                raise too_busy("Many large requests are being received")
 
     async def _respond(self, answer: Answer) -> Response:
         start = time.monotonic()
@@ -146,29 +167,16 @@ async def _watch_client(request: Request, answer: Answer) -> AsyncIterator[None]
         watcher.cancel()
 
 
-async def _read_json(request: Request) -> Any:
-    """The parsed body of a request."""
-    try:
-        body = await asyncio.wait_for(_read_body(request), BODY_SECONDS)
-    except asyncio.TimeoutError as error:
-        message = f"The body did not arrive within {BODY_SECONDS:g} seconds."
-        raise RequestError(message, 408, headers={"connection": "close"}) from error
+def _parse(body: bytearray, models: tuple[str, ...], open_image: Callable[[str, str], Image.Image]) -> ChatRequest:
+    """Parse and validate a body, see `read_request`."""
     if body.count(b",") > _MAX_COMMAS:
         raise RequestError("The body has too many values.", 413)
     try:
-        return await asyncio.to_thread(json.loads, body)
+        parsed = json.loads(body)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise RequestError(f"The body is not JSON: {reason}.") from error
-
-
-async def _read_body(request: Request) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > _MAX_BYTES:
-            raise RequestError(f"The request is larger than {_MAX_BYTES:,} bytes: send smaller images.", 413)
-    return bytes(body)
+    return read_request(parsed, models, open_image)
 
 
 def _refused(request: Request, error: Any) -> Response:

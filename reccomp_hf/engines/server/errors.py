@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+_RETRY_AFTER = 5  # seconds
+
 
 class RequestError(ValueError):
     """A request that cannot be answered.
@@ -35,10 +37,16 @@ class CallEnded(RuntimeError):
         self.status = status
 
 
+def too_busy(reason: str) -> RequestError:
+    """The refusal of a request that may be sent again, with the header `Retry-After`."""
+    message = f"{reason}: try again in {_RETRY_AFTER} seconds."
+    return RequestError(message, 429, "rate_limit_exceeded", {"retry-after": str(_RETRY_AFTER)})
+
+
 def error_body(message: str, status: int, code: str | None = None) -> dict[str, Any]:
     """The body of an error in OpenAI's format."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
-__all__ = ["CallEnded", "RequestError", "error_body"]
+__all__ = ["CallEnded", "RequestError", "error_body", "too_busy"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +16,9 @@ DEFAULT_MAX_TOKENS = 1024
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _MAX_IMAGES = 32
 _MAX_PIXELS = 100_000_000  # of all images
+_MAX_PARTS = 4_000  # of all messages
+_MAX_FIELDS = 10_000  # characters of token_recovery
+_MAX_BRACKETS = 50  # in token_recovery
 _MAX_STOP = 200  # characters
 # Unsupported fields that would change the answer, with the values that change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -46,6 +50,7 @@ class ChatRequest:
     Attributes:
         messages: Messages for the processor's chat template, with decoded images.
         images: Number of images.
+        pixels: Number of pixels of all images.
         token_recovery: Fields of the config section that this request overrides; `None` for none.
         stream: Whether the answer is sent while it is generated.
         max_tokens: Longest answer, `None` for `DEFAULT_MAX_TOKENS`.
@@ -57,6 +62,7 @@ class ChatRequest:
 
     messages: list[dict[str, Any]]
     images: int
+    pixels: int
     token_recovery: dict[str, Any] | None
     stream: bool
     max_tokens: int | None
@@ -85,18 +91,18 @@ def read_request(body: Any, models: tuple[str, ...], open_image: Callable[[str, 
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise RequestError(f"messages must be a list of at least one message, got {_short(messages)}.")
+    if sum(map(_count_parts, messages)) > _MAX_PARTS:
+        raise RequestError(f"The messages may have {_MAX_PARTS:,} parts together, got more: leave out old turns.")
     parts = [_parts(message, f"messages[{index}]") for index, message in enumerate(messages)]
     urls = sum(kind == "image" for _, content in parts for kind, _, _ in content)
     if urls > _MAX_IMAGES:
         raise RequestError(f"A request may hold {_MAX_IMAGES} images, got {urls}.")
-    recovery = body.get("token_recovery")
-    if recovery is not None and not isinstance(recovery, dict):
-        raise RequestError(f"token_recovery must be an object of fields, got {_short(recovery)}.")
     longest = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
     request = ChatRequest(
         messages=[],
         images=urls,
-        token_recovery=recovery,
+        pixels=0,
+        token_recovery=_recovery(body.get("token_recovery")),
         stream=_flag(body, "stream"),
         max_tokens=_integer(body, longest, 1, 2**31),
         temperature=_number(body, "temperature", 0, 2),
@@ -106,19 +112,19 @@ def read_request(body: Any, models: tuple[str, ...], open_image: Callable[[str, 
     )
     open_next = _Pixels(open_image)  # once everything else is valid
     messages = [{"role": role, "content": [_content(part, open_next) for part in content]} for role, content in parts]
-    return dataclasses.replace(request, messages=messages)
+    return dataclasses.replace(request, messages=messages, pixels=open_next.count)
 
 
 class _Pixels:
     """Opens images as long as all of them together stay below the limit."""
 
     def __init__(self, open_image: Callable[[str, str], Image.Image]) -> None:
-        self._open, self._count = open_image, 0
+        self._open, self.count = open_image, 0
 
     def __call__(self, url: str, where: str) -> Image.Image:
         image = self._open(url, where)
-        self._count += image.width * image.height
-        if self._count > _MAX_PIXELS:
+        self.count += image.width * image.height
+        if self.count > _MAX_PIXELS:
             raise RequestError(f"The images of a request may have {_MAX_PIXELS:,} pixels together: send smaller ones.")
         return image
 
@@ -139,6 +145,11 @@ def _check_fields(body: Mapping[str, Any]) -> None:
             raise RequestError(f"Unknown field {_short(name)}; known ones are {', '.join(_SUPPORTED)}.")
         if name in _NEUTRAL and value not in _NEUTRAL[name]:
             raise RequestError(f"{name} is not supported, got {_short(value)}: leave it out.")
+
+
+def _count_parts(message: Any) -> int:
+    content = message.get("content") if isinstance(message, dict) else None
+    return max(len(content), 1) if isinstance(content, list) else 1
 
 
 def _parts(message: Any, where: str) -> tuple[str, list[tuple[str, str, str]]]:
@@ -192,6 +203,23 @@ def _text(value: Any, where: str) -> str:
         raise RequestError(
             f"{where} holds half of a surrogate pair at {error.start}, which is not a character."
         ) from error
+    return value
+
+
+def _recovery(value: Any) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise RequestError(f"token_recovery must be an object of fields, got {_short(value)}.")
+    try:
+        text = json.dumps(value)
+        deep = text.count("[") + text.count("{") > _MAX_BRACKETS
+    except RecursionError:
+        text, deep = "", True
+    if deep:  # what reads it later must not run out of stack
+        raise RequestError("token_recovery is nested too deeply: its fields are numbers, strings and short objects.")
+    if len(text) > _MAX_FIELDS:
+        raise RequestError(f"token_recovery may have {_MAX_FIELDS:,} characters, got {len(text):,}.")
     return value
 
 

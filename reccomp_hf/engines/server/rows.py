@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from .answers import Answer
 from .errors import CallEnded
-
-if TYPE_CHECKING:
-    from .answering import Answer
 
 
 class Row:

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from .answering import Answer, Finished, Prepared
+from .answers import Answer, Finished, Prepared
 from .errors import CallEnded
 
 logger = logging.getLogger(__name__)
