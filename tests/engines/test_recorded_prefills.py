@@ -112,7 +112,7 @@ def test_serve(run, recorders, monkeypatch):
     monkeypatch.setattr("reccomp_hf.engines.server.listening.Server.run", lambda self, sockets: None)
     monkeypatch.setattr(
         "reccomp_hf.engines.server.answering.Service.__init__",
-        lambda self, name, model, *others: loaded.append(model),
+        lambda self, name, model, *others, **limits: loaded.append(model),
     )
     monkeypatch.setattr("reccomp_hf.engines.server.app.build_app", lambda *arguments: None)
     monkeypatch.setattr("reccomp_hf.engines.server.listening.Server.__init__", lambda *arguments: None)
