@@ -17,6 +17,7 @@ from torch import nn
 from reccomp_hf.core import prefill
 from reccomp_hf.core.graphs import CudaRecorder, GraphCache
 from reccomp_hf.core.prefill import additive_mask
+from reccomp_hf.core.tensors import _kept_constant
 
 BALANCED = {
     "budget": 16,
@@ -411,3 +412,10 @@ def test_settings_of_all_methods_run_recorded_or_say_why():
         wanted = tokens_of(LLAVA.compressed(), batch, **fields)
         torch.testing.assert_close(tokens_of(model, batch, **fields), wanted, msg=name)
     assert recorder.recorded > sum(fields.get("budget") is not None for fields in MODEL_SETTINGS.values())
+
+
+def test_a_recording_keeps_the_constants_that_it_reads(model):
+    tokens_of(model, LLAVA.encode(ROWS))
+    front = next(value for key, value in model._graphs._recordings.items() if key[0] == "front")
+    _kept_constant.cache_clear()  # as other calls would in time
+    assert len({id(constant) for constant in front.constants}) >= 3
