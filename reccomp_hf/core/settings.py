@@ -19,6 +19,7 @@ class Settings:
     budget: int | float | None = None
     text_share: float = 0.5
     text_limit: str = "share"
+    text_by: str = "similarity"
     merged_tokens: int = 8
     coverage_share: float = 0.0
     coverage_by: str = "place"
@@ -66,7 +67,8 @@ CHOICES: dict[str, tuple[str | int, ...]] = {
     "text_relevance": ("last", "penultimate", "value"),
     "text_relevance_sign": (1, -1),
     "visual_heads": ("joint", "mean"),
-    "text_limit": ("share", "outliers"),
+    "text_limit": ("share", "outliers", "half_outliers"),
+    "text_by": ("similarity", "diversity"),
     "coverage_by": ("place", "content"),
     "position_ids": ("compact", "original"),
     "newlines": ("kept", "none"),

@@ -10,6 +10,8 @@ from torch import Tensor
 
 _PRODUCTS_AT_ONCE = 5
 """Ratio of the speeds of a matrix product and of single rows' products on one CPU thread, rounded up."""
+_LARGEST_TABLE = 1024
+"""Patches of an image of which all products with each other are kept elsewhere."""
 _BLOCK_BYTES = 10 * 2**20
 """Features that a greedy loop reads in every step on a CPU: more would not stay in its cache."""
 
@@ -217,13 +219,14 @@ def in_blocks(choose: Callable[..., Tensor], arguments: tuple[Tensor, ...], step
 
 
 def products_one_by_one(vectors: Tensor, steps: int) -> bool:
-    """Whether a product of each pick with all patches is cheaper than all products at once: few picks on a CPU.
+    """Whether to multiply each pick with all patches rather than all with all: few picks on a CPU, else many patches.
 
     Args:
         vectors: (B, N, C).
         steps: Number of picks.
     """
-    return vectors.device.type == "cpu" and _PRODUCTS_AT_ONCE * steps <= vectors.shape[1]
+    least = _PRODUCTS_AT_ONCE * steps if vectors.device.type == "cpu" else _LARGEST_TABLE + 1
+    return vectors.shape[1] >= least
 
 
 def take_row(values: Tensor, pick: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ PAPER = {
     "budget": None,
     "text_share": 0.5,
     "text_limit": "share",
+    "text_by": "similarity",
     "merged_tokens": 8,
     "coverage_share": 0.0,
     "coverage_by": "place",

@@ -21,6 +21,7 @@ from ..tensors import (
     top_mask,
 )
 from .budgets import BudgetSplit, budget_split
+from .cdpruner import largest_volume, scaled_relevance
 from .contract import RecoveryMethod
 
 
@@ -119,15 +120,20 @@ def _recover_text(
     if features.text_similarity is None:
         return torch.zeros_like(rest), shares
     similarity = features.per_image(features.text_similarity, 0.0)
-    if settings.text_limit == "outliers":
+    if settings.text_limit != "share":
         k, threshold = settings.outlier_neighbors, settings.outlier_threshold
         outliers = upper_outliers(similarity, k, threshold, rest).sum(-1)
+        limit = outliers // 2 if settings.text_limit == "half_outliers" else outliers
         most = shares.most._replace(coverage=shares.most_chosen)
-        left = (shares.text - outliers).clamp(min=0)
+        left = (shares.text - limit).clamp(min=0)
         shares = dataclasses.replace(
-            shares, text=torch.minimum(shares.text, outliers), coverage=shares.coverage + left, most=most
+            shares, text=torch.minimum(shares.text, limit), coverage=shares.coverage + left, most=most
         )
-    return top_mask(similarity, shares.text, rest), shares
+    if settings.text_by == "similarity":
+        return top_mask(similarity, shares.text, rest), shares
+    relevance, states = scaled_relevance(similarity, rest), features.per_image(features.hidden_states.detach(), 0.0)
+    text = largest_volume(states, relevance, rest, shares.text, shares.most.text)
+    return text | top_mask(relevance, shares.text - text.sum(-1), rest & ~text), shares
 
 
 def _cover(features: VisualFeatures, kept: Tensor, rest: Tensor, shares: _Shares, settings: Settings) -> Tensor:
