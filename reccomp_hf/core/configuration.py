@@ -114,7 +114,7 @@ class TokenRecoveryConfig(Settings):
 
     @classmethod
     def from_preset(cls, name: str, /, **overrides: Any) -> TokenRecoveryConfig:
-        """Build the preset `"paper"`, `"authors"` or `"balanced"`, with single fields overridden.
+        """Build a preset, with single fields overridden: `"paper"`, `"authors"`, `"balanced"` or `"balanced-v1"`.
 
         Raises:
             ValueError: An unknown preset or field.
