@@ -16,7 +16,7 @@ from architectures import LLAVA_NEXT
 from demo_model import demo_model
 from lmms_runs import answers_of, command, read_output, run, tokens_of
 from lmms_tasks import generation_request, likelihood_request, wrapper
-from paths import README
+from paths import ROOT
 from PIL import Image
 
 import reccomp_hf
@@ -47,7 +47,8 @@ def reported(setting):
 
 
 def test_the_readmes_command_measures_the_compressed_model(folder, tmp_path):
-    (shown,) = re.findall(r"^python (-m lmms_eval .*\\\n.*)$", README.read_text(), flags=re.MULTILINE)
+    guide = (ROOT / "reccomp_hf/engines/lmms_eval.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^python (-m lmms_eval .*\\\n.*)$", guide, flags=re.MULTILINE)
     ours = {"llava-1.5-7b-reccomp": "demo", "mme,gqa": "scenes", "output_path logs": f"output_path {tmp_path}"}
     for theirs, here in ours.items():
         assert theirs in shown
