@@ -173,30 +173,26 @@ def _herd(units: Tensor, members: Tensor, candidates: Tensor, counts: Tensor, st
     """`herd_patches` of some rows."""
     patches = units.transpose(1, 2)  # (B, C, N)
     share = members.to(units.dtype) / members.sum(-1, keepdim=True).clamp(min=1)
-    toward = 2 * (share.unsqueeze(1) @ units @ patches)  # (B, 1, N), twice the product with the mean
-
-    def changes(chosen: Tensor) -> Tensor:
-        """By how much each of the chosen (B, K, C) changes the gain of every patch: (B, K, N)."""
-        return torch.baddbmm(toward, chosen, patches, alpha=-2)
-
+    mean = share.unsqueeze(1) @ units  # (B, 1, C)
+    toward = 2 * (mean @ patches)  # (B, 1, N)
     if products_one_by_one(units, steps):
 
-        def change(pick: Tensor) -> Tensor:
-            return changes(take_row(units, pick)).squeeze(1).scatter_(-1, pick, -torch.inf)
+        def add_change(gain: Tensor, pick: Tensor) -> Tensor:
+            return torch.baddbmm(gain, take_row(units, pick) - mean, patches, alpha=-2).scatter_(-1, pick, -torch.inf)
     else:
-        table = changes(units)
+        table = torch.baddbmm(toward, units, patches, alpha=-2)  # (B, N, N)
         table.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
 
-        def change(pick: Tensor) -> Tensor:
-            return take_row(table, pick).squeeze(1)
+        def add_change(gain: Tensor, pick: Tensor) -> Tensor:
+            return gain + take_row(table, pick)
 
     # How much closer a patch brings the sum of the chosen ones to a multiple of the mean that grows with every step.
-    gain = toward.squeeze(1) - torch.linalg.vector_norm(units, dim=-1).square()
-    gain = gain.masked_fill(~candidates, -torch.inf)
+    gain = toward - torch.linalg.vector_norm(units, dim=-1).square().unsqueeze(1)
+    gain = gain.masked_fill(~candidates.unsqueeze(1), -torch.inf)  # (B, 1, N)
     picks = []
     for _ in range(steps):
-        picks.append(pick := gain.argmax(-1, keepdim=True))  # (B, 1)
-        gain = gain + change(pick)
+        picks.append(pick := gain.argmax(-1, keepdim=True))  # (B, 1, 1)
+        gain = add_change(gain, pick)
     return first_picks(picks, counts, candidates)
 
 
@@ -230,12 +226,12 @@ def products_one_by_one(vectors: Tensor, steps: int) -> bool:
 
 
 def take_row(values: Tensor, pick: Tensor) -> Tensor:
-    """One entry of each row: (B, N, C) at (B, 1) -> (B, 1, C)."""
-    return values.gather(1, pick.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+    """One entry of each row: (B, N, C) at (B, 1, 1) -> (B, 1, C)."""
+    return values.gather(1, pick.expand(-1, -1, values.shape[-1]))
 
 
 def first_picks(picks: list[Tensor], counts: Tensor, candidates: Tensor) -> Tensor:
-    """(B, N) bool: the first `counts` of the picks, (B,) or (B, 1) each, as far as they are candidates."""
+    """(B, N) bool: the first `counts` of the picks, B indices each, as far as they are candidates."""
     if not picks:
         return torch.zeros_like(candidates)
     taken = torch.arange(len(picks), device=counts.device) < counts.unsqueeze(-1)  # (B, steps)

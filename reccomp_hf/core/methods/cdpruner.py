@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ..features import TokenSelection, VisualFeatures
 from ..settings import Settings
@@ -23,6 +22,7 @@ from .contract import RELEVANCE, RecoveryMethod
 
 _LEAST_RELEVANCE = 1e-6
 _NO_VOLUME = 1e-9
+_NO_LENGTH = 1e-12
 
 
 def _select(features: VisualFeatures, settings: Settings) -> TokenSelection:
@@ -60,45 +60,47 @@ def largest_volume(features: Tensor, relevance: Tensor, valid: Tensor, counts: T
         counts: (B,) int64, how many to choose.
         steps: No entry of `counts` is larger.
     """
-    few = features.shape[-1] <= features.shape[1]
-    precise = highest_precision(features) if few else features.to(torch.promote_types(features.dtype, torch.float32))
-    return in_blocks(_widen, (normalize(precise, dim=-1), relevance, valid, counts), steps)
+    return in_blocks(_widen, (features, relevance, valid, counts), steps)
 
 
-def _widen(units: Tensor, relevance: Tensor, valid: Tensor, counts: Tensor, steps: int) -> Tensor:
+def _widen(features: Tensor, relevance: Tensor, valid: Tensor, counts: Tensor, steps: int) -> Tensor:
     """`largest_volume` of some rows.
 
     `factors` are the rows of an incomplete Cholesky factor of the kernel relevance_i cos_ij relevance_j, `volume` is
     the rest of its diagonal: 0 for a patch that was chosen, since its cosine with itself counts as 1.
     """
-    weight = relevance.masked_fill(~valid, 0)
-    patches = units.transpose(1, 2)
-    if products_one_by_one(units, steps):
+    if not steps:
+        return torch.zeros_like(valid)
+    few = features.shape[-1] <= features.shape[1]
+    precise = highest_precision(features) if few else features.to(torch.promote_types(features.dtype, torch.float32))
+    patches, weight = precise.transpose(1, 2), relevance.masked_fill(~valid, 0).unsqueeze(1)  # (B, D, N), (B, 1, N)
+    scale = weight / torch.linalg.vector_norm(precise, dim=-1).clamp(min=_NO_LENGTH).unsqueeze(1)  # (B, 1, N)
+    volume = weight.square()
+    if products_one_by_one(precise, steps):
 
         def kernel(pick: Tensor) -> Tensor:
-            cosine = (take_row(units, pick) @ patches).squeeze(1).scatter_(-1, pick, 1)
-            return (cosine * (weight * weight.gather(-1, pick))).unsqueeze(1)
+            row = (take_row(precise, pick) @ patches) * (scale * scale.gather(-1, pick))
+            return row.scatter_(-1, pick, weight.gather(-1, pick).square())
     else:
-        table = (units @ patches).to(weight.dtype)
-        table.diagonal(dim1=1, dim2=2).fill_(1)
-        table = table.mul_(weight.unsqueeze(1)).mul_(weight.unsqueeze(2))
+        table = (precise @ patches).to(weight.dtype).mul_(scale).mul_(scale.transpose(1, 2))  # (B, N, N)
+        table.diagonal(dim1=1, dim2=2).copy_(volume.squeeze(1))
 
         def kernel(pick: Tensor) -> Tensor:
             return take_row(table, pick)
 
-    volume, factors = weight.square(), weight.new_zeros(steps, *weight.shape)  # (B, N), (K, B, N)
+    factors = weight.new_zeros(steps, *weight.shape)  # (K, B, 1, N)
     picks, volumes = [], []
     for step in range(steps):
-        largest, pick = volume.max(-1, keepdim=True)  # (B, 1)
+        largest, pick = volume.max(-1, keepdim=True)  # (B, 1, 1)
         picks.append(pick)
         volumes.append(largest)
         known = factors[:step]
-        of_pick = known.gather(-1, pick.expand(step, -1, -1)).permute(1, 2, 0)  # (B, 1, step)
-        rest = torch.baddbmm(kernel(pick), of_pick, known.transpose(0, 1), alpha=-1).squeeze(1)  # (B, N)
+        of_pick = known.gather(-1, pick.expand(step, -1, -1, -1)).squeeze(-1).permute(1, 2, 0)  # (B, 1, step)
+        rest = torch.baddbmm(kernel(pick), of_pick, known.squeeze(2).transpose(0, 1), alpha=-1)  # (B, 1, N)
         factor = torch.mul(rest, largest.rsqrt(), out=factors[step])
         volume = torch.addcmul(volume, factor, factor, value=-1)
-    counts = torch.minimum(counts, (torch.cat(volumes, -1) > _NO_VOLUME).cumprod(-1).sum(-1)) if volumes else counts
-    return first_picks(picks, counts, valid)
+    adds_volume = (torch.cat(volumes, -1).squeeze(1) > _NO_VOLUME).cumprod(-1)  # (B, K)
+    return first_picks(picks, torch.minimum(counts, adds_volume.sum(-1)), valid)
 
 
 CDPRUNER = RecoveryMethod(

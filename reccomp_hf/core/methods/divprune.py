@@ -37,14 +37,14 @@ def _diverse_patches(projected: Tensor, valid: Tensor, counts: Tensor, steps: in
     distance = -(cosine + cosine.transpose(1, 2))  # up to a constant and a factor
     itself = distance.diagonal(dim1=1, dim2=2)
     itself.fill_(torch.inf)
-    nearest = distance.masked_fill(~valid.unsqueeze(1), torch.inf).amin(-1)
+    nearest = distance.masked_fill(~valid.unsqueeze(1), torch.inf).amin(-1).unsqueeze(1)  # (B, 1, N)
     itself.fill_(-torch.inf)  # no patch is chosen again
-    gap = torch.where(valid, torch.inf, -torch.inf).to(nearest)
-    pick = nearest.masked_fill(~valid, -torch.inf).argmax(-1, keepdim=True)  # (B, 1)
-    picks = [pick]
+    exists = valid.unsqueeze(1)
+    gap = torch.where(exists, torch.inf, -torch.inf).to(nearest)
+    picks = [nearest.masked_fill(~exists, -torch.inf).argmax(-1, keepdim=True)]  # (B, 1, 1) each
     for _ in range(steps - 1):
-        gap = torch.minimum(gap, take_row(distance, pick).squeeze(1))
-        picks.append(pick := gap.argmax(-1, keepdim=True))
+        gap = torch.minimum(gap, take_row(distance, picks[-1]))
+        picks.append(gap.argmax(-1, keepdim=True))
     return first_picks(picks, counts, valid)
 
 

@@ -16,6 +16,7 @@ from ..tensors import (
     farthest_points,
     gather_rows,
     herd_patches,
+    in_blocks,
     nonzero_first,
     squared_distances,
     top_mask,
@@ -142,11 +143,18 @@ def _cover(features: VisualFeatures, kept: Tensor, rest: Tensor, shares: _Shares
     if not steps:
         return torch.zeros_like(rest)
     if settings.coverage_by == "content":
-        units = torch.nn.functional.normalize(features.hidden_states.detach().float(), dim=-1)
-        members = features.per_image(features.valid, False)
-        return herd_patches(features.per_image(units, 0.0), members, rest, shares.coverage, steps)
+        states, members = (
+            features.per_image(features.hidden_states.detach(), 0.0),
+            features.per_image(features.valid, False),
+        )
+        return in_blocks(_herd, (states, members, rest, shares.coverage), steps)
     distance = squared_distances(features.per_tile(kept), features.grid)
     return farthest_points(features.per_image(distance, 0), rest, shares.coverage, features.grid, steps)
+
+
+def _herd(states: Tensor, members: Tensor, rest: Tensor, counts: Tensor, steps: int) -> Tensor:
+    """`herd_patches` of features of any length."""
+    return herd_patches(torch.nn.functional.normalize(states.float(), dim=-1), members, rest, counts, steps)
 
 
 def _relative(saliency: Tensor, valid: Tensor) -> Tensor:
