@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from ..features import TokenSelection, VisualFeatures
 from ..settings import Settings
-from ..tensors import first_picks, take_row
+from ..tensors import first_picks, in_blocks, take_row
 from .budgets import spend
 from .contract import RecoveryMethod
 
@@ -23,7 +23,7 @@ def _select(features: VisualFeatures, settings: Settings) -> TokenSelection:
     return features.keep(
         saliency=features.saliency(settings.visual_heads),
         visual=spending.whole,
-        coverage=_diverse_patches(features.projected, features.valid, spending.counts, spending.most),
+        coverage=in_blocks(_diverse_patches, (features.projected, features.valid, spending.counts), spending.most),
         known_sizes=spending.sizes(),
     )
 
