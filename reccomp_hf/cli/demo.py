@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from ..core.settings import PRESETS
 from .choices import CHECKPOINTS
 from .image_questions import file_questions, scene_questions, unreadable_note
 from .options import (
@@ -50,13 +51,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def demo_fields(preset: str, budget: Budget = UNSET) -> dict[str, Any]:
-    """Fields of a preset; "balanced" has `DEFAULT_BUDGET` unless another is given.
+    """Fields of a preset; one with a fixed budget has `DEFAULT_BUDGET` unless another is given.
 
     Raises:
         ValueError: An unknown preset, or a budget that does not fit.
     """
     if budget is UNSET:
-        return preset_fields(preset, **({"budget": DEFAULT_BUDGET} if preset == "balanced" else {}))
+        return preset_fields(preset, **({"budget": DEFAULT_BUDGET} if "budget" in PRESETS.get(preset, ()) else {}))
     return preset_fields(preset, budget=budget)
 
 
@@ -82,7 +83,7 @@ def register(commands: Any) -> None:
     add_budget(
         command,
         "tokens per image, a share of its patches, or dynamic (default: "
-        f"{DEFAULT_BUDGET} with the preset balanced, else dynamic)",
+        f"{DEFAULT_BUDGET} with the preset balanced or balanced-v1, else dynamic)",
     )
     command.add_argument(
         "--model",

@@ -82,9 +82,9 @@ def register(commands: Any) -> None:
         "measure accuracy, agreement with the uncompressed model, tokens",
         "Asks a checkpoint the same questions under several settings and prints a table.\n\n"
         "A setting is NAME[:BUDGET][+field=value...]. Names: off (all tokens), stored (the checkpoint's own),\n"
-        "the presets paper, balanced and authors; visual and text (one of the paper's stages alone, nothing\n"
-        "merged), coverage (evenly spread) and pool (means of grid cells), each with a budget; and every method by\n"
-        f"its name, with its published settings:\n{textwrap.fill(', '.join(EVAL_METHODS), 100)}\n"
+        "the presets paper, authors, balanced and balanced-v1; visual and text (one of the paper's stages alone,\n"
+        "nothing merged), coverage (evenly spread) and pool (means of grid cells), each with a budget; and every\n"
+        f"method by its name, with its published settings:\n{textwrap.fill(', '.join(EVAL_METHODS), 100)}\n"
         "(fastervlm is the method visual). A budget is a number of tokens, a share of them, or dynamic. off always\n"
         "runs. An answer is right if it equals an expected one up to case, punctuation, articles and white space.",
         " demo --settings paper,balanced:0.1,visual:16,text:16,random:16 --compare text:16 visual:16",

@@ -41,7 +41,9 @@ class TokenRecoveryConfig(Settings):
         text_share: Share in [0, 1] of the kept tokens of a fixed budget that the question chooses.
         text_limit: `"share"`: the question chooses its whole share of a fixed budget; `"outliers"`: it chooses only
             patches that stand out among the similarities, as many as the dynamic mode would, and no more than the
-            share; the rest of the share goes to coverage.
+            share; the rest of the share goes to coverage. `"half_outliers"`: half as many.
+        text_by: `"similarity"`: of a fixed budget the question chooses the patches most similar to it; `"diversity"`:
+            patches that are similar to it and unlike each other (CDPruner, Zhang et al., arXiv 2506.10967).
         merged_tokens: Number of tokens of a fixed budget that are merged ones (cluster means of the patches that
             are not kept).
         coverage_share: Share in [0, 1] of the kept tokens of a fixed budget that represent the image as a whole.
@@ -76,6 +78,7 @@ class TokenRecoveryConfig(Settings):
         budget: int | float | None = None,
         text_share: float = 0.5,
         text_limit: str = "share",
+        text_by: str = "similarity",
         merged_tokens: int = 8,
         coverage_share: float = 0.0,
         coverage_by: str = "place",
@@ -111,7 +114,7 @@ class TokenRecoveryConfig(Settings):
 
     @classmethod
     def from_preset(cls, name: str, /, **overrides: Any) -> TokenRecoveryConfig:
-        """Build the preset `"paper"`, `"authors"` or `"balanced"`, with single fields overridden.
+        """Build a preset, with single fields overridden: `"paper"`, `"authors"`, `"balanced"` or `"balanced-v1"`.
 
         Raises:
             ValueError: An unknown preset or field.

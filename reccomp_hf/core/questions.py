@@ -19,9 +19,10 @@ ANSWER_INSTRUCTIONS = (
 """Instructions after a question that are not part of it."""
 TURNS = ("last", "all")
 """Which user turns of a conversation choose its visual tokens."""
+LARGEST_IS_END = 2
+"""`eos_token_id` of published CLIP configs, which stands for the largest id of a text."""
 
 _PROBES = ("Is there a red circle?", "How many blue squares are on the left?")
-_LARGEST_IS_END = 2  # `eos_token_id` of published CLIP configs, which stands for the largest id of a text
 _LEAST_SHARE = 0.9  # of a vocabulary, whose size may be padded
 
 _TAG = r"<[^<>\s]+>"
@@ -167,7 +168,7 @@ def check_question_tokenizer(tokenizer: Any, encoder: Mapping[str, Any]) -> None
     _check_vocabulary("The recovery tokenizer", tokenizer, config.vocab_size, advice)
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     ids = tokenizer(_PROBES[0], add_special_tokens=False)["input_ids"]
-    if config.eos_token_id == _LARGEST_IS_END:
+    if config.eos_token_id == LARGEST_IS_END:
         fits, wanted = end is not None and end > max(ids), "an end of text that is its largest id"
     else:
         fits = end == config.eos_token_id and end not in ids and config.bos_token_id in (None, start)
@@ -259,6 +260,7 @@ def _common_prefix(left: list[str], right: list[str]) -> list[str]:
 
 __all__ = [
     "ANSWER_INSTRUCTIONS",
+    "LARGEST_IS_END",
     "TURNS",
     "check_images",
     "check_messages",

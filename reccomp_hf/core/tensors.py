@@ -11,6 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_PRODUCTS_AT_ONCE = 5
+"""Ratio of the speeds of a matrix product and of single rows' products on one CPU thread, rounded up."""
+_LARGEST_TABLE = 1024
+"""Patches of an image of which all products with each other are kept elsewhere."""
+_BLOCK_BYTES = 10 * 2**20
+"""Features that a greedy loop reads in every step on a CPU: more would not stay in its cache."""
+
 _USED: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar("_USED", default=None)
 
 
@@ -177,24 +184,24 @@ def farthest_points(distance: Tensor, candidates: Tensor, counts: Tensor, grid: 
     cell = torch.arange(candidates.shape[1], device=candidates.device)
     area = grid[0] * grid[1]
     # Grids lie so far apart that a kept cell of one grid is never the nearest to a cell of another.
-    row = cell % area // grid[1] + 2 * (grid[0] + grid[1]) * (cell // area)
-    column = cell % grid[1]
-    distance = distance.masked_fill(~candidates, -1)  # -1: not to be chosen, or not again
+    row = highest_precision(cell % area // grid[1] + 2 * (grid[0] + grid[1]) * (cell // area))
+    column, one = highest_precision(cell % grid[1]), row.new_ones(row.shape)
+    length = row.square() + column.square()
+    # The squared distance of a pick p and a cell x as one product of rows: |p|^2 - 2 p x + |x|^2, exact for integers.
+    picked, cells = torch.stack([length, -2 * row, -2 * column, one], -1), torch.stack([one, row, column, length])
+    gap = highest_precision(distance).masked_fill(~candidates, -1)  # -1: not to be chosen; 0 once it is chosen
     picks = []
     for _ in range(steps):
-        pick = distance.argmax(-1, keepdim=True)  # (B, 1)
-        picks.append(pick)
-        from_pick = (row - row[pick]).square() + (column - column[pick]).square()
-        distance = torch.minimum(distance, from_pick).scatter(-1, pick, -1)
-    return _first_picks(picks, counts, candidates)
+        picks.append(pick := gap.argmax(-1))  # (B,)
+        gap = torch.minimum(gap, picked[pick] @ cells)
+    return first_picks(picks, counts, candidates)
 
 
 def herd_patches(units: Tensor, members: Tensor, candidates: Tensor, counts: Tensor, steps: int) -> Tensor:
     """Choose `counts` patches whose mean stays as close as possible to the mean of all members.
 
-    Kernel herding (Welling, ICML 2009) with the linear kernel. The loop runs over steps, for all rows at once, and
-    compares each pick with every patch: steps x N products of length C, and no N x N tensor. Among equal candidates
-    the first one is taken.
+    Kernel herding (Welling, ICML 2009) with the linear kernel. The loop runs over steps, for all rows at once. Among
+    equal candidates the first one is taken.
 
     Args:
         units: (B, N, C) float32 features of length 1.
@@ -206,26 +213,77 @@ def herd_patches(units: Tensor, members: Tensor, candidates: Tensor, counts: Ten
     Returns:
         (B, N) bool.
     """
-    patches = units.transpose(1, 2)  # (B, C, N); a row vector times this is several times as fast as `units @ column`
+    return in_blocks(_herd, (units, members, candidates, counts), steps)
+
+
+def _herd(units: Tensor, members: Tensor, candidates: Tensor, counts: Tensor, steps: int) -> Tensor:
+    """`herd_patches` of some rows."""
+    patches = units.transpose(1, 2)  # (B, C, N)
     share = members.to(units.dtype) / members.sum(-1, keepdim=True).clamp(min=1)
-    to_mean = (share.unsqueeze(1) @ units @ patches).squeeze(1)  # (B, N), product with the mean
+    mean = share.unsqueeze(1) @ units  # (B, 1, C)
+    toward = 2 * (mean @ patches)  # (B, 1, N)
+    if products_one_by_one(units, steps):
+
+        def add_change(gain: Tensor, pick: Tensor) -> Tensor:
+            return torch.baddbmm(gain, take_row(units, pick) - mean, patches, alpha=-2).scatter_(-1, pick, -torch.inf)
+    else:
+        table = torch.baddbmm(toward, units, patches, alpha=-2)  # (B, N, N)
+        table.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+
+        def add_change(gain: Tensor, pick: Tensor) -> Tensor:
+            return gain + take_row(table, pick)
+
     # How much closer a patch brings the sum of the chosen ones to a multiple of the mean that grows with every step.
-    gain = (2 * to_mean - units.square().sum(-1)).masked_fill(~candidates, -torch.inf)
+    gain = toward - torch.linalg.vector_norm(units, dim=-1).square().unsqueeze(1)
+    gain = gain.masked_fill(~candidates.unsqueeze(1), -torch.inf)  # (B, 1, N)
     picks = []
     for _ in range(steps):
-        pick = gain.argmax(-1, keepdim=True)  # (B, 1)
-        picks.append(pick)
-        to_pick = (gather_rows(units, pick) @ patches).squeeze(1)  # (B, N)
-        gain = (gain + 2 * (to_mean - to_pick)).scatter(-1, pick, -torch.inf)
-    return _first_picks(picks, counts, candidates)
+        picks.append(pick := gain.argmax(-1, keepdim=True))  # (B, 1, 1)
+        gain = add_change(gain, pick)
+    return first_picks(picks, counts, candidates)
 
 
-def _first_picks(picks: list[Tensor], counts: Tensor, candidates: Tensor) -> Tensor:
-    """(B, N) bool: the first `counts` of the picks (B, 1); picks of a row without candidates do not count."""
+def in_blocks(choose: Callable[..., Tensor], arguments: tuple[Tensor, ...], steps: int) -> Tensor:
+    """Run a greedy loop for all rows at once; on a CPU for as many as fit into its cache, and no longer than needed.
+
+    Args:
+        choose: `choose(*arguments, steps)` chooses patches in `steps` steps: (B, N) bool.
+        arguments: Tensors of B rows each, the features first and the numbers of patches to choose, (B,), last.
+        steps: No number is larger.
+    """
+    features, counts = arguments[0], arguments[-1]
+    if features.device.type != "cpu" or torch.compiler.is_compiling() or not len(features):
+        return choose(*arguments, steps)
+    rows = max(1, _BLOCK_BYTES // max(1, features[0].nbytes))
+    blocks = [torch.split(argument, rows) for argument in arguments]
+    # The largest count by the length of a histogram, not by item(): tests refuse reads, with a CPU in place of a GPU.
+    longest = [len(block.bincount()) - 1 for block in counts.split(rows)]
+    return torch.cat([choose(*block, most) for *block, most in zip(*blocks, longest, strict=True)])
+
+
+def products_one_by_one(vectors: Tensor, steps: int) -> bool:
+    """Whether to multiply each pick with all patches rather than all with all: few picks on a CPU, else many patches.
+
+    Args:
+        vectors: (B, N, C).
+        steps: Number of picks.
+    """
+    least = _PRODUCTS_AT_ONCE * steps if vectors.device.type == "cpu" else _LARGEST_TABLE + 1
+    return vectors.shape[1] >= least
+
+
+def take_row(values: Tensor, pick: Tensor) -> Tensor:
+    """One entry of each row: (B, N, C) at (B, 1, 1) -> (B, 1, C)."""
+    return values.gather(1, pick.expand(-1, -1, values.shape[-1]))
+
+
+def first_picks(picks: list[Tensor], counts: Tensor, candidates: Tensor) -> Tensor:
+    """(B, N) bool: the first `counts` of the picks, B indices each, as far as they are candidates."""
     if not picks:
         return torch.zeros_like(candidates)
     taken = torch.arange(len(picks), device=counts.device) < counts.unsqueeze(-1)  # (B, steps)
-    times = torch.zeros_like(candidates, dtype=torch.long).scatter_add(-1, torch.cat(picks, dim=-1), taken.long())
+    order = torch.stack(picks, -1).view_as(taken)
+    times = torch.zeros_like(candidates, dtype=torch.long).scatter_add(-1, order, taken.long())
     return (times > 0) & candidates
 
 
@@ -233,14 +291,18 @@ __all__ = [
     "cluster_means",
     "constant",
     "farthest_points",
+    "first_picks",
     "full_precision",
     "gather_rows",
     "herd_patches",
     "highest_precision",
+    "in_blocks",
     "nonzero_first",
     "pack_rows",
     "positions",
+    "products_one_by_one",
     "squared_distances",
+    "take_row",
     "top_mask",
     "used_constants",
 ]

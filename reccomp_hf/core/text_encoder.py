@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from .checks import check_supported
 from .compat import key_options, rename_vision_key
+from .questions import LARGEST_IS_END
 
 _SKIP_LISTS = ("modules_to_not_convert", "llm_int8_skip_modules")  # TorchAO's and most others', bitsandbytes'
 
@@ -42,15 +43,22 @@ class TokenRecoveryModules(nn.Module):
     def embed_question(self, input_ids: Tensor) -> Tensor:
         """Embeddings pooled at the end-of-text token: (rows, windows, length) int64 -> (rows, windows, P).
 
-        The text encoder is causal, so padding after the end-of-text token needs no mask.
+        The text encoder is causal, so padding after the end-of-text token needs no mask. On a CPU it reads equal texts
+        once, and no further than the last end of text; on a GPU finding those would cost more than it saves.
         """
         flat = input_ids.flatten(0, 1)
-        if flat.device.type == "cpu":  # on a GPU finding equal texts would cost more than encoding them twice
+        if flat.device.type == "cpu":
             flat, inverse = flat.unique(dim=0, return_inverse=True)
-            embeds = self.text_encoder(input_ids=flat).text_embeds[inverse]
+            embeds = self.text_encoder(input_ids=flat[:, : self._read_length(flat)]).text_embeds[inverse]
         else:
             embeds = self.text_encoder(input_ids=flat).text_embeds
         return embeds.unflatten(0, input_ids.shape[:2])
+
+    def _read_length(self, input_ids: Tensor) -> int:
+        """Tokens up to the last end of text, where CLIP pools: the first one of every row, of ids (texts, length)."""
+        end = self.text_encoder.config.eos_token_id
+        is_end = input_ids == (input_ids.amax(-1, keepdim=True) if end == LARGEST_IS_END else end)
+        return len(is_end.int().argmax(-1).bincount())
 
 
 class RecoveryModulesMixin:

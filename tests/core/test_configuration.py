@@ -17,6 +17,7 @@ PAPER = {
     "budget": None,
     "text_share": 0.5,
     "text_limit": "share",
+    "text_by": "similarity",
     "merged_tokens": 8,
     "coverage_share": 0.0,
     "coverage_by": "place",
@@ -36,7 +37,8 @@ BALANCED = {
     "text_relevance": "value",
     "visual_layer": -2,
     "text_share": 1.0,
-    "text_limit": "outliers",
+    "text_limit": "half_outliers",
+    "text_by": "diversity",
     "coverage_share": 0.25,
     "coverage_by": "content",
     "merged_tokens": 0,
@@ -49,11 +51,17 @@ def test_the_defaults_are_the_papers():
 
 
 @pytest.mark.parametrize(
-    ("preset", "fields"), [("paper", {}), ("authors", {"method": "authors"}), ("balanced", BALANCED)]
+    ("preset", "fields"),
+    [
+        ("paper", {}),
+        ("authors", {"method": "authors"}),
+        ("balanced", BALANCED),
+        ("balanced-v1", {**BALANCED, "text_limit": "outliers", "text_by": "similarity"}),
+    ],
 )
 def test_presets(preset, fields):
     assert TokenRecoveryConfig.from_preset(preset).to_dict() == PAPER | fields
-    assert set(PRESETS) == {"paper", "authors", "balanced"}
+    assert set(PRESETS) == {"paper", "authors", "balanced", "balanced-v1"}
 
 
 def test_saving_reads_the_options_again():

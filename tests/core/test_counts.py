@@ -17,6 +17,8 @@ BUDGETS = {
     "merged": {"budget": 16, "merged_tokens": 4},
     "spread": {"budget": 0.1, "coverage_share": 0.25},
     "visual": {"budget": 16, "text_share": 0.0, "visual_heads": "mean"},
+    "diverse": {"budget": 16, "text_by": "diversity", "merged_tokens": 0},
+    "herded": {"budget": 16, "coverage_share": 0.5, "coverage_by": "content", "merged_tokens": 0},
 }
 METHODS = {name: {"method": name, "budget": 9} for name in method_names() if get_method(name).budget != "none"}
 HOST_SIDE = ("random", "pooling")  # their drawing and tabulating on the host is not part of a graph

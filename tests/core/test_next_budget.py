@@ -11,7 +11,7 @@ import torch
 from cases import Case, make_case, mask_of_counts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import budget_split, herding, limited, merge, nearest_centre, saliency_oracle, top
+from oracle import budget_split, herding, limited, merge, nearest_centre, saliency_oracle, text_patches, top
 from torch import Tensor
 
 from reccomp_hf.core.choosing import recover_tokens
@@ -63,11 +63,11 @@ def image_oracle(
     stages: dict[str, Any] = {"visual_mask": top(patches, relative, n_visual)}
     rest = [j for j in patches if j not in stages["visual_mask"]]
     n_text, n_coverage = limited(config, text, rest, n_text, n_coverage)
-    stages["text_mask"] = [] if text is None else top(rest, text, n_text)
+    features = case.hidden_states.double().numpy().reshape(tiles * n, -1)
+    stages["text_mask"] = text_patches(features, text, rest, n_text, config)
     rest = [j for j in rest if j not in stages["text_mask"]]
     kept = stages["visual_mask"] + stages["text_mask"]
     if config.coverage_by == "content":
-        features = case.hidden_states.double().numpy().reshape(tiles * n, -1)
         stages["coverage_mask"] = herding(features, patches, rest, n_coverage)
     else:
         stages["coverage_mask"] = spread_oracle(kept, rest, n_coverage, n, columns)
@@ -149,6 +149,14 @@ SHARES: list[dict[str, Any]] = [
     {"budget": 1.0},
     {"budget": 24, "text_share": 1.0, "text_limit": "outliers", "coverage_share": 0.25, "coverage_by": "content"},
     {"budget": 0.4, "text_limit": "outliers", "outlier_neighbors": 5, "merged_tokens": 2},
+    {"budget": 10, "text_share": 0.5, "text_by": "diversity", "coverage_share": 0.25},
+    {
+        "budget": 0.3,
+        "text_share": 1.0,
+        "text_limit": "half_outliers",
+        "text_by": "diversity",
+        "coverage_by": "content",
+    },
 ]
 
 

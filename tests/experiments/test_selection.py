@@ -13,6 +13,7 @@ from reccomp_hf.core.methods.registry import get_method, method_names
 from reccomp_hf.experiments.selection import choosing, loops, scaling
 from reccomp_hf.experiments.selection.features import make_features, one_thread
 from reccomp_hf.experiments.selection.plotting import plot_choosing, plot_scaling
+from reccomp_hf.experiments.selection.published import PUBLISHED_LOOPS
 from reccomp_hf.experiments.selection.reporting import choosing_text, scaling_text
 from reccomp_hf.measure.benchmark.timing import Spread
 
@@ -89,6 +90,29 @@ def test_rows_of_settings_and_batch_sizes():
     for row in timed.values():
         assert len(row["choosing"]["values"]) == SMALL["rounds"]
         assert all(one < all_ for one, all_ in zip(row["choosing"]["values"], row["all"]["values"], strict=True))
+    for name in PUBLISHED_LOOPS:
+        assert timed[name]["batch_size"] == SMALL["rounds"]  # no more images are drawn
+        assert len(timed[name]["batch"]["values"]) == len(timed[name]["loop"]["values"]) == SMALL["rounds"]
+    assert "loop" not in timed["visual"]
+
+
+def test_a_published_loop_that_chooses_other_patches_is_not_timed(monkeypatch):
+    monkeypatch.setitem(PUBLISHED_LOOPS, "divprune", lambda projected, similarity, budget: torch.arange(budget))
+    with pytest.raises(RuntimeError, match="published loop of 'divprune' chooses other patches"):
+        choosing.compare_choosing(batch_sizes=(1,), **SMALL)
+
+
+@pytest.mark.parametrize("method", PUBLISHED_LOOPS)
+def test_published_loops_choose_our_patches(method):
+    features, projected = (
+        make_features(3, 256, 48, seed=3),
+        torch.randn(3, 256, 300, generator=torch.Generator().manual_seed(0)),
+    )
+    config = TokenRecoveryConfig(method=method, budget=40)
+    ours = recover_tokens(*features.arguments(), config, projected=projected)
+    for image in range(3):
+        found = PUBLISHED_LOOPS[method](projected[image], features.text_similarity[image], 40)
+        assert found.tolist() == ours.places[image].tolist()
 
 
 def test_seconds_are_per_image():
@@ -186,6 +210,7 @@ def test_the_choice_for_a_reader(tmp_path):
     assert "released code / ours" in text and "plain loop / ours" in text
     assert sum(line.startswith("  dynamic") for line in text.splitlines()) == 2
     assert "it gives the tokens of setting authors." in text and "  budget 64, batch 1" in text
+    assert "published loop" in text and "batch 2, per image" in text
     plot_choosing(facts).savefig(tmp_path / "choosing.svg")
     assert "<svg" in (tmp_path / "choosing.svg").read_text()
 

@@ -144,4 +144,9 @@ LIMITED = [
     for budget, share, m in ((1, 1.0, 0), (20, 1.0, 0), (0.37, 0.5, 4), (99, 1.0, 3), (100, 1.0, 0))
     for limit, by in (("outliers", "content"), ("outliers", "place"), ("share", "content"))
 ]
-RECOVERY_FIELDS = [*DYNAMIC, *BUDGETS, *SHARES, *LIMITED]
+DIVERSE = [
+    {"budget": budget, "text_share": share, "text_limit": limit, "text_by": "diversity", "coverage_by": "content"}
+    for budget, share in ((1, 1.0), (9, 0.5), (20, 1.0), (0.37, 0.5), (100, 1.0))
+    for limit in ("share", "outliers", "half_outliers")
+]
+RECOVERY_FIELDS = [*DYNAMIC, *BUDGETS, *SHARES, *LIMITED, *DIVERSE]

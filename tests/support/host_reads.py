@@ -9,8 +9,8 @@ class HostReads(TorchDispatchMode):
 
     On a CPU nothing waits, so the causes are counted: operators whose result or whose output's shape the host must
     see (`.item()`, `bool()`, `nonzero`, boolean indexing, `repeat_interleave` without `output_size`), which all pass
-    the dispatcher, and `Tensor.tolist`, `.cpu` and `.numpy`, which on a CPU do not and are patched. `unique_dim` is
-    left out: equal questions are looked for on a CPU alone.
+    the dispatcher, and `Tensor.tolist`, `.cpu` and `.numpy`, which on a CPU do not and are patched. `unique_dim` and
+    `bincount` are left out: equal questions, and the length of a greedy loop, are looked for on a CPU alone.
     """
 
     OPERATORS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")

@@ -133,8 +133,37 @@ def limited(config: Any, s: Array | None, rest: list[int], n_text: int, n_covera
     """Numbers of text and coverage tokens once text recovery takes outliers only, if it is to."""
     if s is None or config.text_limit == "share":
         return n_text, n_coverage
-    found = min(n_text, len(upper_outliers(rest, s, config.outlier_neighbors, config.outlier_threshold)))
+    found = len(upper_outliers(rest, s, config.outlier_neighbors, config.outlier_threshold))
+    found = min(n_text, found // 2 if config.text_limit == "half_outliers" else found)
     return found, n_coverage + n_text - found
+
+
+def unlike_each_other(h: Array, s: Array, rest: list[int], count: int) -> list[int]:
+    """Greedily those of `rest` that span the largest volume: relevance_j * unit_j, made orthogonal."""
+    low, high = min(float(s[j]) for j in rest), max(float(s[j]) for j in rest)
+    rows = {}
+    for j in rest:
+        length = math.sqrt(float(np.dot(h[j], h[j])))
+        rows[j] = h[j] / (length or 1) * ((float(s[j]) - low + 1e-6) / (high - low + 1e-6))
+    chosen: list[int] = []
+    left = dict(rows)  # the part of every row that is at right angles to the chosen ones
+    while len(chosen) < count:
+        free = [j for j in rest if j not in chosen]
+        volume = {j: float(np.dot(left[j], left[j])) for j in free}
+        best = max(free, key=lambda j: (volume[j], -j))
+        if volume[best] <= 1e-9:
+            return chosen + top(free, s, count - len(chosen))
+        chosen.append(best)
+        axis = left[best] / math.sqrt(volume[best])
+        left = {j: row - np.dot(row, axis) * axis for j, row in left.items()}
+    return chosen
+
+
+def text_patches(h: Array, s: Array | None, rest: list[int], count: int, config: Any) -> list[int]:
+    """The question's patches of a fixed budget."""
+    if s is None or not rest:
+        return []
+    return unlike_each_other(h, s, rest, count) if config.text_by == "diversity" else top(rest, s, count)
 
 
 def dynamic_stages(a: Array, s: Array | None, patches: list[int], config: Any) -> tuple[list[int], ...]:
@@ -156,7 +185,7 @@ def budget_stages(
     visual = top(patches, a, n_visual)
     rest = [j for j in patches if j not in visual]
     n_text, n_coverage = limited(config, s, rest, n_text, n_coverage)
-    text = [] if s is None else top(rest, s, n_text)
+    text = text_patches(h, s, rest, n_text, config)
     rest = [j for j in rest if j not in text]
     if config.coverage_by == "content":
         coverage = herding(h, patches, rest, n_coverage)

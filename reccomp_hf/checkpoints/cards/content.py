@@ -33,8 +33,8 @@ PAPER_RESULTS = """\
 | LLaVA-1.5-7B, uncompressed | 68.40 | 58.20 | 1476.9 | 79.10 | 86.40 | 66.10 |
 | Recoverable Compression, training-free, about 10 % of the tokens | 69.01 | 55.51 | 1284.9 | 70.41 | 72.00 | 57.90 |
 """
-QUESTION_FIELDS = {"text_share", "text_limit", *RELEVANCE}
-BUDGET_FIELDS = {"text_share", "text_limit", "merged_tokens", "coverage_share", "coverage_by"}
+QUESTION_FIELDS = {"text_share", "text_limit", "text_by", *RELEVANCE}
+BUDGET_FIELDS = {"text_share", "text_limit", "text_by", "merged_tokens", "coverage_share", "coverage_by"}
 OUTLIER_FIELDS = {"outlier_neighbors", "merge_neighbors", "outlier_threshold"}
 METHOD_FIELDS = {*QUESTION_FIELDS, *BUDGET_FIELDS, *OUTLIER_FIELDS, *SALIENCY}
 """Fields of the section that only some settings read; all others are always explained."""

@@ -13,24 +13,24 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ..features import TokenSelection, VisualFeatures
 from ..settings import Settings
-from ..tensors import gather_rows, highest_precision, top_mask
+from ..tensors import first_picks, highest_precision, in_blocks, products_one_by_one, take_row, top_mask
 from .budgets import spend
 from .contract import RELEVANCE, RecoveryMethod
 
 _LEAST_RELEVANCE = 1e-6
 _NO_VOLUME = 1e-9
+_NO_LENGTH = 1e-12
 
 
 def _select(features: VisualFeatures, settings: Settings) -> TokenSelection:
     spending, valid = spend(features, settings), features.valid
     assert features.projected is not None
     assert features.text_similarity is not None
-    relevance = _relevance(features.text_similarity, valid)
-    text = _largest_volume(features.projected, relevance, valid, spending.counts, spending.most)
+    relevance = scaled_relevance(features.text_similarity, valid)
+    text = largest_volume(features.projected, relevance, valid, spending.counts, spending.most)
     return features.keep(
         saliency=features.saliency(settings.visual_heads),
         visual=spending.whole,
@@ -39,7 +39,7 @@ def _select(features: VisualFeatures, settings: Settings) -> TokenSelection:
     )
 
 
-def _relevance(similarity: Tensor, valid: Tensor) -> Tensor:
+def scaled_relevance(similarity: Tensor, valid: Tensor) -> Tensor:
     """(B, N), scaled so that the valid patches range from almost 0 to 1."""
     similarity = highest_precision(similarity)
     low = similarity.masked_fill(~valid, torch.inf).amin(-1, keepdim=True)
@@ -47,30 +47,60 @@ def _relevance(similarity: Tensor, valid: Tensor) -> Tensor:
     return (similarity - low + _LEAST_RELEVANCE) / (high - low + _LEAST_RELEVANCE)
 
 
-def _largest_volume(projected: Tensor, relevance: Tensor, valid: Tensor, counts: Tensor, steps: int) -> Tensor:
+def largest_volume(features: Tensor, relevance: Tensor, valid: Tensor, counts: Tensor, steps: int) -> Tensor:
     """Greedily choose the patches that span the largest volume, `counts` of them or as many as add any: (B, N) bool.
 
-    `factors` are the rows of an incomplete Cholesky factor of the kernel relevance_i cos_ij relevance_j, `volume` is
-    the rest of its diagonal.
+    Cosines are taken in float32, or in float64 where the features have so few dimensions that volumes may vanish; the
+    rest is in float64.
+
+    Args:
+        features: (B, N, D), any floating dtype.
+        relevance: (B, N) from `scaled_relevance`.
+        valid: (B, N) bool, patches to choose from.
+        counts: (B,) int64, how many to choose.
+        steps: No entry of `counts` is larger.
     """
-    scaled = normalize(highest_precision(projected), dim=-1) * relevance.unsqueeze(-1)  # (B, N, D)
-    volume = relevance.square().masked_fill(~valid, -torch.inf)  # the cosine of a patch with itself is 1
-    factors = torch.zeros_like(volume).unsqueeze(1).repeat(1, steps, 1)  # (B, K, N)
-    chosen = torch.zeros_like(valid)
+    return in_blocks(_widen, (features, relevance, valid, counts), steps)
+
+
+def _widen(features: Tensor, relevance: Tensor, valid: Tensor, counts: Tensor, steps: int) -> Tensor:
+    """`largest_volume` of some rows.
+
+    `factors` are the rows of an incomplete Cholesky factor of the kernel relevance_i cos_ij relevance_j, `volume` is
+    the rest of its diagonal: 0 for a patch that was chosen, since its cosine with itself counts as 1.
+    """
+    if not steps:
+        return torch.zeros_like(valid)
+    few = features.shape[-1] <= features.shape[1]
+    precise = highest_precision(features) if few else features.to(torch.promote_types(features.dtype, torch.float32))
+    patches, weight = precise.transpose(1, 2), relevance.masked_fill(~valid, 0).unsqueeze(1)  # (B, D, N), (B, 1, N)
+    scale = weight / torch.linalg.vector_norm(precise, dim=-1).clamp(min=_NO_LENGTH).unsqueeze(1)  # (B, 1, N)
+    volume = weight.square()
+    if products_one_by_one(precise, steps):
+
+        def kernel(pick: Tensor) -> Tensor:
+            row = (take_row(precise, pick) @ patches) * (scale * scale.gather(-1, pick))
+            return row.scatter_(-1, pick, weight.gather(-1, pick).square())
+    else:
+        table = (precise @ patches).to(weight.dtype).mul_(scale).mul_(scale.transpose(1, 2))  # (B, N, N)
+        table.diagonal(dim1=1, dim2=2).copy_(volume.squeeze(1))
+
+        def kernel(pick: Tensor) -> Tensor:
+            return take_row(table, pick)
+
+    factors = weight.new_zeros(steps, *weight.shape)  # (K, B, 1, N)
+    picks, volumes = [], []
     for step in range(steps):
-        pick = volume.argmax(-1, keepdim=True)  # (B, 1)
-        largest = volume.gather(-1, pick)
-        takes = (largest > _NO_VOLUME) & (step < counts).unsqueeze(-1)
-        kernel = (gather_rows(scaled, pick) @ scaled.transpose(1, 2)).squeeze(1)  # (B, N)
-        known = factors[:, :step]
-        of_pick = known.gather(-1, pick.unsqueeze(1).expand(-1, step, -1))  # (B, step, 1)
-        explained = (of_pick.transpose(1, 2) @ known).squeeze(1)
-        factor = (kernel - explained) / largest.clamp(min=_NO_VOLUME).sqrt()
-        factor = factor.masked_fill(~takes, 0)
-        factors[:, step] = factor
-        chosen = chosen.scatter(-1, pick, takes | chosen.gather(-1, pick))
-        volume = (volume - factor.square()).scatter(-1, pick, torch.where(takes, -torch.inf, largest))
-    return chosen & valid
+        largest, pick = volume.max(-1, keepdim=True)  # (B, 1, 1)
+        picks.append(pick)
+        volumes.append(largest)
+        known = factors[:step]
+        of_pick = known.gather(-1, pick.expand(step, -1, -1, -1)).squeeze(-1).permute(1, 2, 0)  # (B, 1, step)
+        rest = torch.baddbmm(kernel(pick), of_pick, known.squeeze(2).transpose(0, 1), alpha=-1)  # (B, 1, N)
+        factor = torch.mul(rest, largest.rsqrt(), out=factors[step])
+        volume = torch.addcmul(volume, factor, factor, value=-1)
+    adds_volume = (torch.cat(volumes, -1).squeeze(1) > _NO_VOLUME).cumprod(-1)  # (B, K)
+    return first_picks(picks, torch.minimum(counts, adds_volume.sum(-1)), valid)
 
 
 CDPRUNER = RecoveryMethod(
@@ -83,4 +113,4 @@ CDPRUNER = RecoveryMethod(
     source="CDPruner (Zhang et al., arXiv 2506.10967)",
 )
 
-__all__ = ["CDPRUNER"]
+__all__ = ["CDPRUNER", "largest_volume", "scaled_relevance"]

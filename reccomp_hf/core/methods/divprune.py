@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from ..features import TokenSelection, VisualFeatures
 from ..settings import Settings
-from ..tensors import gather_rows, highest_precision
+from ..tensors import first_picks, in_blocks, take_row
 from .budgets import spend
 from .contract import RecoveryMethod
 
@@ -23,28 +23,29 @@ def _select(features: VisualFeatures, settings: Settings) -> TokenSelection:
     return features.keep(
         saliency=features.saliency(settings.visual_heads),
         visual=spending.whole,
-        coverage=_diverse_patches(features.projected, features.valid, spending.counts, spending.most),
+        coverage=in_blocks(_diverse_patches, (features.projected, features.valid, spending.counts), spending.most),
         known_sizes=spending.sizes(),
     )
 
 
 def _diverse_patches(projected: Tensor, valid: Tensor, counts: Tensor, steps: int) -> Tensor:
     """(B, N) bool: the patch farthest from its nearest neighbour, then each time the one farthest from all chosen."""
-    chosen = torch.zeros_like(valid)
     if steps == 0:
-        return chosen
-    unit = normalize(highest_precision(projected), dim=-1)
+        return torch.zeros_like(valid)
+    unit = normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)), dim=-1)
     cosine = unit @ unit.transpose(1, 2)  # (B, N, N), alike both ways but for rounding
-    distance = (cosine + cosine.transpose(1, 2)).div_(-2).add_(1)
-    distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-    distance.masked_fill_(~valid.unsqueeze(1), torch.inf)
-    pick = distance.amin(-1).masked_fill(~valid, -torch.inf).argmax(-1, keepdim=True)  # (B, 1)
-    gap = torch.zeros_like(distance[:, 0]).masked_fill(valid, torch.inf).masked_fill(~valid, -torch.inf)
-    for step in range(steps):
-        chosen = chosen.scatter(-1, pick, (step < counts).unsqueeze(-1) | chosen.gather(-1, pick))
-        gap = torch.minimum(gap, gather_rows(distance, pick).squeeze(1)).scatter(-1, pick, -torch.inf)
-        pick = gap.argmax(-1, keepdim=True)
-    return chosen & valid
+    distance = -(cosine + cosine.transpose(1, 2))  # up to a constant and a factor
+    itself = distance.diagonal(dim1=1, dim2=2)
+    itself.fill_(torch.inf)
+    nearest = distance.masked_fill(~valid.unsqueeze(1), torch.inf).amin(-1).unsqueeze(1)  # (B, 1, N)
+    itself.fill_(-torch.inf)  # no patch is chosen again
+    exists = valid.unsqueeze(1)
+    gap = torch.where(exists, torch.inf, -torch.inf).to(nearest)
+    picks = [nearest.masked_fill(~exists, -torch.inf).argmax(-1, keepdim=True)]  # (B, 1, 1) each
+    for _ in range(steps - 1):
+        gap = torch.minimum(gap, take_row(distance, picks[-1]))
+        picks.append(gap.argmax(-1, keepdim=True))
+    return first_picks(picks, counts, valid)
 
 
 DIVPRUNE = RecoveryMethod(

@@ -17,11 +17,13 @@ from ..tensors import (
     farthest_points,
     gather_rows,
     herd_patches,
+    in_blocks,
     nonzero_first,
     squared_distances,
     top_mask,
 )
 from .budgets import BudgetSplit, budget_split
+from .cdpruner import largest_volume, scaled_relevance
 from .contract import RecoveryMethod
 
 
@@ -121,15 +123,20 @@ def _recover_text(
     if features.text_similarity is None:
         return torch.zeros_like(rest), shares
     similarity = features.per_image(features.text_similarity, 0.0)
-    if settings.text_limit == "outliers":
+    if settings.text_limit != "share":
         k, threshold = settings.outlier_neighbors, settings.outlier_threshold
         outliers = upper_outliers(similarity, k, threshold, rest).sum(-1)
+        limit = outliers // 2 if settings.text_limit == "half_outliers" else outliers
         most = shares.most._replace(coverage=shares.most_chosen)
-        left = (shares.text - outliers).clamp(min=0)
+        left = (shares.text - limit).clamp(min=0)
         shares = dataclasses.replace(
-            shares, text=torch.minimum(shares.text, outliers), coverage=shares.coverage + left, most=most
+            shares, text=torch.minimum(shares.text, limit), coverage=shares.coverage + left, most=most
         )
-    return top_mask(similarity, shares.text, rest), shares
+    if settings.text_by == "similarity":
+        return top_mask(similarity, shares.text, rest), shares
+    relevance, states = scaled_relevance(similarity, rest), features.per_image(features.hidden_states.detach(), 0.0)
+    text = largest_volume(states, relevance, rest, shares.text, shares.most.text)
+    return text | top_mask(relevance, shares.text - text.sum(-1), rest & ~text), shares
 
 
 def _cover(features: VisualFeatures, kept: Tensor, rest: Tensor, shares: _Shares, settings: Settings) -> Tensor:
@@ -138,11 +145,18 @@ def _cover(features: VisualFeatures, kept: Tensor, rest: Tensor, shares: _Shares
     if not steps:
         return torch.zeros_like(rest)
     if settings.coverage_by == "content":
-        units = torch.nn.functional.normalize(features.hidden_states.detach().float(), dim=-1)
-        members = features.per_image(features.valid, False)
-        return herd_patches(features.per_image(units, 0.0), members, rest, shares.coverage, steps)
+        states, members = (
+            features.per_image(features.hidden_states.detach(), 0.0),
+            features.per_image(features.valid, False),
+        )
+        return in_blocks(_herd, (states, members, rest, shares.coverage), steps)
     distance = squared_distances(features.per_tile(kept), features.grid)
     return farthest_points(features.per_image(distance, 0), rest, shares.coverage, features.grid, steps)
+
+
+def _herd(states: Tensor, members: Tensor, rest: Tensor, counts: Tensor, steps: int) -> Tensor:
+    """`herd_patches` of features of any length."""
+    return herd_patches(torch.nn.functional.normalize(states.float(), dim=-1), members, rest, counts, steps)
 
 
 def _relative(saliency: Tensor, valid: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from ...core.features import VisualFeatures
 from ...core.methods.registry import get_method, method_names
 from ...measure.benchmark.timing import Measures, Stopwatch, interleave
 from .features import Features
+from .published import PUBLISHED_LOOPS, PublishedLoop
 
 BUDGET = 64
 PRESET = "balanced"
@@ -21,12 +22,16 @@ PRESET = "balanced"
 WIDER, HEAD = 4, 64
 """Ratio of the widths of LLaVA-1.5-7B's language model and CLIP's ViT-L, and the width of a head of the latter."""
 
+_BATCH = 8
+
 
 @torch.no_grad()
 def time_methods(
     features: Features, rounds: int, stopwatch: Stopwatch, update: Callable[[], object], seed: int = 0
 ) -> list[dict[str, Any]]:
     """Time the registered methods that take a budget, and one preset, one image at a time and in turns.
+
+    Methods that have a published loop in published.py are timed in batches too, and so is the loop.
 
     Args:
         features: Features of images, of which a round takes the next one. Projected features are drawn at random.
@@ -37,7 +42,11 @@ def time_methods(
 
     Returns:
         A row for each method: `"method"`, `"budget"`, mean `"tokens"`, and the seconds per image of `"choosing"` (the
-        method's `select`) and of `"all"` (with gathering and merging).
+        method's `select`) and of `"all"` (with gathering and merging); for a method with a published loop also the
+        seconds per image of `"batch"`, as `"choosing"` for `"batch_size"` images at once, and of its `"loop"`.
+
+    Raises:
+        RuntimeError: A published loop chooses other patches.
     """
     images, patches, width = features.hidden_states.shape
     generator = torch.Generator().manual_seed(seed)
@@ -46,23 +55,36 @@ def time_methods(
     configs = {name: TokenRecoveryConfig(method=name, budget=budget) for name in _names()}
     configs[PRESET] = TokenRecoveryConfig.from_preset(PRESET, budget=budget)
     turns = {name: _Turn(config, features, projected, stopwatch) for name, config in configs.items()}
-    for turn in turns.values():  # warm up
+    batches = {name: _Turn(configs[name], features, projected, stopwatch, _BATCH) for name in PUBLISHED_LOOPS}
+    loops = {name: _LoopTurn(loop, turns[name], budget) for name, loop in PUBLISHED_LOOPS.items()}
+    every: dict[str, Callable[[], Measures]] = dict(turns)
+    every |= {f"{name} batch": turn for name, turn in batches.items()}
+    every |= {f"{name} loop": turn for name, turn in loops.items()}
+    for loop in loops.values():
+        loop.check()
+    for turn in every.values():  # warm up
         turn()
-    taken = interleave(turns, rounds, update)
+    taken = interleave(every, rounds, update)
+
+    def beside(name: str) -> dict[str, Any]:
+        batch, loop = taken[f"{name} batch"]["choosing"], taken[f"{name} loop"]["seconds"]
+        return {"batch_size": batches[name].size, "batch": batch.to_dict(), "loop": loop.to_dict()}
+
     return [
         {
             "method": name,
             "budget": budget,
             "tokens": turn.tokens / turn.images,
             **{measure: taken[name][measure].to_dict() for measure in ("choosing", "all")},
+            **(beside(name) if name in PUBLISHED_LOOPS else {}),
         }
         for name, turn in turns.items()
     ]
 
 
 def count_methods() -> int:
-    """Number of rows that `time_methods` returns."""
-    return len(_names()) + 1
+    """Number of turns of a round of `time_methods`."""
+    return len(_names()) + 1 + 2 * len(PUBLISHED_LOOPS)
 
 
 def _names() -> list[str]:
@@ -70,28 +92,53 @@ def _names() -> list[str]:
 
 
 class _Turn:
-    """One turn: a method on the next image."""
+    """One turn: a method on the next images."""
 
     def __init__(
-        self, config: TokenRecoveryConfig, features: Features, projected: Tensor, stopwatch: Stopwatch
+        self, config: TokenRecoveryConfig, features: Features, projected: Tensor, stopwatch: Stopwatch, size: int = 1
     ) -> None:
         self.config, self.features, self.projected, self.stopwatch = config, features, projected, stopwatch
+        self.size = min(size, len(projected))
         self.tokens = self.images = 0
 
     def __call__(self) -> Measures:
-        image = self.images % len(self.projected)
-        found, config = self._image(slice(image, image + 1)), self.config
+        first = self.images % (len(self.projected) - self.size + 1)
+        found, config = self.rows(slice(first, first + self.size)), self.config
         choosing, selection = self.stopwatch.time(lambda: select_tokens(found, config))
         sizes = selection.read_sizes()
         merging, record = self.stopwatch.time(lambda: assemble_tokens(found, selection, config, sizes))
-        self.tokens, self.images = self.tokens + int(record.counts.sum()), self.images + 1
-        return {"choosing": choosing, "all": choosing + merging}
+        self.tokens, self.images = self.tokens + int(record.counts[0]), self.images + 1
+        return {"choosing": choosing / self.size, "all": (choosing + merging) / self.size}
 
-    def _image(self, rows: slice) -> VisualFeatures:
+    def rows(self, rows: slice) -> VisualFeatures:
+        """The features of some images."""
         arguments = self.features[rows].arguments()
         width = arguments[0].shape[-1]
         heads = width // HEAD if width % HEAD == 0 else 1
         return VisualFeatures(*arguments, num_heads=heads, projected=self.projected[rows])
+
+
+class _LoopTurn:
+    """One turn: a published loop on the next image of a method's turns."""
+
+    def __init__(self, loop: PublishedLoop, turn: _Turn, budget: int) -> None:
+        self.loop, self.turn, self.budget, self.images = loop, turn, budget, 0
+
+    def __call__(self) -> Measures:
+        image = self.images % len(self.turn.projected)
+        seconds, _ = self.turn.stopwatch.time(lambda: self.choose(image))
+        self.images += 1
+        return {"seconds": seconds}
+
+    def choose(self, image: int) -> Tensor:
+        """The loop's patches of an image."""
+        return self.loop(self.turn.projected[image], self.turn.features.text_similarity[image], self.budget)
+
+    def check(self) -> None:
+        """Refuse a loop that chooses other patches of the first image than the method."""
+        kept = select_tokens(self.turn.rows(slice(0, 1)), self.turn.config).kept_mask[0]
+        if not kept.nonzero().flatten().equal(self.choose(0)):
+            raise RuntimeError(f"The published loop of {self.turn.config.method!r} chooses other patches.")
 
 
 __all__ = ["BUDGET", "count_methods", "time_methods"]

@@ -39,12 +39,19 @@ def choosing_text(facts: Mapping[str, Any]) -> str:
 
 
 def _method_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Table of every method's time for one budget."""
+    """Table of every method's time for one budget, and one of those that have a published loop."""
     rows = [
         [row["method"], f"{row['tokens']:.1f}", format_milliseconds(row["choosing"]), format_milliseconds(row["all"])]
         for row in found
     ]
-    return plain_table([[f"budget {found[0]['budget']}, batch 1", "tokens", "ms to choose", "ms with merging"], *rows])
+    budget = f"budget {found[0]['budget']}"
+    lines = plain_table([[f"{budget}, batch 1", "tokens", "ms to choose", "ms with merging"], *rows])
+    timed = [row for row in found if "loop" in row]
+    head = [f"{budget}, ms to choose", "batch 1", f"batch {timed[0]['batch_size']}, per image", "published loop"]
+    rows = [
+        [row["method"], *(format_milliseconds(row[name]) for name in ("choosing", "batch", "loop"))] for row in timed
+    ]
+    return [*lines, "", *plain_table([head, *rows])]
 
 
 def scaling_text(facts: Mapping[str, Any]) -> str:
