@@ -43,6 +43,8 @@ EVAL_METHODS = (
     "vispruner",
     "divprune",
     "cdpruner",
+    "scope",
+    "holov",
     "random",
     "pooling",
     "pooling_2x2",

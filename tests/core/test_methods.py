@@ -134,6 +134,10 @@ def test_tiles_share_a_budget(method, budget, dtype):
         ("vispruner", {"important_share": 0.29, "step": 1}),
         ("vispruner", {"step": 3}),
         ("vispruner", {"step": 1000}),
+        ("holov", {"crops": 1}),
+        ("holov", {"crops": 5}),
+        ("holov", {"crops": 16}),
+        ("holov", {"crops": 1000}),
     ],
     ids=str,
 )
@@ -215,6 +219,8 @@ def test_the_inputs_are_left_as_they_were(method):
         ("vispruner", ("last", 1, -2, "mean")),
         ("divprune", ("last", 1, -1, "joint")),
         ("cdpruner", ("penultimate", -1, -1, "joint")),
+        ("scope", ("last", 1, -2, "mean")),
+        ("holov", ("last", 1, -2, "mean")),
     ],
 )
 def test_a_method_brings_its_published_settings(method, published):
@@ -227,7 +233,9 @@ def test_a_method_brings_its_published_settings(method, published):
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["visual", "visionzip", "vispruner", "divprune", "cdpruner", "random"])
+@pytest.mark.parametrize(
+    "method", ["visual", "visionzip", "vispruner", "divprune", "cdpruner", "scope", "holov", "random"]
+)
 def test_a_budget_is_needed(method):
     with pytest.raises(ValueError, match=f"{method}.* needs a budget"):
         TokenRecoveryConfig(method=method)
@@ -261,6 +269,7 @@ def test_inputs_that_a_method_reads_are_required(method):
         ("visionzip", {"contextual_share": -0.1}, "contextual_share"),
         ("vispruner", {"important_share": True}, "important_share"),
         ("vispruner", {"step": 0}, "step"),
+        ("holov", {"crops": 0}, "crops"),
         ("random", {"seed": -1}, "seed"),
         ("random", {"seed": 1.0}, "seed"),
         ("visual", {"step": 8}, "step"),

@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "prumerge_plus": {"neighbors": 32, "uniform_share": 0.5},
     "visionzip": {"contextual_share": 10 / 64},
     "vispruner": {"important_share": 0.5, "step": 8},
+    "holov": {"crops": 16},
 }
 """Options of each method and what they are when they are not given."""
 
@@ -235,6 +236,55 @@ def cdpruner(tile: Tile, k: int | None) -> Choice:
     return Choice(text=chosen)
 
 
+def scope(tile: Tile, k: int | None) -> Choice:
+    """SCOPE: each patch is the one with the largest product of saliency and gain in coverage."""
+    assert k is not None
+    patches = tile.patches
+    cos = {i: {j: cosine(tile.h[i], tile.h[j]) for j in patches} for i in patches}
+    covered, chosen = dict.fromkeys(patches, 0.0), []
+    while len(chosen) < k:
+        free = [j for j in patches if j not in chosen]
+        gain = {j: math.fsum(max(0.0, cos[i][j] - covered[i]) for i in patches) * float(tile.a[j]) for j in free}
+        order = top(free, gain, 2)
+        if len(order) == 2:
+            tile.note(gain[order[0]], gain[order[1]], scale=gain[order[0]])
+        chosen.append(order[0])
+        covered = {i: max(covered[i], cos[i][order[0]]) for i in patches}
+    return Choice(coverage=chosen)
+
+
+def crops_of(patches: list[int], number: int) -> list[list[int]]:
+    """HoloV's crops: runs of patches, the first ones longer by one where the number does not divide."""
+    crops, start = [], 0
+    for index in range(number):
+        size = len(patches) // number + (index < len(patches) % number)
+        crops.append(patches[start : start + size])
+        start += size
+    return [crop for crop in crops if crop]
+
+
+def holov(tile: Tile, k: int | None) -> Choice:
+    """HoloV: crops share the budget by their mean attention, and keep their most salient patches."""
+    assert k is not None
+    crops = crops_of(tile.patches, tile.options["crops"])
+    scores = []
+    for crop in crops:
+        mean = sum((Fraction(float(tile.a[j])) for j in crop), Fraction(0)) / len(crop)
+        scores.append(mean * (Fraction(1000) * Fraction("1.09") if len(crop) > 1 else 1))
+    exact = [score / (sum(scores) + Fraction(1, 10**6)) * k for score in scores]
+    tokens = [math.floor(share) for share in exact]
+    for share in exact:
+        tile.note(float(abs(share - round(share))), 0.0, scale=1e-6)  # rounding is far below 1e-12
+    by_share = sorted(range(len(crops)), key=lambda index: (-exact[index], index))
+    for index in by_share[: k - sum(tokens)]:
+        tokens[index] += 1
+    if 0 < k - sum(math.floor(share) for share in exact) < len(crops):
+        last, following = (float(exact[by_share[k - sum(map(math.floor, exact)) - shift]]) for shift in (1, 0))
+        tile.note(last, following, scale=last or 1.0)
+    kept = [j for crop, count in zip(crops, tokens, strict=True) for j in top(crop, tile.a, count)]
+    return Choice(visual=kept + top([j for j in tile.patches if j not in kept], tile.a, k - len(kept)))
+
+
 METHODS: dict[str, Callable[[Tile, int | None], Choice]] = {
     "visual": visual,
     "prumerge": lambda tile, k: merge_around(tile, centres_of_prumerge(tile, k), k),
@@ -244,6 +294,8 @@ METHODS: dict[str, Callable[[Tile, int | None], Choice]] = {
     "vispruner": vispruner,
     "divprune": divprune,
     "cdpruner": cdpruner,
+    "scope": scope,
+    "holov": holov,
 }
 
 

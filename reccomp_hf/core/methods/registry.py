@@ -7,8 +7,10 @@ from .baselines import BASE_TILE, POOLING, POOLING_2X2, POOLING_3X3, RANDOM
 from .cdpruner import CDPRUNER
 from .contract import RecoveryMethod
 from .divprune import DIVPRUNE
+from .holov import HOLOV
 from .prumerge import PRUMERGE, PRUMERGE_PLUS
 from .recoverable import RECOVERABLE
+from .scope import SCOPE
 from .trim import TRIM
 from .visionzip import VISIONZIP
 from .vispruner import VISPRUNER
@@ -25,6 +27,8 @@ _METHODS: dict[str, RecoveryMethod] = {
     "vispruner": VISPRUNER,
     "divprune": DIVPRUNE,
     "cdpruner": CDPRUNER,
+    "scope": SCOPE,
+    "holov": HOLOV,
     "random": RANDOM,
     "pooling": POOLING,
     "pooling_2x2": POOLING_2X2,
