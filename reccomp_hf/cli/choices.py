@@ -45,6 +45,7 @@ EVAL_METHODS = (
     "cdpruner",
     "scope",
     "holov",
+    "hiprune",
     "random",
     "pooling",
     "pooling_2x2",

@@ -12,7 +12,8 @@ def tile(a, keys=None, h=None, p=None, s=None, heads=1, **options):
     """One tile for the oracle, its features one-hot if they are not given."""
     n = len(a)
     h = np.eye(n) if h is None else h
-    return Tile(h, np.array(keys or np.eye(n)), np.array(a), s, p, list(range(n)), heads, options)
+    received, columns = options.pop("received", None), options.pop("columns", n)
+    return Tile(h, np.array(keys or np.eye(n)), np.array(a), s, p, received, columns, list(range(n)), heads, options)
 
 
 def on_circle(*degrees):
@@ -121,7 +122,7 @@ def test_oracle_holov_by_hand():
     a = [3, 1, 4, 2, 8, 2]  # means 2, 3 and 5: of two tokens 0.4, 0.6 and almost 1
     assert choose("holov", tile(a, crops=3), 2).visual == [2, 4]
     assert choose("holov", tile(a, crops=3), 3).visual == [2, 4, 5]
-    assert choose("holov", tile(a, crops=3), 5).visual == [0, 2, 3, 4, 5]  # 0.999999, 1.5 and 2.5
+    assert choose("holov", tile(a, crops=3), 5).visual == [2, 3, 4, 5, 0]  # almost 1, 1.5 and 2.5: 0, 2, 3
     assert choose("holov", tile([0.1, 0.1, 9.7, 0.1], crops=2), 3).visual == [2, 3, 0]  # no third patch in its crop
     assert choose("holov", tile([1, 1, 9], crops=2), 1).visual == [0]  # a crop of one patch has 1 / 1090 of the score
 
@@ -154,3 +155,20 @@ def test_similarities_do_not_change_what_holov_gives_to_a_crop():
             counts = [sum(j in crop for j in kept) for crop in crops]
             if (tokens <= 9).all():
                 assert counts == tokens.tolist()
+
+
+def test_oracle_hiprune_by_hand():
+    middle, deep = np.arange(16.0), np.zeros(16)
+    deep[[3, 9]] = 2, 1
+
+    def kept(best, k, share=1.0, columns=4):
+        scores = np.where(np.arange(16) == best, 99.0, -middle)
+        options = {"received": np.stack([scores, deep]), "columns": columns, "anchor_share": share}
+        return choose("hiprune", tile([1] * 16, **options), k).visual
+
+    assert kept(5, 7) == [1, 4, 5, 6, 9, 3, 0]  # a cross, and 3 and 0 of the deep block
+    assert kept(5, 7, share=0.1) == [3, 9, 0, 1, 2, 4, 5]  # no anchor
+    assert kept(7, 5) == [3, 6, 7, 8, 11]  # 8 comes after 7, in the next row
+    assert kept(2, 5) == [0, 1, 2, 3, 6]  # nothing is above the first row: the first patch
+    assert kept(14, 5) == [10, 13, 14, 15, 3]  # below the last row the last patch, which is there already
+    assert kept(5, 4) == [3, 9, 0, 1]  # a cross would exceed the budget

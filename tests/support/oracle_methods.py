@@ -24,6 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "visionzip": {"contextual_share": 10 / 64},
     "vispruner": {"important_share": 0.5, "step": 8},
     "holov": {"crops": 16},
+    "hiprune": {"anchor_share": 0.1, "object_layer": None},
 }
 """Options of each method and what they are when they are not given."""
 
@@ -37,6 +38,8 @@ class Tile:
     a: Array  # (N,)
     s: Array | None  # (N,)
     p: Array | None  # (N, D)
+    received: Array | None  # (2, N)
+    columns: int
     patches: list[int]
     num_heads: int
     options: dict[str, Any]
@@ -285,6 +288,20 @@ def holov(tile: Tile, k: int | None) -> Choice:
     return Choice(visual=kept + top([j for j in tile.patches if j not in kept], tile.a, k - len(kept)))
 
 
+def hiprune(tile: Tile, k: int | None) -> Choice:
+    """HiPrune: anchors of the middle block with their neighbours, and registers of the deep one."""
+    assert tile.received is not None
+    assert k is not None
+    middle, deep = tile.received
+    last, columns = len(tile.h) - 1, tile.columns
+    number = min(round(k * tile.options["anchor_share"] / 5), k // 5)
+    kept = anchors = top(tile.patches, middle, number)
+    for shift in (-1, 1, -columns, columns):
+        kept = kept + [min(max(j + shift, 0), last) for j in anchors]
+    kept = sorted(set(kept) & set(tile.patches))
+    return Choice(visual=kept + top([j for j in tile.patches if j not in kept], deep, k - len(kept)))
+
+
 METHODS: dict[str, Callable[[Tile, int | None], Choice]] = {
     "visual": visual,
     "prumerge": lambda tile, k: merge_around(tile, centres_of_prumerge(tile, k), k),
@@ -296,6 +313,7 @@ METHODS: dict[str, Callable[[Tile, int | None], Choice]] = {
     "cdpruner": cdpruner,
     "scope": scope,
     "holov": holov,
+    "hiprune": hiprune,
 }
 
 
@@ -351,8 +369,9 @@ def method_oracles(
     valid: Array | None = None,
     tiles: Sequence[int] | None = None,
     projected: Array | None = None,
+    received: Array | None = None,
 ) -> list[dict[str, Any]]:
-    """Every row's output: `h` (B, N, C), `keys` (B, N + 1, C), `saliency` and `s` (B, N), `projected` (B, N, D)."""
+    """Every row's output: `h` (B, N, C), `keys` (B, N + 1, C), `saliency` and `s` (B, N), and so on."""
     rows, n = h.shape[:2]
     valid = np.ones((rows, n), dtype=bool) if valid is None else valid
     outputs: list[dict[str, Any]] = []
@@ -366,6 +385,8 @@ def method_oracles(
                 a=saliency[row],
                 s=None if s is None else s[row],
                 p=None if projected is None else projected[row],
+                received=None if received is None else received[row],
+                columns=math.isqrt(n) if math.isqrt(n) ** 2 == n else n,
                 patches=[j for j in range(n) if valid[row, j]],
                 num_heads=num_heads,
                 options={**OPTIONS.get(config.method, {}), **config.method_options},

@@ -7,6 +7,7 @@ from .baselines import BASE_TILE, POOLING, POOLING_2X2, POOLING_3X3, RANDOM
 from .cdpruner import CDPRUNER
 from .contract import RecoveryMethod
 from .divprune import DIVPRUNE
+from .hiprune import HIPRUNE
 from .holov import HOLOV
 from .prumerge import PRUMERGE, PRUMERGE_PLUS
 from .recoverable import RECOVERABLE
@@ -29,6 +30,7 @@ _METHODS: dict[str, RecoveryMethod] = {
     "cdpruner": CDPRUNER,
     "scope": SCOPE,
     "holov": HOLOV,
+    "hiprune": HIPRUNE,
     "random": RANDOM,
     "pooling": POOLING,
     "pooling_2x2": POOLING_2X2,
