@@ -30,16 +30,12 @@ def tower_and_states(batch=2):
     size = clip.config.vision_config.image_size
     pixels = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
     tower = clip_vision_model(clip.vision_model)
-    weights, hooks = {}, []
-    for index, block in enumerate(tower.encoder.layers):
-
-        def keep(module, args, output, index=index):
-            weights[index] = output[1]
-
-        hooks.append(block.self_attn.register_forward_hook(keep))
-    states = vision_states(tower, pixels, set(range(len(tower.encoder.layers) + 1)))
-    for hook in hooks:
-        hook.remove()
+    blocks = tower.encoder.layers
+    states = vision_states(tower, pixels, set(range(len(blocks) + 1)))
+    weights = [
+        block.self_attn(block.layer_norm1(states[index]), attention_mask=None, output_attentions=True)[1]
+        for index, block in enumerate(blocks)
+    ]
     return tower, states, weights, clip.config.vision_config.num_attention_heads
 
 
