@@ -29,6 +29,7 @@ def recover_tokens(
     valid: Tensor | None = None,
     tiles: list[int] | None = None,
     projected: Tensor | None = None,
+    received: Tensor | None = None,
 ) -> TokenRecoveryOutput:
     """Choose, recover and merge the visual tokens of a batch of images.
 
@@ -45,14 +46,15 @@ def recover_tokens(
         tiles: Number of consecutive rows of each image, if images are cut into tiles: they share a fixed budget.
             `None` means that every row is an image. An image with fewer patches than an int budget keeps all of them.
         projected: (B, N, D), LLaVA's projected features of all patches, for a method that `reads_projected`.
+        received: (B, 2, N), the attention that patches receive in two blocks, for a method with an `object_block`.
 
     Returns:
         A [`TokenRecoveryOutput`]; kept and merged tokens are differentiable in `hidden_states`, the choice is not.
         In dynamic mode (budget `None`) one value is read from the device.
 
     Raises:
-        ValueError: Shapes that do not fit, a budget above the number of patches, a method without its question or
-            its projected features.
+        ValueError: Shapes that do not fit, a budget above the number of patches, a method without its question,
+            its projected features or the attention that patches receive.
     """
     features = VisualFeatures(
         hidden_states,
@@ -64,6 +66,7 @@ def recover_tokens(
         valid,  # type: ignore[arg-type]
         tiles,  # type: ignore[arg-type]
         projected,
+        received,
     )
     covers_by_place = config.budget is not None and config.coverage_share > 0 and config.coverage_by == "place"
     if grid is None and covers_by_place and math.isqrt(hidden_states.shape[1]) ** 2 != hidden_states.shape[1]:
@@ -80,7 +83,7 @@ def check_features(features: VisualFeatures, config: TokenRecoveryConfig) -> Non
     """Check features against settings; nothing is read from the device.
 
     Raises:
-        ValueError: A budget above the number of patches, a method without its question or its projected features.
+        ValueError: A budget above the number of patches, a method without the features that it reads.
     """
     method = get_method(config.method)
     if max(features.tiles) == 1:  # an image with few tiles keeps all its patches if the budget is larger
@@ -89,6 +92,8 @@ def check_features(features: VisualFeatures, config: TokenRecoveryConfig) -> Non
         raise ValueError(f"Method {config.method!r} needs a question: text_similarity is None.")
     if features.projected is None and method.reads_projected:
         raise ValueError(f"Method {config.method!r} reads LLaVA's projected features: projected is None.")
+    if features.received is None and method.object_block is not None:
+        raise ValueError(f"Method {config.method!r} reads the attention that patches receive: received is None.")
 
 
 def check_budget(config: TokenRecoveryConfig, patches: int) -> None:

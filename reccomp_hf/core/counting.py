@@ -67,7 +67,8 @@ def blank_selection(section: TokenRecoveryConfig, tiles: int, side: int) -> Toke
     """The choice of a section for one blank image of `tiles` tiles of `side` x `side` patches."""
     keys, similarity = torch.zeros(tiles, side * side + 1, 1), torch.zeros(tiles, side * side)
     states = keys[:, 1:]
-    features = VisualFeatures(states, keys[:, 0], keys, similarity, tiles=[tiles], projected=states)
+    received = similarity.unsqueeze(1).expand(-1, 2, -1)
+    features = VisualFeatures(states, keys[:, 0], keys, similarity, tiles=[tiles], projected=states, received=received)
     check_features(features, section)
     return select_tokens(features, section)
 

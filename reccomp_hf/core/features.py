@@ -108,6 +108,9 @@ class VisualFeatures:
         tiles: Number of consecutive rows that each image has; all 1 except for LLaVA-NeXT.
         projected: (B, N, D), `hidden_states` after LLaVA's projector; computed for a method that `reads_projected`,
             otherwise it may be `None`.
+        received: (B, 2, N) float32, the attention that patches receive in the method's `object_block` and in that of
+            `visual_layer`, see [`received_attention`]; computed for a method with an `object_block`, otherwise it may
+            be `None`.
 
     Raises:
         ValueError: Shapes that do not fit each other.
@@ -122,6 +125,7 @@ class VisualFeatures:
     valid: Tensor = None  # type: ignore[assignment]
     tiles: list[int] = None  # type: ignore[assignment]
     projected: Tensor | None = None
+    received: Tensor | None = None
 
     all_valid: bool = dataclasses.field(init=False)
     """Whether `valid` is known, without reading the device, to be all true."""
@@ -151,6 +155,7 @@ class VisualFeatures:
         self.class_query, self.keys = self.class_query.detach(), self.keys.detach()
         self.text_similarity = None if self.text_similarity is None else self.text_similarity.detach().float()
         self.projected = None if self.projected is None else self.projected.detach()
+        self.received = None if self.received is None else self.received.detach()
 
     def _check_shapes(self, batch: int, patches: int, width: int) -> None:
         for name, tensor, needed in (
@@ -158,6 +163,7 @@ class VisualFeatures:
             ("keys", self.keys, (batch, patches + 1, width)),
             ("text_similarity", self.text_similarity, (batch, patches)),
             ("valid", self.valid, (batch, patches)),
+            ("received", self.received, (batch, 2, patches)),
         ):
             if tensor is not None and tuple(tensor.shape) != needed:
                 states = tuple(self.hidden_states.shape)

@@ -15,7 +15,7 @@ from .configuration import TokenRecoveryConfig
 from .features import Sizes, TokenRecoveryOutput, TokenSelection, VisualFeatures
 from .layout import ImageLayout
 from .methods.registry import get_method
-from .relevance import class_query_and_keys, patch_embeddings, text_similarity
+from .relevance import class_query_and_keys, patch_embeddings, received_attention, text_similarity
 from .tensors import full_precision, pack_rows
 from .vision import EncodedImages, check_states, needed_states, state_indices
 
@@ -262,14 +262,23 @@ def visual_features(
     states, indices = encoded.states, state_indices(section, feature_layer, len(tower.encoder.layers))
     hidden_states = states[indices.projector][:, 1:]
     # The parts of a model may be on several devices: the choice is made on the device of the chosen features.
-    device, similarity, projected = hidden_states.device, None, None
+    device, similarity, projected, received = hidden_states.device, None, None, None
+    method, blocks = get_method(section.method), tower.encoder.layers
     with torch.no_grad():
-        query, keys = class_query_and_keys(tower.encoder.layers[indices.saliency], states[indices.saliency])
+        query, keys = class_query_and_keys(blocks[indices.saliency], states[indices.saliency])
         if question is not None:
             similarity = question_similarity(tower, modules, states[indices.relevance], question, section).to(device)
-        if get_method(section.method).reads_projected:
+        if method.reads_projected:
             with record_function("reccomp::projector"):
                 projected = projector(hidden_states).to(device)
+        if method.object_block is not None:
+            received = torch.stack(
+                [
+                    received_attention(blocks[index], states[index], num_heads, encoded.layout.valid).to(device)
+                    for index in (indices.objects, indices.saliency)
+                ],
+                dim=1,
+            )
     features = VisualFeatures(
         hidden_states,
         query.to(device),
@@ -280,6 +289,7 @@ def visual_features(
         valid=encoded.layout.valid,  # type: ignore[arg-type]  # None means that all are
         tiles=encoded.layout.tiles,
         projected=projected,
+        received=received,
     )
     check_features(features, section)
     return features

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from .tensors import full_precision
+
 
 def class_saliency(class_query: Tensor, keys: Tensor, num_heads: int, heads: str, valid: Tensor) -> Tensor:
     """Attention of the class token to every patch.
@@ -49,6 +51,33 @@ def class_query_and_keys(block: Any, states: Tensor) -> tuple[Tensor, Tensor]:
     """
     normed = block.layer_norm1(states)
     return block.self_attn.q_proj(normed[:, :1]).squeeze(1), block.self_attn.k_proj(normed)
+
+
+def received_attention(block: Any, states: Tensor, num_heads: int, valid: Tensor | None) -> Tensor:
+    """Attention that every patch receives in a CLIP block, averaged over heads and over the tokens that attend.
+
+    Args:
+        block: A CLIP encoder layer; its own modules make queries and keys, see `class_query_and_keys`.
+        states: (B, N + 1, C), the block's input.
+        num_heads: H.
+        valid: (B, N) bool, patches that exist; the others neither attend nor receive. `None` means that all do.
+
+    Returns:
+        (B, N) float32, the class token's share left out; 0 where not valid.
+    """
+    normed = block.layer_norm1(states)
+    with full_precision(states):
+        query, keys = (
+            module(normed).float().unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, H, N + 1, C / H)
+            for module in (block.self_attn.q_proj, block.self_attn.k_proj)
+        )
+        logits = query @ keys.transpose(-1, -2) / keys.shape[-1] ** 0.5
+        if valid is None:
+            return logits.softmax(-1).mean((1, 2))[:, 1:]
+        exists = torch.cat([torch.ones_like(valid[:, :1]), valid], dim=1)
+        attention = logits.masked_fill(~exists[:, None, None], -torch.inf).softmax(-1).mean(1)  # (B, N + 1, N + 1)
+        share = exists / exists.sum(-1, keepdim=True)
+        return (share.unsqueeze(1) @ attention).squeeze(1)[:, 1:]
 
 
 def relevance_state(kind: str, blocks: int) -> int:
@@ -97,4 +126,11 @@ def text_similarity(patches: Tensor, text: Tensor, windows: Tensor, sign: int) -
     return (sign * cosine).masked_fill(~windows.unsqueeze(1), -torch.inf).amax(-1)
 
 
-__all__ = ["class_query_and_keys", "class_saliency", "patch_embeddings", "relevance_state", "text_similarity"]
+__all__ = [
+    "class_query_and_keys",
+    "class_saliency",
+    "patch_embeddings",
+    "received_attention",
+    "relevance_state",
+    "text_similarity",
+]

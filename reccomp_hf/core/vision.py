@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .compat import run_block
 from .layout import PADDING, ImageLayout
+from .methods.registry import get_method
 from .relevance import relevance_state
 from .settings import Settings
 
@@ -37,11 +38,13 @@ class StateIndices(NamedTuple):
     Args:
         projector: The state that LLaVA's projector reads.
         saliency: The input of the block whose class attention is the saliency.
+        objects: The input of the method's `object_block`; that of saliency if it has none.
         relevance: The state that is compared with the question.
     """
 
     projector: int
     saliency: int
+    objects: int
     relevance: int
 
 
@@ -77,15 +80,20 @@ def state_indices(settings: Settings, feature_layer: int, blocks: int) -> StateI
         settings: The section.
         feature_layer: The hidden state that LLaVA's projector reads, negative if counted from the end.
         blocks: Number of blocks of the vision tower.
+
+    Raises:
+        ValueError: The tower lacks a block that the method reads.
     """
     relevance = relevance_state(settings.text_relevance, blocks)
-    return StateIndices(feature_layer % (blocks + 1), settings.visual_layer % blocks, relevance)
+    saliency, object_block = settings.visual_layer % blocks, get_method(settings.method).object_block
+    objects = saliency if object_block is None else object_block(settings, blocks)
+    return StateIndices(feature_layer % (blocks + 1), saliency, objects, relevance)
 
 
 def needed_states(settings: Settings, feature_layer: int, blocks: int, text: bool) -> set[int]:
     """The distinct indices of `state_indices`, without the one for the question if `text` is false."""
     indices = state_indices(settings, feature_layer, blocks)
-    return set(indices) if text else {indices.projector, indices.saliency}
+    return set(indices) if text else {indices.projector, indices.saliency, indices.objects}
 
 
 def vision_states(tower: Any, pixel_values: Tensor, needed: set[int]) -> dict[int, Tensor]:

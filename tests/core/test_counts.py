@@ -52,12 +52,18 @@ def random_image(patches, batch=BATCH, width=WIDTH):
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
+def further(states):
+    """Features that some methods read besides, for images with these hidden states (B, N, C)."""
+    batch, patches = states.shape[:2]
+    return {"projected": torch.randn(batch, patches, PROJECTED), "received": torch.rand(batch, 2, patches)}
+
+
 def counted(config, patches, **shape):
     image = random_image(patches, **shape)
-    projected = torch.randn(*image[0].shape[:2], PROJECTED)
-    recover_tokens(*image, config, projected=projected)  # makes the constants, which later calls share
+    given = further(image[0])
+    recover_tokens(*image, config, **given)  # makes the constants, which later calls share
     with Counts() as counts:
-        recover_tokens(*image, config, projected=projected)
+        recover_tokens(*image, config, **given)
     return counts
 
 
@@ -72,9 +78,9 @@ def test_operators_and_elements_are_counted():
 def test_a_fixed_budget_compiles_to_one_graph(fields):
     config = TokenRecoveryConfig.from_preset("paper", **fields)
     torch._dynamo.reset()
-    image, projected = random_image(64), torch.randn(BATCH, 64, PROJECTED)
-    explain = torch._dynamo.explain(lambda *image: recover_tokens(*image[:-1], config, projected=image[-1]).tokens)
-    report = explain(*image, projected)
+    image = random_image(64)
+    explain = torch._dynamo.explain(lambda *image, **others: recover_tokens(*image, config, **others).tokens)
+    report = explain(*image, **further(image[0]))
     assert (report.graph_count, report.graph_break_count) == (1, 0), report.break_reasons
 
 
@@ -82,9 +88,9 @@ def test_a_fixed_budget_compiles_to_one_graph(fields):
 def test_a_compiled_choice_is_the_choice(fields):
     config, image = TokenRecoveryConfig.from_preset("paper", **fields), random_image(64)
     torch._dynamo.reset()
-    projected = torch.randn(BATCH, 64, PROJECTED)
-    compiled = torch.compile(recover_tokens, backend="eager", fullgraph=True)(*image, config, projected=projected)
-    wanted = recover_tokens(*image, config, projected=projected)
+    others = further(image[0])
+    compiled = torch.compile(recover_tokens, backend="eager", fullgraph=True)(*image, config, **others)
+    wanted = recover_tokens(*image, config, **others)
     assert compiled.cluster.equal(wanted.cluster)
     torch.testing.assert_close(compiled.tokens, wanted.tokens)
 

@@ -134,6 +134,14 @@ def test_tiles_share_a_budget(method, budget, dtype):
         ("vispruner", {"important_share": 0.29, "step": 1}),
         ("vispruner", {"step": 3}),
         ("vispruner", {"step": 1000}),
+        ("holov", {"crops": 1}),
+        ("holov", {"crops": 5}),
+        ("holov", {"crops": 16}),
+        ("holov", {"crops": 1000}),
+        ("hiprune", {"anchor_share": 0}),
+        ("hiprune", {"anchor_share": 0.5}),
+        ("hiprune", {"anchor_share": 1.0}),
+        ("hiprune", {"anchor_share": 0.1}),
     ],
     ids=str,
 )
@@ -215,6 +223,9 @@ def test_the_inputs_are_left_as_they_were(method):
         ("vispruner", ("last", 1, -2, "mean")),
         ("divprune", ("last", 1, -1, "joint")),
         ("cdpruner", ("penultimate", -1, -1, "joint")),
+        ("scope", ("last", 1, -2, "mean")),
+        ("holov", ("last", 1, -2, "mean")),
+        ("hiprune", ("last", 1, -2, "joint")),
     ],
 )
 def test_a_method_brings_its_published_settings(method, published):
@@ -227,7 +238,9 @@ def test_a_method_brings_its_published_settings(method, published):
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["visual", "visionzip", "vispruner", "divprune", "cdpruner", "random"])
+@pytest.mark.parametrize(
+    "method", ["visual", "visionzip", "vispruner", "divprune", "cdpruner", "scope", "holov", "hiprune", "random"]
+)
 def test_a_budget_is_needed(method):
     with pytest.raises(ValueError, match=f"{method}.* needs a budget"):
         TokenRecoveryConfig(method=method)
@@ -246,6 +259,11 @@ def test_inputs_that_a_method_reads_are_required(method):
             case.recover(config)
         with pytest.raises(ValueError, match="projected"):
             case.recover(config, projected=projected[:, :8])
+    elif method == "hiprune":
+        with pytest.raises(ValueError, match="received"):
+            case.recover(config, received=None)
+        with pytest.raises(ValueError, match="received"):
+            case.recover(config, received=case.received[:, :1])
     else:
         plain = case.recover(config, num_heads=HEADS)
         assert torch.equal(plain.tokens, case.recover(config, num_heads=HEADS, projected=projected).tokens)
@@ -261,6 +279,9 @@ def test_inputs_that_a_method_reads_are_required(method):
         ("visionzip", {"contextual_share": -0.1}, "contextual_share"),
         ("vispruner", {"important_share": True}, "important_share"),
         ("vispruner", {"step": 0}, "step"),
+        ("holov", {"crops": 0}, "crops"),
+        ("hiprune", {"anchor_share": 2}, "anchor_share"),
+        ("hiprune", {"object_layer": 0}, "object_layer"),
         ("random", {"seed": -1}, "seed"),
         ("random", {"seed": 1.0}, "seed"),
         ("visual", {"step": 8}, "step"),

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from oracle_methods import Tile, choose, tile_budgets
+from oracle_methods import Tile, choose, crops_of, tile_budgets
 
 
 def tile(a, keys=None, h=None, p=None, s=None, heads=1, **options):
     """One tile for the oracle, its features one-hot if they are not given."""
     n = len(a)
     h = np.eye(n) if h is None else h
-    return Tile(h, np.array(keys or np.eye(n)), np.array(a), s, p, list(range(n)), heads, options)
+    received, columns = options.pop("received", None), options.pop("columns", n)
+    return Tile(h, np.array(keys or np.eye(n)), np.array(a), s, p, received, columns, list(range(n)), heads, options)
 
 
 def on_circle(*degrees):
@@ -103,3 +104,71 @@ def test_oracle_cdpruner_maximises_the_determinant_at_every_step():
         assert max(volumes, key=volumes.get) == chosen[step]
     left = [j for j in range(14) if j not in chosen[:8]]
     assert chosen[8:] == sorted(left, key=lambda j: -r[j])[:2]
+
+
+def test_oracle_scope_by_hand():
+    h = on_circle(0, 60, 90, 180)
+    # The sum of each patch's positive cosines is 1.5, 1 + .5 + .866, 1 + .866 and 1: the second is taken first.
+    assert choose("scope", tile([1, 1, 1, 1], h=h), 1).coverage == [1]
+    # Then the gains are .5 (cosine 1 against .5), 0, .134, and 1.
+    assert choose("scope", tile([1, 1, 1, 1], h=h), 3).coverage == [1, 3, 0]
+    assert choose("scope", tile([2, 1, 5, 1], h=h), 3).coverage == [2, 0, 3]
+    assert choose("scope", tile([0, 0, 0, 0], h=h), 2).coverage == [0, 1]
+
+
+def test_oracle_holov_by_hand():
+    assert crops_of([2, 3, 5, 8, 9], 3) == [[2, 3], [5, 8], [9]]
+    assert crops_of([2, 3], 3) == [[2], [3]]
+    a = [3, 1, 4, 2, 8, 2]  # means 2, 3 and 5: of two tokens 0.4, 0.6 and almost 1
+    assert choose("holov", tile(a, crops=3), 2).visual == [2, 4]
+    assert choose("holov", tile(a, crops=3), 3).visual == [2, 4, 5]
+    assert choose("holov", tile(a, crops=3), 5).visual == [2, 3, 4, 5, 0]  # almost 1, 1.5 and 2.5: 0, 2, 3
+    assert choose("holov", tile([0.1, 0.1, 9.7, 0.1], crops=2), 3).visual == [2, 3, 0]  # no third patch in its crop
+    assert choose("holov", tile([1, 1, 9], crops=2), 1).visual == [0]  # a crop of one patch has 1 / 1090 of the score
+
+
+def published_scores_of_holov(a, p, crops):
+    """Every crop's score as in the paper, with the variance of similarities inside the crop."""
+    scores = []
+    for crop in crops:
+        unit = p[crop] / (np.linalg.norm(p[crop], axis=1, keepdims=True) + 1e-6)
+        similarity = unit @ unit.T * (1 - np.eye(len(crop)))
+        mean = similarity.sum(1, keepdims=True) / (len(crop) - 1)
+        variance = ((similarity - mean) ** 2).sum(1) / (len(crop) - 1)
+        attention = 1e3 * a[crop]
+        scores.append((attention + 0.09 * variance * attention.mean() / (variance.mean() + 1e-6)).mean())
+    return np.array(scores)
+
+
+def test_similarities_do_not_change_what_holov_gives_to_a_crop():
+    rng = np.random.default_rng(3)
+    for _ in range(200):
+        a, p = rng.dirichlet(np.full(144, 0.3)), rng.normal(size=(144, 16)) + rng.normal(size=16)
+        crops = crops_of(list(range(144)), 16)
+        scores = published_scores_of_holov(a, p, crops)
+        np.testing.assert_allclose(scores, [1090 * a[crop].mean() for crop in crops], rtol=1e-5)
+        for k in (7, 14, 22, 36):
+            share = scores / (scores.sum() + 1e-6) * k
+            tokens = np.floor(share).astype(int)
+            tokens[np.argsort(-share, kind="stable")[: k - tokens.sum()]] += 1
+            kept = choose("holov", tile(a, crops=16), k).visual
+            counts = [sum(j in crop for j in kept) for crop in crops]
+            if (tokens <= 9).all():
+                assert counts == tokens.tolist()
+
+
+def test_oracle_hiprune_by_hand():
+    middle, deep = np.arange(16.0), np.zeros(16)
+    deep[[3, 9]] = 2, 1
+
+    def kept(best, k, share=1.0, columns=4):
+        scores = np.where(np.arange(16) == best, 99.0, -middle)
+        options = {"received": np.stack([scores, deep]), "columns": columns, "anchor_share": share}
+        return choose("hiprune", tile([1] * 16, **options), k).visual
+
+    assert kept(5, 7) == [1, 4, 5, 6, 9, 3, 0]  # a cross, and 3 and 0 of the deep block
+    assert kept(5, 7, share=0.1) == [3, 9, 0, 1, 2, 4, 5]  # no anchor
+    assert kept(7, 5) == [3, 6, 7, 8, 11]  # 8 comes after 7, in the next row
+    assert kept(2, 5) == [0, 1, 2, 3, 6]  # nothing is above the first row: the first patch
+    assert kept(14, 5) == [10, 13, 14, 15, 3]  # below the last row the last patch, which is there already
+    assert kept(5, 4) == [3, 9, 0, 1]  # a cross would exceed the budget

@@ -80,3 +80,14 @@ def test_more_tokens_than_the_features_have_directions():
         most_relevant = set(case.text_similarity[b].argsort(descending=True, stable=True)[:20].tolist())
         assert len(most_relevant - set(by_relevance.places[b].tolist())) <= 4
         assert by_volume.places[b].tolist() != by_relevance.places[b].tolist()
+
+
+@pytest.mark.parametrize("method", ["visual", "scope", "holov"])
+def test_a_class_token_that_attends_to_itself_alone(method):
+    """Saliency is 0 everywhere: nothing is divided by its sum, and the first patches are taken."""
+    case, projected = draw(20, 2, seed=55)
+    case.keys[:, 0] = 1000 * case.class_query
+    for budget in (1, 3, 17, 19):
+        output = check(method, (case, projected), budget=budget)
+        assert not output.saliency.any()
+        assert output.counts.tolist() == [budget] * 2

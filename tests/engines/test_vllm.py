@@ -237,7 +237,10 @@ METHODS = {
     "penultimate": {"text_relevance": "penultimate", "text_relevance_sign": -1},
     **{
         name: {"method": name}
-        for name in ("visual", "prumerge", "prumerge_plus", "visionzip", "trim", "vispruner", "divprune", "cdpruner")
+        for name in (
+            *("visual", "prumerge", "prumerge_plus", "visionzip", "trim", "vispruner", "divprune", "cdpruner"),
+            *("scope", "holov", "hiprune"),
+        )
     },
     "random": {"method": "random"},
     "share": {"budget": 0.2},

@@ -56,6 +56,9 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "vispruner": ({"budget": 24}, ("visual", "coverage")),
     "divprune": ({"budget": 0.2}, ("coverage",)),
     "cdpruner": ({"budget": 16, "position_ids": "original"}, ("text",)),
+    "scope": ({"budget": 16}, ("coverage",)),
+    "hiprune": ({"budget": 20, "method_options": {"anchor_share": 0.5}}, ("visual",)),
+    "holov": ({"budget": 0.2, "position_ids": "original"}, ("visual",)),
 }
 MODEL_SETTINGS |= {f"method {name}": {"method": name, **fields} for name, (fields, _) in METHODS.items()}
 _PARAMETERS = inspect.signature(LlavaForConditionalGeneration.forward).parameters

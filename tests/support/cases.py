@@ -29,8 +29,14 @@ class Case:
     text_similarity: Tensor | None
 
     def recover(self, config: TokenRecoveryConfig, **named: Any) -> TokenRecoveryOutput:
-        """Call the package."""
+        """Call the package, with made-up attention between patches if none is given."""
+        named = {"received": self.received, **named}
         return recover_tokens(self.hidden_states, self.class_query, self.keys, self.text_similarity, config, **named)
+
+    @property
+    def received(self) -> Tensor:
+        """(B, 2, N) float32, some attention of patches in two blocks, from their keys alone."""
+        return self.keys[:, 1:, :2].float().transpose(1, 2).softmax(-1)
 
     def row(self, b: int) -> Case:
         """Image `b` alone."""

@@ -42,7 +42,8 @@ def check(method, drawn, own_saliency=False, valid=None, tiles=None, **fields):
     np.testing.assert_allclose(output.saliency.numpy(), saliency, rtol=2e-5, atol=1e-7)
     saliency = saliency if own_saliency else output.saliency.numpy()
     s = case.text_similarity.float().numpy()
-    named = {"num_heads": HEADS, "valid": exists, "tiles": tiles, "projected": p}
+    received = case.received.double().numpy()
+    named = {"num_heads": HEADS, "valid": exists, "tiles": tiles, "projected": p, "received": received}
     for b, row in enumerate(method_oracles(h, keys, saliency, s, config, **named)):
         assert row["gap"] > 1e-6, "these numbers are too near to each other to compare: draw others"
         count = row["counts"]

@@ -23,6 +23,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "prumerge_plus": {"neighbors": 32, "uniform_share": 0.5},
     "visionzip": {"contextual_share": 10 / 64},
     "vispruner": {"important_share": 0.5, "step": 8},
+    "holov": {"crops": 16},
+    "hiprune": {"anchor_share": 0.1, "object_layer": None},
 }
 """Options of each method and what they are when they are not given."""
 
@@ -36,6 +38,8 @@ class Tile:
     a: Array  # (N,)
     s: Array | None  # (N,)
     p: Array | None  # (N, D)
+    received: Array | None  # (2, N)
+    columns: int
     patches: list[int]
     num_heads: int
     options: dict[str, Any]
@@ -235,6 +239,69 @@ def cdpruner(tile: Tile, k: int | None) -> Choice:
     return Choice(text=chosen)
 
 
+def scope(tile: Tile, k: int | None) -> Choice:
+    """SCOPE: each patch is the one with the largest product of saliency and gain in coverage."""
+    assert k is not None
+    patches = tile.patches
+    cos = {i: {j: cosine(tile.h[i], tile.h[j]) for j in patches} for i in patches}
+    covered, chosen = dict.fromkeys(patches, 0.0), []
+    while len(chosen) < k:
+        free = [j for j in patches if j not in chosen]
+        gain = {j: math.fsum(max(0.0, cos[i][j] - covered[i]) for i in patches) * float(tile.a[j]) for j in free}
+        order = top(free, gain, 2)
+        if len(order) == 2:
+            tile.note(gain[order[0]], gain[order[1]], scale=gain[order[0]])
+        chosen.append(order[0])
+        covered = {i: max(covered[i], cos[i][order[0]]) for i in patches}
+    return Choice(coverage=chosen)
+
+
+def crops_of(patches: list[int], number: int) -> list[list[int]]:
+    """HoloV's crops: runs of patches, the first ones longer by one where the number does not divide."""
+    crops, start = [], 0
+    for index in range(number):
+        size = len(patches) // number + (index < len(patches) % number)
+        crops.append(patches[start : start + size])
+        start += size
+    return [crop for crop in crops if crop]
+
+
+def holov(tile: Tile, k: int | None) -> Choice:
+    """HoloV: crops share the budget by their mean attention, and keep their most salient patches."""
+    assert k is not None
+    crops = crops_of(tile.patches, tile.options["crops"])
+    scores = []
+    for crop in crops:
+        mean = sum((Fraction(float(tile.a[j])) for j in crop), Fraction(0)) / len(crop)
+        scores.append(mean * (Fraction(1000) * Fraction("1.09") if len(crop) > 1 else 1))
+    exact = [score / (sum(scores) + Fraction(1, 10**6)) * k for score in scores]
+    tokens = [math.floor(share) for share in exact]
+    for share in exact:
+        tile.note(float(abs(share - round(share))), 0.0, scale=1e-6)  # rounding is far below 1e-12
+    by_share = sorted(range(len(crops)), key=lambda index: (-exact[index], index))
+    for index in by_share[: k - sum(tokens)]:
+        tokens[index] += 1
+    if 0 < k - sum(math.floor(share) for share in exact) < len(crops):
+        last, following = (float(exact[by_share[k - sum(map(math.floor, exact)) - shift]]) for shift in (1, 0))
+        tile.note(last, following, scale=last or 1.0)
+    kept = [j for crop, count in zip(crops, tokens, strict=True) for j in top(crop, tile.a, count)]
+    return Choice(visual=kept + top([j for j in tile.patches if j not in kept], tile.a, k - len(kept)))
+
+
+def hiprune(tile: Tile, k: int | None) -> Choice:
+    """HiPrune: anchors of the middle block with their neighbours, and registers of the deep one."""
+    assert tile.received is not None
+    assert k is not None
+    middle, deep = tile.received
+    last, columns = len(tile.h) - 1, tile.columns
+    number = min(round(k * tile.options["anchor_share"] / 5), k // 5)
+    kept = anchors = top(tile.patches, middle, number)
+    for shift in (-1, 1, -columns, columns):
+        kept = kept + [min(max(j + shift, 0), last) for j in anchors]
+    kept = sorted(set(kept) & set(tile.patches))
+    return Choice(visual=kept + top([j for j in tile.patches if j not in kept], deep, k - len(kept)))
+
+
 METHODS: dict[str, Callable[[Tile, int | None], Choice]] = {
     "visual": visual,
     "prumerge": lambda tile, k: merge_around(tile, centres_of_prumerge(tile, k), k),
@@ -244,6 +311,9 @@ METHODS: dict[str, Callable[[Tile, int | None], Choice]] = {
     "vispruner": vispruner,
     "divprune": divprune,
     "cdpruner": cdpruner,
+    "scope": scope,
+    "holov": holov,
+    "hiprune": hiprune,
 }
 
 
@@ -299,8 +369,9 @@ def method_oracles(
     valid: Array | None = None,
     tiles: Sequence[int] | None = None,
     projected: Array | None = None,
+    received: Array | None = None,
 ) -> list[dict[str, Any]]:
-    """Every row's output: `h` (B, N, C), `keys` (B, N + 1, C), `saliency` and `s` (B, N), `projected` (B, N, D)."""
+    """Every row's output: `h` (B, N, C), `keys` (B, N + 1, C), `saliency` and `s` (B, N), and so on."""
     rows, n = h.shape[:2]
     valid = np.ones((rows, n), dtype=bool) if valid is None else valid
     outputs: list[dict[str, Any]] = []
@@ -314,6 +385,8 @@ def method_oracles(
                 a=saliency[row],
                 s=None if s is None else s[row],
                 p=None if projected is None else projected[row],
+                received=None if received is None else received[row],
+                columns=math.isqrt(n) if math.isqrt(n) ** 2 == n else n,
                 patches=[j for j in range(n) if valid[row, j]],
                 num_heads=num_heads,
                 options={**OPTIONS.get(config.method, {}), **config.method_options},

@@ -29,6 +29,7 @@ def features_elsewhere(tiles: list[int] | None) -> VisualFeatures:
         valid=None if tiles is None else torch.ones(BATCH, PATCHES, dtype=torch.bool, device=DEVICE),
         tiles=tiles,
         projected=made(BATCH, PATCHES, PROJECTED),
+        received=made(BATCH, 2, PATCHES),
     )
 
 

@@ -42,6 +42,9 @@ class RecoveryMethod:
             by the image alone; with a fixed budget and `text_share` 0 the question is not read), or `"required"`.
         reads_projected: Whether the choice reads LLaVA's projected features of all patches
             (`VisualFeatures.projected`); they are computed only then.
+        object_block: `object_block(settings, blocks)` is the index, from 0, of a block of the vision tower whose
+            attention the choice reads besides that of `visual_layer` (`VisualFeatures.received`); `None` if it reads
+            neither. It raises ValueError for an index that the settings ask for and the tower lacks.
         scales_similarity: Whether the text similarity is divided by the root of the projection width.
         budget: Whether `budget` may be given (`"optional"`), must be (`"required"`), or must not (`"none"`).
         compact_only: Whether a token may have no place in the image, so that `position_ids` must be `"compact"`.
@@ -62,6 +65,7 @@ class RecoveryMethod:
     merge: Callable[[VisualFeatures, TokenSelection, Settings, int], MergedTokens] = merge_nothing
     text: TextUse = "unused"
     reads_projected: bool = False
+    object_block: Callable[[Settings, int], int] | None = None
     scales_similarity: bool = False
     budget: BudgetUse = "optional"
     compact_only: bool = False

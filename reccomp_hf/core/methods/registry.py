@@ -7,8 +7,11 @@ from .baselines import BASE_TILE, POOLING, POOLING_2X2, POOLING_3X3, RANDOM
 from .cdpruner import CDPRUNER
 from .contract import RecoveryMethod
 from .divprune import DIVPRUNE
+from .hiprune import HIPRUNE
+from .holov import HOLOV
 from .prumerge import PRUMERGE, PRUMERGE_PLUS
 from .recoverable import RECOVERABLE
+from .scope import SCOPE
 from .trim import TRIM
 from .visionzip import VISIONZIP
 from .vispruner import VISPRUNER
@@ -25,6 +28,9 @@ _METHODS: dict[str, RecoveryMethod] = {
     "vispruner": VISPRUNER,
     "divprune": DIVPRUNE,
     "cdpruner": CDPRUNER,
+    "scope": SCOPE,
+    "holov": HOLOV,
+    "hiprune": HIPRUNE,
     "random": RANDOM,
     "pooling": POOLING,
     "pooling_2x2": POOLING_2X2,
