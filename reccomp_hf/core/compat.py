@@ -40,11 +40,11 @@ def stock_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return others if arguments.get("cache") is None else {**others, CACHE: arguments["cache"]}
 
 
-def image_fields(output_class: type, features: Tensor) -> dict[str, Any]:
-    """Fields of an output for the projected tokens (tokens, D) of all images."""
-    fields: dict[str, Any] = {"image_hidden_states": features}
+def image_fields(output_class: type, features: Sequence[Tensor]) -> dict[str, Any]:
+    """Fields of an output for the projected tokens (K, D) of each image."""
+    fields: dict[str, Any] = {"image_hidden_states": torch.cat(list(features))}
     if "image_outputs" in {field.name for field in dataclasses.fields(output_class)}:
-        fields["image_outputs"] = BaseModelOutputWithPooling(pooler_output=[features])  # a list, as in the stock model
+        fields["image_outputs"] = BaseModelOutputWithPooling(pooler_output=list(features))
     return fields
 
 

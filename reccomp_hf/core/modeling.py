@@ -69,14 +69,14 @@ class _Compressed:
     Args:
         inputs: Arguments for the stock model.
         record: The chosen tokens.
-        image_features: (tokens, D), the projected tokens of all images.
+        image_features: (K, D) for each image, its projected tokens.
         token_counts: (I,) int64, tokens of each image.
         newline_counts: (I,) int64, newlines of each image.
     """
 
     inputs: dict[str, Any]
     record: TokenRecoveryOutput
-    image_features: Tensor
+    image_features: tuple[Tensor, ...]
     token_counts: Tensor
     newline_counts: Tensor
 
@@ -264,7 +264,7 @@ class RecCompMixin(RecoveryModulesMixin):
             elif position_ids is not None:
                 shortened["position_ids"] = compact_positions(position_ids, splice, source)
         counts = (number.to(input_ids.device) for number in (choice.token_counts, choice.newline_counts))
-        return _Compressed(shortened, record, features, *counts)
+        return _Compressed(shortened, record, features.split(choice.image_lengths), *counts)
 
     def _compressed_forward(
         self, inputs: dict[str, Any], question: _QuestionIds, token_recovery: Mapping[str, Any] | None

@@ -49,8 +49,7 @@ class Choice:
         token_counts: (I,) int64, tokens of each image, newlines not counted.
         newline_counts: (I,) int64, newlines of each image.
         sizes: The sizes of the selection, once known.
-        longest_image: Tokens of the longest image, newlines included, once known.
-        image_tokens: Tokens of all images, newlines included, once known.
+        image_lengths: Tokens of each image, newlines included, once known.
     """
 
     features: VisualFeatures
@@ -60,8 +59,7 @@ class Choice:
     token_counts: Tensor
     newline_counts: Tensor
     sizes: Sizes = dataclasses.field(init=False)
-    longest_image: int = dataclasses.field(init=False)
-    image_tokens: int = dataclasses.field(init=False)
+    image_lengths: list[int] = dataclasses.field(init=False)
 
     @property
     def lengths(self) -> Tensor:
@@ -78,15 +76,15 @@ class Choice:
         """The numbers, as 1-D tensors, whose values `read` takes; none if a fixed budget says them."""
         if self.selection.known_sizes is not None:
             return []
-        return [self.selection.sizes, torch.stack([self.lengths.max(), self.lengths.sum()])]
+        return [self.selection.sizes, self.lengths]
 
     def read(self, values: list[int]) -> None:
         """Set the sizes from the values of `unread`, one tensor after the other."""
         known = self.selection.known_sizes
         if known is None:
-            self.sizes, (self.longest_image, self.image_tokens) = Sizes(*values[:3]), values[3:]
+            self.sizes, self.image_lengths = Sizes(*values[:3]), values[3:]
         else:  # without newlines, and every tile is an image
-            self.sizes, self.longest_image, self.image_tokens = known, known.longest, known.total
+            self.sizes, self.image_lengths = known, [known.longest] * len(self.layout.tiles)
 
     def sync(self) -> None:
         """Read the sizes from the device, if they are not known."""
@@ -107,13 +105,14 @@ class Choice:
             newline: (D,), the embedding at a row's end; `None` if the layout has no newlines.
 
         Returns:
-            (image_tokens, D) tokens, and (I, longest_image) int64, the placeholder that each stands for.
+            (tokens, D) of all images in succession, and (I, K) int64, the placeholder that each of an image's tokens
+            stands for, K being the longest of `image_lengths`.
         """
         features = projector(pack_rows(record.tokens, record.counts, self.sizes.total))
         if newline is not None:
             features = torch.cat([features, newline.to(features).unsqueeze(0)])
-        order, places = self.layout.sequence(record, self.sizes, self.longest_image)
-        packed = pack_rows(order, self.lengths.to(order.device), self.image_tokens)
+        order, places = self.layout.sequence(record, self.sizes, max(self.image_lengths))
+        packed = pack_rows(order, self.lengths.to(order.device), sum(self.image_lengths))
         return features[packed.to(features.device)], places
 
 
