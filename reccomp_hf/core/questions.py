@@ -39,16 +39,6 @@ def check_turns(turns: str) -> str:
     return turns
 
 
-def check_images(images: Any) -> None:
-    """Refuse images that are a list of none, or of empty lists.
-
-    Raises:
-        ValueError: There is no image in it.
-    """
-    if isinstance(images, list | tuple) and all(isinstance(row, list | tuple) and not row for row in images):
-        raise ValueError(f"images must hold at least one image, got {images!r}: pass images=None for prompts without.")
-
-
 def check_messages(messages: Any) -> None:
     """Refuse a chat without messages, a message without a role, and content that is neither text nor parts.
 
@@ -260,7 +250,6 @@ def _common_prefix(left: list[str], right: list[str]) -> list[str]:
 __all__ = [
     "ANSWER_INSTRUCTIONS",
     "TURNS",
-    "check_images",
     "check_messages",
     "check_prompt_tokenizer",
     "check_question_tokenizer",

@@ -1,8 +1,18 @@
 """Calls that stock LLaVA takes: labels beside the model, feature layers of a call, models that are not compressed."""
 
 import pytest
+import tiny
 import torch
-from architectures import OF_THE_STOCK_CONFIG, ROWS, each_architecture, generate, labels_of, stock_inputs
+from architectures import (
+    ARCHITECTURES,
+    OF_THE_STOCK_CONFIG,
+    ROWS,
+    call,
+    each_architecture,
+    generate,
+    labels_of,
+    stock_inputs,
+)
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 OFF = {"enabled": False}
@@ -48,29 +58,57 @@ def test_generate_takes_the_feature_layer_of_a_call(architecture):
     assert torch.equal(generate(model, text, **fields), generate(model, text))
 
 
+OTHER_FEATURES = {
+    "last layer": {"vision_feature_layer": -1},
+    "two layers": {"vision_feature_layer": [-2, -3]},
+    "class token": {"vision_feature_select_strategy": "full"},
+    "SigLIP": {
+        "vision_feature_select_strategy": "full",
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "image_size": tiny.IMAGE_SIZE,
+            "patch_size": tiny.IMAGE_SIZE // 10,
+        },
+    },
+}
+
+
+OFF_MODELS = [
+    (architecture, name)
+    for architecture in ARCHITECTURES
+    for name in OTHER_FEATURES
+    if (architecture.name, name) != ("llava_next", "class token")  # stock LLaVA-NeXT cannot pack it
+]
+
+
 @torch.no_grad()
-@each_architecture
-@pytest.mark.parametrize("layer", [-1, [-2, -3]], ids=str)
-def test_a_model_that_is_off_has_the_stock_limits(architecture, layer):
-    config = architecture.stock_class.config_class(
-        **{
-            **{
-                name: value
-                for name, value in architecture.stock().config.to_dict().items()
-                if name not in OF_THE_STOCK_CONFIG
-            },
-            "vision_feature_layer": layer,
-        }
-    )
+@pytest.mark.parametrize(
+    ("architecture", "name"), OFF_MODELS, ids=[f"{architecture.name}-{name}" for architecture, name in OFF_MODELS]
+)
+def test_a_model_that_is_off_has_the_stock_limits(architecture, name):
+    features = OTHER_FEATURES[name]
+    fields = {
+        name: value for name, value in architecture.stock().config.to_dict().items() if name not in OF_THE_STOCK_CONFIG
+    }
     torch.manual_seed(0)
-    stock = architecture.stock_class(config).eval()
-    fields = {name: value for name, value in config.to_dict().items() if name not in OF_THE_STOCK_CONFIG}
+    stock = architecture.stock_class(architecture.stock_class.config_class(**{**fields, **features})).eval()
+    fields = {name: value for name, value in stock.config.to_dict().items() if name not in OF_THE_STOCK_CONFIG}
     model = architecture.model_class(architecture.config_class(token_recovery=OFF, **fields)).eval()
     model.load_state_dict(stock.state_dict())
-    batch = architecture.encode(ROWS[:2])
+    settings = {name: value for name, value in features.items() if name == "vision_feature_select_strategy"}
+    if "vision_config" in features:
+        settings["num_additional_image_tokens"] = 0
+    processor = architecture.processor(**settings)
+    batch = dict(processor(**call(ROWS[:2]), return_tensors="pt", padding=True))
     assert torch.equal(model(**batch).logits, stock(**stock_inputs(batch)).logits)
-    with pytest.raises(ValueError, match="vision_feature_layer must be one int below the last"):
+    assert torch.equal(generate(model, batch), generate(stock, stock_inputs(batch)))
+    reason = "vision tower is 'siglip" if "vision_config" in features else r"vision_feature_\w+ must be"
+    with pytest.raises(ValueError, match=reason):
         model(**batch, token_recovery={"enabled": True})
     model.config.token_recovery = {"enabled": True}
-    with pytest.raises(ValueError, match="vision_feature_layer must be one int below the last"):
+    with pytest.raises(ValueError, match=reason):
         model(**batch)
