@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,10 @@ from .choosing import check_budget
 from .compat import CACHE, cache_of
 from .configuration import TokenRecoveryConfig
 from .methods.registry import get_method
+
+_WITHOUT_VIRTUAL_TOKENS = (
+    "with images use another adapter, such as LoRA, or token_recovery={'enabled': False} to read them uncompressed."
+)
 
 
 def check_supported(config: Any, section: TokenRecoveryConfig) -> None:
@@ -103,7 +108,17 @@ def check_call(config: Any, section: TokenRecoveryConfig, inputs: Mapping[str, A
     """Refuse inputs with which images cannot be compressed."""
     input_ids, attention_mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if input_ids is None or inputs.get("inputs_embeds") is not None:
-        raise ValueError("Images need input_ids with their placeholders, and no inputs_embeds.")
+        raise ValueError(
+            "Images need input_ids with their placeholders, and no inputs_embeds, which PEFT's prompt tuning passes: "
+            f"{_WITHOUT_VIRTUAL_TOKENS}"
+        )
+    if past := cache_length(cache_of(inputs)):
+        raise ValueError(
+            f"Images with a non-empty {CACHE}: it holds the shortened prompt, so full-length "
+            f"input_ids do not fit it. {_continuation_hint(past)} To add an image later, use "
+            f"reccomp_hf.Conversation, or compress_inputs without {CACHE}. PEFT's prefix tuning passes such a cache: "
+            f"{_WITHOUT_VIRTUAL_TOKENS}"
+        )
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)} with images, got "
@@ -111,12 +126,6 @@ def check_call(config: Any, section: TokenRecoveryConfig, inputs: Mapping[str, A
         )
     check_encoder_outputs(inputs)
     check_labels(inputs)
-    if past := cache_length(cache_of(inputs)):
-        raise ValueError(
-            f"Images with a non-empty {CACHE}: it holds the shortened prompt, so full-length "
-            f"input_ids do not fit it. {_continuation_hint(past)} To add an image later, use "
-            f"reccomp_hf.Conversation, or compress_inputs without {CACHE}."
-        )
     attention = getattr(config.get_text_config(), "_attn_implementation", None) or ""
     if section.position_ids == "original" and attention.startswith("flash"):
         raise ValueError(
@@ -149,6 +158,16 @@ def check_encoder_outputs(inputs: Mapping[str, Any]) -> None:
         raise ValueError(
             "mm_encoder_outputs hold encoded images, which token recovery cannot compress: pass pixel_values or the "
             "result of encode_images, or token_recovery={'enabled': False} to read them uncompressed."
+        )
+
+
+def check_reads_embeddings(prepare: Any) -> None:
+    """Refuse to generate about images where `prepare_inputs_for_generation` was replaced by one without embeddings."""
+    parameters = inspect.signature(prepare).parameters
+    if "inputs_embeds" not in parameters:
+        raise ValueError(
+            "prepare_inputs_for_generation was replaced by one that reads the prompt as ids, as PEFT's prompt and "
+            f"prefix tuning do, and a compressed prompt is passed as embeddings: {_WITHOUT_VIRTUAL_TOKENS}"
         )
 
 
@@ -268,6 +287,7 @@ __all__ = [
     "check_logits_to_keep",
     "check_no_cut_logits",
     "check_question",
+    "check_reads_embeddings",
     "check_supported",
     "is_continuation",
     "is_tiled",

@@ -13,7 +13,13 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from .checks import cache_length, check_continuation, check_encoder_outputs, is_continuation
+from .checks import (
+    cache_length,
+    check_continuation,
+    check_encoder_outputs,
+    check_reads_embeddings,
+    is_continuation,
+)
 from .compat import behind_cache, cache_of, default_max_length, extended_positions, is_prefill, stock_cache
 from .configuration import TokenRecoveryConfig
 from .modeling import RecCompMixin
@@ -234,6 +240,8 @@ class RecCompGenerationMixin(RecCompMixin):
                         f"{name} is {value!r}, which reads the prompt as ids and would lose its images: a compressed "
                         "prompt is short, and is passed to the model as embeddings. Leave it out."
                     )
+        if kwargs.get("pixel_values") is not None:
+            check_reads_embeddings(self.prepare_inputs_for_generation)
         if kwargs.get("assistant_model") is not None and kwargs.get("pixel_values") is not None:
             raise ValueError(
                 "Assisted generation with an assistant_model does not work on a compressed prompt: the assistant "

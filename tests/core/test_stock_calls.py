@@ -13,6 +13,8 @@ from architectures import (
     labels_of,
     stock_inputs,
 )
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, TaskType, get_peft_model
+from transformers import SynthIDTextWatermarkingConfig
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 OFF = {"enabled": False}
@@ -112,3 +114,48 @@ def test_a_model_that_is_off_has_the_stock_limits(architecture, name):
     model.config.token_recovery = {"enabled": True}
     with pytest.raises(ValueError, match=reason):
         model(**batch)
+
+
+SYNTHID = SynthIDTextWatermarkingConfig(keys=[654, 400, 836, 123], ngram_len=5, sampling_table_size=2**8)
+PROMPT_READERS = {
+    "SynthID": {"watermarking_config": SYNTHID, "do_sample": True, "top_k": 20},
+    "guidance": {"guidance_scale": 1.5},
+    "negative prompt": {"guidance_scale": 1.5, "negative_prompt_ids": torch.tensor([[1, 40, 41, 42, 43]] * 2)},
+}
+
+
+@each_architecture
+@pytest.mark.parametrize("options", PROMPT_READERS.values(), ids=PROMPT_READERS)
+def test_watermarks_and_guidance_are_stock(architecture, options):
+    """On whole images as on the stock model's prompt, on compressed ones as on the shortened prompt."""
+    model, stock, batch = architecture.compressed(), architecture.stock(), architecture.encode(ROWS[::3])
+    short, _ = model.compress_inputs(**batch, token_recovery={"budget": 8})
+    short = {name: short[name] for name in ("input_ids", "inputs_embeds", "attention_mask")}
+    for budget, expected in ((1.0, stock_inputs(batch)), (8, short)):
+        new = []
+        for one, call_inputs in ((stock, expected), (model, {**batch, "token_recovery": {"budget": budget}})):
+            torch.manual_seed(0)
+            new.append(generate(one, call_inputs, min_new_tokens=6, **options)[:, -6:])
+        assert torch.equal(*new)
+        torch.manual_seed(0)
+        plain = {name: value for name, value in options.items() if name in ("do_sample", "top_k")}
+        assert not torch.equal(generate(stock, expected, min_new_tokens=6, **plain)[:, -6:], new[0])
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+@each_architecture
+@pytest.mark.parametrize(
+    "kind", [PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig], ids=lambda kind: kind.__name__
+)
+def test_virtual_tokens_before_images_are_refused(architecture, kind):
+    """PEFT puts them before the prompt as embeddings or as a cache; off, and for text alone, they are read."""
+    sizes = {"num_virtual_tokens": 4, "num_layers": 2, "token_dim": 32, "num_attention_heads": 4}
+    sizes |= {"encoder_hidden_size": 16} if kind is PromptEncoderConfig else {}
+    model = get_peft_model(architecture.build(), kind(task_type=TaskType.CAUSAL_LM, **sizes)).eval()
+    batch = architecture.encode(ROWS[:1])
+    for call_model in (model, model.generate):
+        with pytest.raises(ValueError, match=r"PEFT's .* tuning .*another adapter, such as LoRA, or token_recovery="):
+            call_model(**batch)
+    text = {name: batch[name][:, -6:] for name in ("input_ids", "attention_mask")}
+    assert generate(model, text, min_new_tokens=6).shape == (1, 12)
+    assert model(**batch, token_recovery=OFF).logits.shape[0] == 1
