@@ -12,8 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .options import add_checkpoint, add_command, add_model_options, section_fields
+from .choices import SERVE_BATCH_SIZE as BATCH_SIZE
+from .choices import SERVE_SECONDS as SECONDS
+from .choices import SERVE_WAITING as WAITING
+from .options import add_checkpoint, add_command, add_model_options, count, section_fields
 from .output import say
+
+KEY_VARIABLE = "RECCOMP_HF_API_KEY"
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -23,19 +28,24 @@ def run(arguments: argparse.Namespace) -> None:
     from ..checkpoints.quiet import quiet
     from ..engines.server.answering import Service
     from ..engines.server.app import build_app
+    from ..engines.server.guard import allowed_hosts
     from ..engines.server.images import ImageReader
     from ..engines.server.listening import Server, listen, url_of
 
+    key = arguments.api_key or os.environ.get(KEY_VARIABLE) or None
     listener = listen(arguments.host, arguments.port)  # before anything is loaded
     with listener, quiet(progress_bars=sys.stderr.isatty()):
         model, processor = load(arguments.model, section_fields(arguments), arguments.device, arguments.dtype)
         name, *aliases = names_of(arguments.model)
-        service = Service(name, model, processor, aliases)
-        server = Server(build_app(service, ImageReader(arguments.allow_urls)), service)
+        limits = {"batch_size": arguments.batch_size, "waiting": arguments.queue, "seconds": arguments.timeout}
+        service = Service(name, model, processor, aliases, **limits)
+        address = listener.getsockname()[0]
+        hosts = allowed_hosts(address, arguments.allow_host)
+        server = Server(build_app(service, ImageReader(arguments.allow_urls), hosts, key), service)
         _log()
         say(f"Serving {name} on {url_of(listener)} (Ctrl-C ends it).")
-        if not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback:
-            say("No API key is required: anyone who can reach this address can use it.")
+        if key is None and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+            say("No API key is required: anyone who can reach this address can use it (see --api-key).")
         with contextlib.suppress(KeyboardInterrupt):  # raised again unless the shell has disabled it
             server.run(sockets=[listener])
         say("Stopped.")
@@ -69,9 +79,9 @@ def register(commands: Any) -> None:
         run,
         "answer OpenAI's chat completions over HTTP, without vLLM",
         "Serves one checkpoint: POST /v1/chat/completions, streaming or not, and GET /v1/models. Images come\n"
-        "as data URLs or base64. Answers are made one after the other; a request may override settings with\n"
-        'token_recovery={"budget": 64}. prompt_tokens counts what the language model reads; the header\n'
-        "x-visual-tokens says how many of them stand for images. Needs pip install 'reccomp_hf[serve]'.",
+        "as data URLs or base64. Greedy requests that come at the same time are answered in one batch; a request may\n"
+        'override settings with token_recovery={"budget": 64}. prompt_tokens counts what the language model reads;\n'
+        "the header x-visual-tokens says how many of them stand for images. Needs pip install 'reccomp_hf[serve]'.",
         " ./llava-reccomp --budget 64",
         " demo --port 8001 --preset paper",
     )
@@ -86,6 +96,28 @@ def register(commands: Any) -> None:
         default=[],
         metavar="HOST",
         help="fetch images that requests give as http(s) URLs of this host; may be repeated (default: no host)",
+    )
+    command.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"key that clients must send; better in the variable {KEY_VARIABLE}, which other users cannot list",
+    )
+    command.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="answer requests to this host name, and of pages of this host; may be repeated (default: names of this "
+        "machine on 127.0.0.1, any name on other addresses)",
+    )
+    command.add_argument(
+        "--batch-size", type=count, default=BATCH_SIZE, metavar="N", help="most requests that are answered together"
+    )
+    command.add_argument(
+        "--queue", type=count, default=WAITING, metavar="N", help="most open requests; others get 429, try again"
+    )
+    command.add_argument(
+        "--timeout", type=count, default=int(SECONDS), metavar="N", help="seconds until an answer is given up"
     )
     add_model_options(command)
 

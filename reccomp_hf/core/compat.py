@@ -106,6 +106,17 @@ def state_on_disk(model: Any) -> dict[str, Tensor]:
     return revert_weight_conversion(model, model.state_dict())
 
 
+def key_options(model: Any) -> dict[str, Any]:
+    """Arguments of `save_pretrained` that keep the keys of a file equal to the names in its metadata.
+
+    With TorchAO 5.x describes each weight in the metadata by its module, but writes the keys of a stock checkpoint,
+    which then have no description: vLLM, which reads the metadata, would load none of them.
+    """
+    method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    is_torchao = getattr(method, "quant_method", None) == "torchao"
+    return {"save_original_format": False} if IS_V5 and is_torchao else {}
+
+
 def rename_vision_key(key: str) -> str:
     """On 4.57, add to a CLIP tower's key the `vision_model.` that 5.x does not write."""
     for prefix in ("vision_tower.", "model.vision_tower."):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from .checks import check_supported
-from .compat import rename_vision_key
+from .compat import key_options, rename_vision_key
 
 _SKIP_LISTS = ("modules_to_not_convert", "llm_int8_skip_modules")  # TorchAO's and most others', bitsandbytes'
 
@@ -98,6 +99,10 @@ class RecoveryModulesMixin:
         super().requires_grad_(requires_grad)  # type: ignore[misc]
         self._freeze_text_side()
         return self
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As the stock method; the keys of weights that TorchAO quantised fit the metadata of their files."""
+        super().save_pretrained(save_directory, *args, **(key_options(self) | kwargs))  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:

@@ -10,6 +10,7 @@ from reccomp_hf.checkpoints import loading
 from reccomp_hf.checkpoints.conversion import shards
 from reccomp_hf.cli import choices, options
 from reccomp_hf.core import counting
+from reccomp_hf.engines.server import answering
 from reccomp_hf.measure import benchmark, cost, evaluation, published
 
 # ---- lists ---------------------------------------------------------------------------------------------------------
@@ -28,6 +29,10 @@ from reccomp_hf.measure import benchmark, cost, evaluation, published
         (choices.BENCH_CONFIGS, benchmark.CONFIGS),
         (choices.BENCH_BATCH_SIZES, benchmark.BATCH_SIZES),
         (choices.BENCH_BUDGETS, benchmark.BUDGETS),
+        (
+            (choices.SERVE_BATCH_SIZE, choices.SERVE_WAITING, choices.SERVE_SECONDS),
+            (answering.BATCH_SIZE, answering.WAITING, answering.SECONDS),
+        ),
         (
             choices.EVAL_METHODS,
             [name for name, fields in evaluation.named_settings().items() if "method" in fields and name != "pool"],

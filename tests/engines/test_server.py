@@ -40,7 +40,8 @@ def post(server, body):
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     address = f"http://127.0.0.1:{server.port}/v1/chat/completions"
     try:
-        with urllib.request.urlopen(urllib.request.Request(address, data, method="POST"), timeout=60) as response:
+        request = urllib.request.Request(address, data, {"Content-Type": "application/json"}, method="POST")
+        with urllib.request.urlopen(request, timeout=60) as response:
             return response.status, json.load(response)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)

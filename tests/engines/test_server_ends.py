@@ -29,10 +29,10 @@ class _Talkative(Service):
         self.model.generation_config.eos_token_id = None
         self.steps = 0
 
-    def check_wanted(self, client_left):
+    def check_wanted(self, answer):
         self.steps += 1
         time.sleep(0.01)
-        super().check_wanted(client_left)
+        super().check_wanted(answer)
 
     def settled(self, seconds=10):
         """The number of steps, once it stays the same."""

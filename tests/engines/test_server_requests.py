@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import conftest
@@ -14,7 +13,6 @@ import demo_model
 import hypothesis
 import openai
 import pytest
-import torch
 from chat_client import base64_of, chat
 from hypothesis import strategies
 from PIL import Image
@@ -27,6 +25,7 @@ from reccomp_hf.engines.server.errors import RequestError
 from reccomp_hf.engines.server.images import ImageReader
 from reccomp_hf.engines.server.listening import Server, listen, url_of
 from reccomp_hf.engines.server.requests import read_request
+from reccomp_hf.engines.server.rows import Pieces
 
 pytest_plugins = ("command_line",)
 
@@ -164,7 +163,7 @@ def test_a_prompt_that_is_too_long_is_refused_before_its_images_are_read(monkeyp
     service = answering.Service("demo", *demo_model.demo_model())
     monkeypatch.setattr(service.model, "compress_inputs", None)
     with pytest.raises(RequestError, match="leaves none for an answer") as caught:
-        service.prepare(read(messages=chat("word " * 600, URL)), threading.Event())
+        service.check(read(messages=chat("word " * 600, URL)))
     assert caught.value.code == "context_length_exceeded"
 
 
@@ -174,12 +173,11 @@ def test_a_prompt_that_is_too_long_is_refused_before_its_images_are_read(monkeyp
 def pieces_of(decode, ids):
     """The pieces sent for each token, and those at the end."""
     sent = []
-    streamer = answering._PieceStreamer(decode, sent.append)
-    streamer.put(torch.tensor([[7, 8, 9]]))  # the prompt
+    pieces = Pieces(decode, sent.append)
     for token in ids:
-        streamer.put(torch.tensor([token]))
+        pieces.add(token)
     before = len(sent)
-    streamer.end()
+    pieces.end()
     return sent[:before], sent[before:]
 
 
@@ -259,7 +257,7 @@ def test_the_server_needs_nothing_of_transformers_own():
             elif isinstance(node, ast.Import):
                 third_party |= {alias.name for alias in node.names}
     third_party = {name for name in third_party if name.partition(".")[0] not in sys.stdlib_module_names}
-    allowed = {"torch", "transformers", "transformers.generation.streamers", "jinja2", "PIL", "uvicorn"}
+    allowed = {"torch", "transformers", "jinja2", "PIL", "uvicorn", "uvicorn.protocols.http.h11_impl"}
     assert {name for name in third_party if not name.startswith("starlette.")} == allowed
 
 
@@ -298,6 +296,6 @@ def test_an_address_beyond_this_machine_is_announced(run, monkeypatch):
     monkeypatch.setattr("reccomp_hf.checkpoints.loading.load", lambda *arguments: demo_model.demo_model())
     monkeypatch.setattr(Server, "run", lambda self, sockets: None)
     code, out, _ = run("serve", "demo", "--host", "0.0.0.0", "--port", "0")
-    warning = "No API key is required: anyone who can reach this address can use it."
+    warning = "No API key is required: anyone who can reach this address can use it (see --api-key)."
     assert code == 0 and out.splitlines()[1:] == [warning, "Stopped."]
     assert warning not in run("serve", "demo", "--port", "0")[1]

@@ -134,6 +134,13 @@ def test_a_request_may_have_a_smaller_budget(llm, expected, budget, tokens):
         ({"token_recovery": {"text_share": 0.0}}, r"may set only the budget.*--hf-overrides"),
         ({"token_recovery": 8}, r"may set only the budget"),
         ({"recovery_turns": "first"}, r"recovery_turns must be 'last' or 'all'"),
+        ({"token_recovry": {"budget": 4}}, r"Unknown field 'token_recovry'.*did you mean 'token_recovery'"),
+        ({"budget": 4}, r"Unknown field 'budget' in mm_processor_kwargs; write \{'token_recovery': \{'budget': 4\}\}"),
+        ({"size": {"height": 4096, "width": 4096}}, r"Unknown field 'size'.*a request may set token_recovery"),
+        ({"crop_size": 4096}, r"Unknown field 'crop_size'"),
+        ({"return_tensors": "np"}, r"Unknown field 'return_tensors'"),
+        ({"recovery_text": ["a", "b"]}, r"recovery_text in mm_processor_kwargs must be a string, got list"),
+        ({"recovery_turns": 3}, r"recovery_turns in mm_processor_kwargs must be a string, got int"),
         ({"recovery_text": " "}, r"Row 0 has an image but no question"),
     ],
 )

@@ -1,6 +1,7 @@
 """Quantised checkpoints: CLIP's text side stays as it is, and choice and answers stay what full precision gives."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from architectures import LLAVA, each_architecture, generate, labels_of
 from demo_model import demo_model
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from reccomp_hf.core.compat import IS_V5
@@ -150,6 +152,22 @@ def test_a_quantized_checkpoint_loads_again(name, tmp_path):
     prompt = "USER: <image>\nHow many objects are there? ASSISTANT:"
     inputs = processor(images=demo_samples(1)[0].open(), text=prompt, return_tensors="pt").to(dtype=torch.bfloat16)
     assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.skipif(not IS_V5, reason="transformers 4.57 does not write TorchAO's weights as safetensors")
+def test_the_metadata_of_quantized_weights_names_the_keys_of_the_file(tmp_path):
+    """Other readers, vLLM for one, put a weight together by the metadata."""
+    model = load_in(checkpoint_folder("demo"), "int8")
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        metadata, keys = file.metadata(), set(file.keys())
+    described = set()
+    for name, text in metadata.items():
+        if text.startswith("{"):
+            path, _, leaf = name.rpartition(".")
+            parts = json.loads(text).get("_tensor_data_names", [])
+            described |= {f"{path}._{leaf}_{part}" for part in parts} if parts else {name}
+    assert keys <= described and any("_weight_qdata" in key for key in keys)
 
 
 # PEFT 0.21 asks for an attribute that transformers 5.23 renamed.

@@ -24,10 +24,10 @@ from reccomp_hf.engines.server.listening import Server, listen
 
 
 @contextlib.contextmanager
-def running(service: Service, *hosts: str) -> Iterator[Any]:
-    """The server of a service while it runs, with its `port`."""
+def running(service: Service, *hosts: str, **options: Any) -> Iterator[Any]:
+    """The server of a service while it runs, with its `port`; options are those of `build_app`."""
     listener = listen("127.0.0.1", 0)
-    server: Any = Server(build_app(service, ImageReader(hosts)), service)
+    server: Any = Server(build_app(service, ImageReader(hosts), **options), service)
     server.port = listener.getsockname()[1]
     server.thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     conftest.OPEN_PORTS.add(server.port)
@@ -45,13 +45,14 @@ def running(service: Service, *hosts: str) -> Iterator[Any]:
 def client_of(server: Any, **settings: Any) -> Any:
     """The official client."""
     address = f"http://127.0.0.1:{server.port}/v1"
-    return openai.OpenAI(base_url=address, api_key="none", max_retries=0, **{"timeout": 60, **settings})
+    return openai.OpenAI(base_url=address, max_retries=0, **{"api_key": "none", "timeout": 60, **settings})
 
 
 def raw_events(server: Any, messages: list[dict[str, Any]], **settings: Any) -> list[str]:
     """The events of a stream as they come over the wire, each ended by an empty line."""
     body = json.dumps({"messages": messages, "stream": True, "max_tokens": 16, **settings}).encode()
-    request = urllib.request.Request(f"http://127.0.0.1:{server.port}/v1/chat/completions", body, method="POST")
+    address = f"http://127.0.0.1:{server.port}/v1/chat/completions"
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"}, method="POST")
     with urllib.request.urlopen(request, timeout=60) as response:
         *events, rest = response.read().decode().split("\n\n")
     assert rest == ""

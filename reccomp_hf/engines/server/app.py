@@ -4,37 +4,49 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import time
 import uuid
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from .answering import Answer, Prepared, Service
 from .errors import CallEnded, RequestError, error_body
+from .guard import Guard
 from .images import ImageReader
-from .requests import check_model, read_request
+from .requests import ChatRequest, check_model, read_request
 from .streaming import EventStream, completion_body
 
 logger = logging.getLogger(__name__)
 
 _MAX_BYTES = 64 << 20  # per request
+_MAX_COMMAS = 1_000_000  # in a body: a list of tens of millions of numbers would take seconds and gigabytes to parse
+_DOWNLOADS = 32  # requests whose images are fetched at once
+BODY_SECONDS = 60.0
+"""Time for the body of a request to arrive."""
 _ROUTES = "POST /v1/chat/completions, GET /v1/models and GET /health"
 
 
-def build_app(service: Service, open_image: ImageReader) -> Starlette:
+def build_app(
+    service: Service, open_image: ImageReader, hosts: frozenset[str] | None = None, key: str | None = None
+) -> Starlette:
     """The ASGI application: OpenAI's chat completions, the list of the one model, and a health check.
 
     Args:
         service: Answers the requests.
         open_image: Opens the images of a request.
+        hosts: Names by which clients may address the server, see `allowed_hosts`; `None` for any.
+        key: The key that clients must send; `None` for no key.
     """
     routes = _Routes(service, open_image)
     return Starlette(
@@ -44,6 +56,7 @@ def build_app(service: Service, open_image: ImageReader) -> Starlette:
             Route("/v1/models/{name:path}", routes.model),
             Route("/health", routes.health),
         ],
+        middleware=[Middleware(Guard, hosts, key)],
         exception_handlers={
             RequestError: _refused,
             HTTPException: _unknown,
@@ -58,12 +71,14 @@ class _Routes:
 
     def __init__(self, service: Service, open_image: ImageReader) -> None:
         self.service, self.open_image = service, open_image
+        self._downloads = ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="download")
         self.entry = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "reccomp_hf"}
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat request, streaming or not."""
+        self.service.check_load()
         body = await _read_json(request)
-        chat_request = await asyncio.to_thread(read_request, body, self.service.names, self.open_image)
+        chat_request = await self._read_request(body)
         answer = self.service.submit(chat_request)
         try:
             async with _watch_client(request, answer):
@@ -74,6 +89,12 @@ class _Routes:
             logger.exception("The server failed.")
             message = f"The server failed: {type(error).__name__}. See the server's log."
             return JSONResponse(error_body(message, 500), 500)
+
+    async def _read_request(self, body: Any) -> ChatRequest:
+        """Validate a request and open its images, with downloads in threads of their own."""
+        read = functools.partial(read_request, body, self.service.names, self.open_image)
+        threads = self._downloads if self.open_image.hosts else None
+        return await asyncio.get_running_loop().run_in_executor(threads, read)
 
     async def _respond(self, answer: Answer) -> Response:
         start = time.monotonic()
@@ -127,21 +148,32 @@ async def _watch_client(request: Request, answer: Answer) -> AsyncIterator[None]
 
 async def _read_json(request: Request) -> Any:
     """The parsed body of a request."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > _MAX_BYTES:
-            raise RequestError(f"The request is larger than {_MAX_BYTES:,} bytes: send smaller images.", 413)
     try:
-        return await asyncio.to_thread(json.loads, bytes(body))
+        body = await asyncio.wait_for(_read_body(request), BODY_SECONDS)
+    except asyncio.TimeoutError as error:
+        message = f"The body did not arrive within {BODY_SECONDS:g} seconds."
+        raise RequestError(message, 408, headers={"connection": "close"}) from error
+    if body.count(b",") > _MAX_COMMAS:
+        raise RequestError("The body has too many values.", 413)
+    try:
+        return await asyncio.to_thread(json.loads, body)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise RequestError(f"The body is not JSON: {reason}.") from error
 
 
+async def _read_body(request: Request) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _MAX_BYTES:
+            raise RequestError(f"The request is larger than {_MAX_BYTES:,} bytes: send smaller images.", 413)
+    return bytes(body)
+
+
 def _refused(request: Request, error: Any) -> Response:
     logger.info("%d: %s", error.status, error)
-    return JSONResponse(error_body(str(error), error.status, error.code), error.status)
+    return JSONResponse(error_body(str(error), error.status, error.code), error.status, error.headers)
 
 
 def _unknown(request: Request, error: Any) -> Response:
@@ -152,7 +184,8 @@ def _unknown(request: Request, error: Any) -> Response:
 
 
 def _ended(request: Request, error: Exception) -> Response:
-    return JSONResponse(error_body(str(error), 503), 503)
+    status = getattr(error, "status", 503)
+    return JSONResponse(error_body(str(error), status), status)
 
 
 __all__ = ["build_app"]

@@ -8,11 +8,14 @@ import time
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .answering import Service
 
 SECONDS_TO_FINISH = 3.0
 """Time that unfinished answers get when the server stops."""
+IDLE_SECONDS = 15.0
+"""Time in which a request's headers must arrive, and in which an open connection may wait for the next request."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -43,6 +46,22 @@ def url_of(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
+class _Protocol(H11Protocol):
+    """A connection that is closed if no request arrives on it: uvicorn waits for headers without a limit."""
+
+    def connection_made(self, transport: Any) -> None:
+        """Start to wait for the first request."""
+        super().connection_made(transport)
+        self._close_unless_busy()
+
+    def _close_unless_busy(self, idle: bool = False) -> None:
+        waits = self.cycle is None or self.cycle.response_complete
+        if idle and waits:
+            self.transport.close()
+        elif not self.transport.is_closing():  # a request that comes meanwhile has from one to two such spans
+            self.loop.call_later(IDLE_SECONDS, self._close_unless_busy, waits)
+
+
 class Server(uvicorn.Server):
     """A uvicorn server that gives up unfinished answers soon after it is asked to stop.
 
@@ -54,7 +73,12 @@ class Server(uvicorn.Server):
     def __init__(self, app: Any, service: Service) -> None:
         seconds = int(SECONDS_TO_FINISH) + 5  # a prefill cannot be interrupted
         config = uvicorn.Config(
-            app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=seconds
+            app,
+            http=_Protocol,
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=seconds,
         )
         super().__init__(config)
         self._service = service

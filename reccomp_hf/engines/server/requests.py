@@ -14,6 +14,8 @@ from .errors import RequestError
 DEFAULT_MAX_TOKENS = 1024
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _MAX_IMAGES = 32
+_MAX_PIXELS = 100_000_000  # of all images
+_MAX_STOP = 200  # characters
 # Unsupported fields that would change the answer, with the values that change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -91,10 +93,8 @@ def read_request(body: Any, models: tuple[str, ...], open_image: Callable[[str, 
     if recovery is not None and not isinstance(recovery, dict):
         raise RequestError(f"token_recovery must be an object of fields, got {_short(recovery)}.")
     longest = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
-    return ChatRequest(
-        messages=[
-            {"role": role, "content": [_content(part, open_image) for part in content]} for role, content in parts
-        ],
+    request = ChatRequest(
+        messages=[],
         images=urls,
         token_recovery=recovery,
         stream=_flag(body, "stream"),
@@ -104,6 +104,23 @@ def read_request(body: Any, models: tuple[str, ...], open_image: Callable[[str, 
         seed=_integer(body, "seed", -(2**63), 2**63 - 1),
         stop=_stop(body.get("stop", [])),
     )
+    open_next = _Pixels(open_image)  # once everything else is valid
+    messages = [{"role": role, "content": [_content(part, open_next) for part in content]} for role, content in parts]
+    return dataclasses.replace(request, messages=messages)
+
+
+class _Pixels:
+    """Opens images as long as all of them together stay below the limit."""
+
+    def __init__(self, open_image: Callable[[str, str], Image.Image]) -> None:
+        self._open, self._count = open_image, 0
+
+    def __call__(self, url: str, where: str) -> Image.Image:
+        image = self._open(url, where)
+        self._count += image.width * image.height
+        if self._count > _MAX_PIXELS:
+            raise RequestError(f"The images of a request may have {_MAX_PIXELS:,} pixels together: send smaller ones.")
+        return image
 
 
 def check_model(name: Any, served: tuple[str, ...]) -> None:
@@ -183,6 +200,8 @@ def _stop(value: Any) -> list[str]:
     fits = isinstance(texts, list) and len(texts) <= 4 and all(isinstance(text, str) and text for text in texts)
     if not fits:
         raise RequestError(f"stop must be a string or up to four, none of them empty, got {_short(value)}.")
+    if max(map(len, texts), default=0) > _MAX_STOP:
+        raise RequestError(f"A stop string may have {_MAX_STOP} characters, got {max(map(len, texts))}.")
     return [_text(text, "stop") for text in texts]
 
 

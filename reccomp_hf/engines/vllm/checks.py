@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from ...core.checks import check_supported, is_tiled
 from ...core.configuration import TokenRecoveryConfig
 from ...core.counting import fixed_tokens
 from ...core.methods.registry import get_method
+from ...core.settings import FIELDS
 
 REQUEST_KEYS = ("token_recovery", "recovery_text", "recovery_turns")
 """Keys of a request's `mm_processor_kwargs` that this plug-in handles."""
@@ -69,6 +72,29 @@ def check_servable(config: Any, *, pictures: bool = True, embeds: bool = False) 
         )
 
 
+def check_request(given: Mapping[str, Any], server: Mapping[str, Any]) -> None:
+    """Refuse arguments of a request's `mm_processor_kwargs` that would be ignored, or end the engine.
+
+    Args:
+        given: The request's arguments, with those of the server perhaps.
+        server: The server's own `--mm-processor-kwargs`.
+
+    Raises:
+        ValueError: An argument that is not one of `REQUEST_KEYS`, or not of its type.
+    """
+    for name, value in given.items():
+        if name in server and server[name] == value:
+            continue
+        if name not in REQUEST_KEYS:
+            near = difflib.get_close_matches(name, REQUEST_KEYS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"a request may set {', '.join(REQUEST_KEYS)}."
+            if name in FIELDS:
+                hint = f"write {{'token_recovery': {{{name!r}: {value!r}}}}}."
+            raise ValueError(f"Unknown field {name!r} in mm_processor_kwargs; {hint}")
+        if name != "token_recovery" and value is not None and not isinstance(value, str):
+            raise ValueError(f"{name} in mm_processor_kwargs must be a string, got {type(value).__name__}.")
+
+
 def _how_to_fix_the_count(section: TokenRecoveryConfig) -> str:
     ways = (
         "or compress outside vLLM (reccomp-hf embed) and send image_embeds, with --enable-mm-embeds "
@@ -86,4 +112,4 @@ def _how_to_fix_the_count(section: TokenRecoveryConfig) -> str:
     )
 
 
-__all__ = ["REQUEST_KEYS", "check_servable", "override"]
+__all__ = ["REQUEST_KEYS", "check_request", "check_servable", "override"]

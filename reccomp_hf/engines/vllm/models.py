@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.clip import CLIPVisionModel
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
-from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ...core.checks import check_finite
@@ -25,6 +24,7 @@ from ...core.picture_tokens import Question, choose_tokens, window_mask
 from ...core.text_encoder import TokenRecoveryModules
 from ...core.vision import EncodedImages, needed_states, vision_states
 from .budgets import Budget, budget_from_tensor, count_tokens, request_section
+from .keys import KeyMapper, check_loaded
 from .processing import (
     LlavaNextRecCompInfo,
     LlavaNextRecCompMultiModalProcessor,
@@ -36,11 +36,6 @@ from .tower import clip_tower
 
 TOWER_TILES = 8
 """Most tiles in one call of the vision tower: vLLM limits a step by kept tokens, which many images share."""
-
-# transformers 5 writes a vision tower's keys without `vision_model.`.
-_VISION_KEYS = WeightsMapper(
-    orig_to_new_regex={re.compile(r"^(model\.)?vision_tower\.(?!vision_model\.)"): "vision_tower.vision_model."}
-)
 
 
 @dataclasses.dataclass
@@ -66,7 +61,7 @@ class RecoveryModelMixin:
     config: Any
     vision_tower: Any
     multi_modal_projector: Any
-    hf_to_vllm_mapper: WeightsMapper
+    hf_to_vllm_mapper: KeyMapper
     token_recovery: TokenRecoveryModules | None
     supports_tower_connector_lora = False  # vLLM would map adapters by the uncompressed number of tokens
 
@@ -101,18 +96,12 @@ class RecoveryModelMixin:
         """Load a checkpoint written by transformers 4 or 5.
 
         Raises:
-            ValueError: Weights of CLIP's text encoder are missing; vLLM itself checks the others.
+            ValueError: Weights are missing, quantised ones included.
         """
-        modules = self.token_recovery
-        loader = AutoWeightsLoader(self, ignore_unexpected_prefixes=["token_recovery."] if modules is None else None)
+        skipped = ["token_recovery."] if self.token_recovery is None else None
+        loader = AutoWeightsLoader(self, ignore_unexpected_prefixes=skipped)
         loaded = loader.load_weights(weights, mapper=self.hf_to_vllm_mapper)
-        if modules is not None:
-            needed = {f"token_recovery.{name}" for name in modules.state_dict()}
-            if missing := sorted(needed - loaded):
-                raise ValueError(
-                    f"The checkpoint lacks {len(missing)} weights of CLIP's text encoder, among them {missing[0]}. "
-                    "Convert it again: reccomp_hf.convert(llava, clip, output)."
-                )
+        check_loaded(self, loaded)
         return loaded
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
@@ -197,7 +186,7 @@ class RecoveryModelMixin:
 class LlavaRecCompForConditionalGeneration(RecoveryModelMixin, LlavaForConditionalGeneration):
     """LLaVA-1.5 with token recovery."""
 
-    hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | _VISION_KEYS
+    hf_to_vllm_mapper = KeyMapper.of(LlavaForConditionalGeneration.hf_to_vllm_mapper)
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -206,7 +195,7 @@ class LlavaRecCompForConditionalGeneration(RecoveryModelMixin, LlavaForCondition
 class LlavaNextRecCompForConditionalGeneration(RecoveryModelMixin, LlavaNextForConditionalGeneration):
     """LLaVA-NeXT with token recovery."""
 
-    hf_to_vllm_mapper = LlavaNextForConditionalGeneration.hf_to_vllm_mapper | _VISION_KEYS
+    hf_to_vllm_mapper = KeyMapper.of(LlavaNextForConditionalGeneration.hf_to_vllm_mapper)
 
     def _tiles(
         self, pixel_values: Any, image_sizes: Any = None, **kwargs: Any

@@ -24,7 +24,7 @@ from ...core.counting import picture_tokens
 from ...core.methods.registry import get_method
 from ...core.processing import LlavaNextRecCompProcessor, LlavaRecCompProcessor
 from .budgets import Budget, budget_to_tensor, count_tokens, request_budget
-from .checks import REQUEST_KEYS, check_servable, override
+from .checks import REQUEST_KEYS, check_request, check_servable, override
 
 QUESTIONS, BUDGET = "recovery_text", "recovery_budget"
 """Processing arguments that `RecoveryProcessorMixin.apply` adds to a request."""
@@ -130,10 +130,11 @@ class RecoveryProcessorMixin:
         """A request's arguments, in which question and budget replace those of `REQUEST_KEYS`.
 
         Raises:
-            ValueError: An image without a question, a `token_recovery` that is not a valid budget, or embeddings
-                that are not finite.
+            ValueError: An image without a question, a `token_recovery` that is not a valid budget, an argument that a
+                request may not set, or embeddings that are not finite.
         """
         given, items = inputs.hf_processor_mm_kwargs, inputs.mm_data_items.get("image")
+        check_request(given, self.info.ctx.get_mm_config().mm_processor_kwargs or {})
         arguments = _stock_arguments(given)
         if not items or isinstance(items, ImageEmbeddingItems):
             if given.get("token_recovery") is not None:
