@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .choosing import check_budget
@@ -61,6 +62,24 @@ def check_feature_layer(config: Any, layer: int | None, strategy: str | None) ->
         raise ValueError(f"vision_feature_select_strategy must be 'default' (no class token), got {strategy!r}.")
 
 
+def check_tensor(name: str, value: Any) -> None:
+    """Refuse an argument that is neither a tensor nor `None`, as a processor gives it without `return_tensors`."""
+    if value is not None and not isinstance(value, Tensor):
+        raise ValueError(
+            f"{name} must be a tensor, got {type(value).__name__}: call the processor with return_tensors='pt'."
+        )
+
+
+def check_ids(name: str, value: Any, dimensions: int | None) -> None:
+    """Refuse ids that are not an integer tensor, or have another number of dimensions than a given one."""
+    check_tensor(name, value)
+    if value.is_floating_point() or value.dtype == torch.bool or dimensions not in (None, value.ndim):
+        raise ValueError(
+            f"{name} must be an integer tensor{'' if dimensions is None else f' of {dimensions} dimensions'}, got "
+            f"{value.dtype} of shape {tuple(value.shape)}."
+        )
+
+
 def check_question(
     recovery_input_ids: Tensor | None, recovery_attention_mask: Tensor | None, rows: int, section: TokenRecoveryConfig
 ) -> None:
@@ -70,6 +89,8 @@ def check_question(
             "Text recovery needs the question: recovery_input_ids is None. The processor of this checkpoint "
             f"writes it (AutoProcessor.from_pretrained); {no_question_hint(section)}"
         )
+    check_ids("recovery_input_ids", recovery_input_ids, None)
+    check_tensor("recovery_attention_mask", recovery_attention_mask)
     if recovery_input_ids.ndim != 3 or recovery_input_ids.shape[0] != rows:
         raise ValueError(
             f"recovery_input_ids must have shape (rows, windows, length) with {rows} rows, got "
@@ -119,6 +140,8 @@ def check_call(config: Any, section: TokenRecoveryConfig, inputs: Mapping[str, A
             f"reccomp_hf.Conversation, or compress_inputs without {CACHE}. PEFT's prefix tuning passes such a cache: "
             f"{_WITHOUT_VIRTUAL_TOKENS}"
         )
+    check_ids("input_ids", input_ids, 2)
+    check_tensor("attention_mask", attention_mask)
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)} with images, got "
@@ -283,12 +306,14 @@ __all__ = [
     "check_encoder_outputs",
     "check_feature_layer",
     "check_finite",
+    "check_ids",
     "check_labels",
     "check_logits_to_keep",
     "check_no_cut_logits",
     "check_question",
     "check_reads_embeddings",
     "check_supported",
+    "check_tensor",
     "is_continuation",
     "is_tiled",
     "no_question_hint",

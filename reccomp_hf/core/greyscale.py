@@ -63,6 +63,8 @@ def readable_images(images: Any) -> Any:
     """
     if isinstance(images, list | tuple) and all(isinstance(row, list | tuple) and not row for row in images):
         raise ValueError(f"images must hold at least one image, got {images!r}: pass images=None for prompts without.")
+    if 0 in getattr(images, "shape", ()):
+        raise ValueError(f"images must have pixels, got shape {tuple(images.shape)}.")
     return _readable(images)
 
 

@@ -16,6 +16,7 @@ from .checks import (
     check_encoder_outputs,
     check_feature_layer,
     check_finite,
+    check_ids,
     check_logits_to_keep,
     check_no_cut_logits,
     check_question,
@@ -121,8 +122,7 @@ class RecCompMixin(RecoveryModulesMixin):
             pixel_values: Images as the processor returns them.
             image_sizes: (I, 2) height and width in pixels of every image; LLaVA-NeXT only.
             token_recovery: Fields of the config section that the later calls will override.
-            **kwargs: `vision_feature_layer` and `vision_feature_select_strategy` as in stock LLaVA; other outputs of
-                the processor are ignored.
+            **kwargs: Feature layer and strategy as in stock LLaVA; other outputs of the processor are ignored.
 
         Returns:
             [`EncodedImages`], which `generate`, `forward`, `compress_inputs` and `recover` take in place of
@@ -166,9 +166,9 @@ class RecCompMixin(RecoveryModulesMixin):
         Raises:
             ValueError: Placeholders, images or questions that do not fit.
         """
-        section = self._section(token_recovery)
+        section, layer = self._section(token_recovery), self._feature_layer(kwargs)
         question = (recovery_input_ids, recovery_attention_mask)
-        layer = self._feature_layer(kwargs)
+        check_ids("input_ids", input_ids, 2)
         chosen = self._choose_tokens(input_ids, pixel_values, image_sizes, question, section, layer)
         self._sync_and_validate(chosen)
         return chosen.choice.record().split(chosen.choice.layout.tiles)

@@ -27,6 +27,7 @@ from .questions import (
     choose_questions,
     encode_windows,
     find_turn_markers,
+    given_questions,
     message_text,
     split_user_turns,
 )
@@ -285,9 +286,7 @@ class RecCompProcessorMixin(ProcessorMixin):
         if recovery_text is None:
             questions = [self.extract_questions(prompt, recovery_turns) for prompt in prompts]
         else:
-            given = [recovery_text] if isinstance(recovery_text, str) else list(recovery_text)
-            rows = [[row] if isinstance(row, str) else row for row in given]
-            questions = [[text.strip() for text in row if text.strip()] for row in rows]
+            questions = given_questions(recovery_text)
         if len(questions) != len(prompts):
             raise ValueError(
                 f"recovery_text must hold one question per row: got {len(questions)}, expected {len(prompts)}."

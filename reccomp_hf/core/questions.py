@@ -65,6 +65,24 @@ def check_messages(messages: Any) -> None:
             )
 
 
+def given_questions(recovery_text: Any) -> list[list[str]]:
+    """The questions that a caller gives, a list per row, without empty ones.
+
+    Raises:
+        ValueError: It is neither a text, nor a list of texts or of lists of texts.
+    """
+    given = [recovery_text] if isinstance(recovery_text, str) else recovery_text
+    rows = [[row] if isinstance(row, str) else row for row in given] if isinstance(given, list | tuple) else None
+    if rows is None or not all(
+        isinstance(row, list | tuple) and all(isinstance(text, str) for text in row) for row in rows
+    ):
+        raise ValueError(
+            "recovery_text must be one question per row, or a list of several, each of them a text, got "
+            f"{shown(recovery_text)}."
+        )
+    return [[text.strip() for text in row if text.strip()] for row in rows]
+
+
 def message_text(message: Any) -> str:
     """The text of a chat message, without its images."""
     content = message.get("content") or ""
@@ -257,6 +275,7 @@ __all__ = [
     "choose_questions",
     "encode_windows",
     "find_turn_markers",
+    "given_questions",
     "message_text",
     "split_user_turns",
 ]
