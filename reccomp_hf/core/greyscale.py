@@ -63,8 +63,6 @@ def readable_images(images: Any) -> Any:
     """
     if isinstance(images, list | tuple) and all(isinstance(row, list | tuple) and not row for row in images):
         raise ValueError(f"images must hold at least one image, got {images!r}: pass images=None for prompts without.")
-    if 0 in getattr(images, "shape", ()):
-        raise ValueError(f"images must have pixels, got shape {tuple(images.shape)}.")
     return _readable(images)
 
 
@@ -92,6 +90,8 @@ def _readable(images: Any) -> Any:
     """`images` themselves where nothing is to be scaled; files are turned as their EXIF says, which stock does too."""
     if isinstance(images, list | tuple):
         return [_readable(image) for image in images]
+    if 0 in getattr(images, "shape", ()):
+        raise ValueError(f"images must have pixels, got shape {tuple(images.shape)}.")
     if isinstance(images, str) and os.path.isfile(images):
         with Image.open(images) as opened:
             return _scaled(opened, upright=True) if is_deep(opened) else images

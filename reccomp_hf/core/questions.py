@@ -63,6 +63,9 @@ def check_messages(messages: Any) -> None:
                 f"The content of message {number} of a chat must be a text or a list of parts such as "
                 f"{{'type': 'text', 'text': ...}}, got {shown(content)}."
             )
+        for part in parts:
+            if part.get("type") == "text" and not isinstance(part.get("text"), str):
+                raise ValueError(f"A text part of message {number} of a chat needs a text, got {shown(part)}.")
 
 
 def given_questions(recovery_text: Any) -> list[list[str]]:

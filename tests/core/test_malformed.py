@@ -57,3 +57,12 @@ def test_questions_that_are_no_texts(architecture, given):
 def test_images_without_pixels(architecture, shape):
     with pytest.raises(ValueError, match="images must have pixels, got shape"):
         architecture.processor()(images=np.zeros(shape, np.uint8), text=prompt_of("What?", 1))
+    with pytest.raises(ValueError, match="images must have pixels, got shape"):
+        architecture.processor()(images=[[np.zeros(shape, np.uint8)]], text=prompt_of("What?", 1))
+
+
+@each_architecture
+@pytest.mark.parametrize("part", [{"type": "text"}, {"type": "text", "text": 5}], ids=str)
+def test_text_parts_without_text(architecture, part):
+    with pytest.raises(ValueError, match="A text part of message 0 of a chat needs a text"):
+        architecture.processor().apply_chat_template([{"role": "user", "content": [part]}])
