@@ -14,6 +14,7 @@ from ..core.checks import cache_length
 from ..core.compat import CACHE
 from ..core.features import TokenRecoveryOutput
 from ..core.generation import PromptStreamer
+from ..core.greyscale import readable_images
 from ..core.vision import EncodedImages, concatenate
 from ..measure.plot import plot_recovery
 from .cache import ConversationCache, visual_tokens
@@ -133,6 +134,8 @@ class Conversation:
                 small for one question. After an error the conversation continues as if the question had not been
                 asked, except that tokens removed for `max_visual_tokens` do not return.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"A question must be a text, got {type(text).__name__}.")
         check_options(self.mode, generate_kwargs, self.model.generation_config)
         images = list(images) if isinstance(images, (list, tuple)) else [] if images is None else [images]
         encoded = self._encode(images) if images else None
@@ -173,7 +176,7 @@ class Conversation:
     # ---- the prompt --------------------------------------------------------------------------------------------
 
     def _encode(self, images: Sequence[Any]) -> EncodedImages:
-        inputs = self.processor.image_processor(images, return_tensors="pt")
+        inputs = self.processor.image_processor(readable_images(images), return_tensors="pt")
         pixel_values = inputs["pixel_values"].to(self.model.device, self.model.dtype)
         return self.model.encode_images(pixel_values, inputs.get("image_sizes"), token_recovery=self._fields)
 

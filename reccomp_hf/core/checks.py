@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .choosing import check_budget
 from .compat import CACHE, cache_of
 from .configuration import TokenRecoveryConfig
 from .methods.registry import get_method
+
+_WITHOUT_VIRTUAL_TOKENS = (
+    "with images use another adapter, such as LoRA, or token_recovery={'enabled': False} to read them uncompressed."
+)
 
 
 def check_supported(config: Any, section: TokenRecoveryConfig) -> None:
@@ -56,6 +62,24 @@ def check_feature_layer(config: Any, layer: int | None, strategy: str | None) ->
         raise ValueError(f"vision_feature_select_strategy must be 'default' (no class token), got {strategy!r}.")
 
 
+def check_tensor(name: str, value: Any) -> None:
+    """Refuse an argument that is neither a tensor nor `None`, as a processor gives it without `return_tensors`."""
+    if value is not None and not isinstance(value, Tensor):
+        raise ValueError(
+            f"{name} must be a tensor, got {type(value).__name__}: call the processor with return_tensors='pt'."
+        )
+
+
+def check_ids(name: str, value: Any, dimensions: int | None) -> None:
+    """Refuse ids that are not an integer tensor, or have another number of dimensions than a given one."""
+    check_tensor(name, value)
+    if value.is_floating_point() or value.dtype == torch.bool or dimensions not in (None, value.ndim):
+        raise ValueError(
+            f"{name} must be an integer tensor{'' if dimensions is None else f' of {dimensions} dimensions'}, got "
+            f"{value.dtype} of shape {tuple(value.shape)}."
+        )
+
+
 def check_question(
     recovery_input_ids: Tensor | None, recovery_attention_mask: Tensor | None, rows: int, section: TokenRecoveryConfig
 ) -> None:
@@ -65,6 +89,8 @@ def check_question(
             "Text recovery needs the question: recovery_input_ids is None. The processor of this checkpoint "
             f"writes it (AutoProcessor.from_pretrained); {no_question_hint(section)}"
         )
+    check_ids("recovery_input_ids", recovery_input_ids, None)
+    check_tensor("recovery_attention_mask", recovery_attention_mask)
     if recovery_input_ids.ndim != 3 or recovery_input_ids.shape[0] != rows:
         raise ValueError(
             f"recovery_input_ids must have shape (rows, windows, length) with {rows} rows, got "
@@ -103,7 +129,19 @@ def check_call(config: Any, section: TokenRecoveryConfig, inputs: Mapping[str, A
     """Refuse inputs with which images cannot be compressed."""
     input_ids, attention_mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if input_ids is None or inputs.get("inputs_embeds") is not None:
-        raise ValueError("Images need input_ids with their placeholders, and no inputs_embeds.")
+        raise ValueError(
+            "Images need input_ids with their placeholders, and no inputs_embeds, which PEFT's prompt tuning passes: "
+            f"{_WITHOUT_VIRTUAL_TOKENS}"
+        )
+    if past := cache_length(cache_of(inputs)):
+        raise ValueError(
+            f"Images with a non-empty {CACHE}: it holds the shortened prompt, so full-length "
+            f"input_ids do not fit it. {_continuation_hint(past)} To add an image later, use "
+            f"reccomp_hf.Conversation, or compress_inputs without {CACHE}. PEFT's prefix tuning passes such a cache: "
+            f"{_WITHOUT_VIRTUAL_TOKENS}"
+        )
+    check_ids("input_ids", input_ids, 2)
+    check_tensor("attention_mask", attention_mask)
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)} with images, got "
@@ -111,12 +149,6 @@ def check_call(config: Any, section: TokenRecoveryConfig, inputs: Mapping[str, A
         )
     check_encoder_outputs(inputs)
     check_labels(inputs)
-    if past := cache_length(cache_of(inputs)):
-        raise ValueError(
-            f"Images with a non-empty {CACHE}: it holds the shortened prompt, so full-length "
-            f"input_ids do not fit it. {_continuation_hint(past)} To add an image later, use "
-            f"reccomp_hf.Conversation, or compress_inputs without {CACHE}."
-        )
     attention = getattr(config.get_text_config(), "_attn_implementation", None) or ""
     if section.position_ids == "original" and attention.startswith("flash"):
         raise ValueError(
@@ -149,6 +181,16 @@ def check_encoder_outputs(inputs: Mapping[str, Any]) -> None:
         raise ValueError(
             "mm_encoder_outputs hold encoded images, which token recovery cannot compress: pass pixel_values or the "
             "result of encode_images, or token_recovery={'enabled': False} to read them uncompressed."
+        )
+
+
+def check_reads_embeddings(prepare: Any) -> None:
+    """Refuse to generate about images where `prepare_inputs_for_generation` was replaced by one without embeddings."""
+    parameters = inspect.signature(prepare).parameters
+    if "inputs_embeds" not in parameters:
+        raise ValueError(
+            "prepare_inputs_for_generation was replaced by one that reads the prompt as ids, as PEFT's prompt and "
+            f"prefix tuning do, and a compressed prompt is passed as embeddings: {_WITHOUT_VIRTUAL_TOKENS}"
         )
 
 
@@ -264,11 +306,14 @@ __all__ = [
     "check_encoder_outputs",
     "check_feature_layer",
     "check_finite",
+    "check_ids",
     "check_labels",
     "check_logits_to_keep",
     "check_no_cut_logits",
     "check_question",
+    "check_reads_embeddings",
     "check_supported",
+    "check_tensor",
     "is_continuation",
     "is_tiled",
     "no_question_hint",

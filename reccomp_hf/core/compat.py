@@ -46,11 +46,11 @@ def fill_cache(cache: Any, layer: int, keys: Tensor, values: Tensor) -> None:
     cache.update(keys, values, layer, places)
 
 
-def image_fields(output_class: type, features: Tensor) -> dict[str, Any]:
-    """Fields of an output for the projected tokens (tokens, D) of all images."""
-    fields: dict[str, Any] = {"image_hidden_states": features}
+def image_fields(output_class: type, features: Sequence[Tensor]) -> dict[str, Any]:
+    """Fields of an output for the projected tokens (K, D) of each image."""
+    fields: dict[str, Any] = {"image_hidden_states": torch.cat(list(features))}
     if "image_outputs" in {field.name for field in dataclasses.fields(output_class)}:
-        fields["image_outputs"] = BaseModelOutputWithPooling(pooler_output=[features])  # a list, as in the stock model
+        fields["image_outputs"] = BaseModelOutputWithPooling(pooler_output=list(features))
     return fields
 
 

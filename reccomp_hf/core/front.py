@@ -198,8 +198,8 @@ class FrontMixin(RecoveryModulesMixin):
         outputs = self._graphs.run("front", modules, plan.key, tokens, inputs)
         if outputs is None:
             return None
-        features = outputs["features"]
-        return PictureTokens.of_tensors(outputs, None if plan.bounds else features.shape[0] * features.shape[1])
+        images, longest = outputs["features"].shape[:2]
+        return PictureTokens.of_tensors(outputs, None if plan.bounds else [longest] * images)
 
     def _front(self, inputs: dict[str, Tensor], plan: FrontPlan) -> Choice | PictureTokens:
         """Choose the tokens of images, and make them if their number is known.

@@ -13,7 +13,13 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from .checks import cache_length, check_continuation, check_encoder_outputs, is_continuation
+from .checks import (
+    cache_length,
+    check_continuation,
+    check_encoder_outputs,
+    check_reads_embeddings,
+    is_continuation,
+)
 from .compat import behind_cache, cache_of, default_max_length, extended_positions, is_prefill, stock_cache
 from .configuration import TokenRecoveryConfig
 from .inner_model import InnerModelMixin
@@ -67,7 +73,9 @@ class RecCompGenerationMixin(InnerModelMixin, RecCompMixin):
             token_recovery: Fields of the config section to override for this call.
             past_key_values: The older name of `cache`; every version accepts both, and 5.24 warns of this one.
             labels: (R, L) int64 for the uncut sequence; cut along with it.
-            logits_to_keep: Number of last logits, 0 for all; indices only without images.
+            logits_to_keep: Number of last logits, 0 for all; indices only without images. The last logits are those
+                of the last tokens as they were passed. All logits are those of the shortened sequence, whose last
+                columns differ in a batch padded on the right alone: there the rows begin in one column.
             mm_encoder_outputs: As in the stock method of transformers 5, for the uncompressed model only.
             vision_feature_layer: As in the stock method; one layer below the last if images are compressed.
             vision_feature_select_strategy: As in the stock method; `"default"` if images are compressed.
@@ -238,6 +246,8 @@ class RecCompGenerationMixin(InnerModelMixin, RecCompMixin):
                         f"{name} is {value!r}, which reads the prompt as ids and would lose its images: a compressed "
                         "prompt is short, and is passed to the model as embeddings. Leave it out."
                     )
+        if kwargs.get("pixel_values") is not None:
+            check_reads_embeddings(self.prepare_inputs_for_generation)
         if kwargs.get("assistant_model") is not None and kwargs.get("pixel_values") is not None:
             raise ValueError(
                 "Assisted generation with an assistant_model does not work on a compressed prompt: the assistant "

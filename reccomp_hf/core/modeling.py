@@ -15,6 +15,7 @@ from .checks import (
     check_call,
     check_encoder_outputs,
     check_feature_layer,
+    check_ids,
     check_logits_to_keep,
     check_no_cut_logits,
     check_supported,
@@ -45,7 +46,7 @@ class _Compressed:
     Args:
         inputs: Arguments for the stock model.
         record: The chosen tokens.
-        image_features: (tokens, D), the projected tokens of all images.
+        image_features: (K, D) for each image, its projected tokens.
         token_counts: (I,) int64, tokens of each image.
         newline_counts: (I,) int64, newlines of each image.
         source: (R, W) int64, the uncut slot that each new slot holds, -1 for padding.
@@ -53,7 +54,7 @@ class _Compressed:
 
     inputs: dict[str, Any]
     record: TokenRecoveryOutput
-    image_features: Tensor
+    image_features: tuple[Tensor, ...]
     token_counts: Tensor
     newline_counts: Tensor
     source: Tensor
@@ -99,8 +100,7 @@ class RecCompMixin(FrontMixin):
             pixel_values: Images as the processor returns them.
             image_sizes: (I, 2) height and width in pixels of every image; LLaVA-NeXT only.
             token_recovery: Fields of the config section that the later calls will override.
-            **kwargs: `vision_feature_layer` and `vision_feature_select_strategy` as in stock LLaVA; other outputs of
-                the processor are ignored.
+            **kwargs: Feature layer and strategy as in stock LLaVA; other outputs of the processor are ignored.
 
         Returns:
             [`EncodedImages`], which `generate`, `forward`, `compress_inputs` and `recover` take in place of
@@ -144,9 +144,9 @@ class RecCompMixin(FrontMixin):
         Raises:
             ValueError: Placeholders, images or questions that do not fit.
         """
-        section = self._section(token_recovery)
+        section, layer = self._section(token_recovery), self._feature_layer(kwargs)
         question = (recovery_input_ids, recovery_attention_mask)
-        layer = self._feature_layer(kwargs)
+        check_ids("input_ids", input_ids, 2)
         inputs = (input_ids, pixel_values, image_sizes, question, section, layer)
         chosen = self._read_pictures(*inputs, projects=False)
         chosen.sync_and_validate()
@@ -241,8 +241,9 @@ class RecCompMixin(FrontMixin):
                 )
             elif position_ids is not None:
                 shortened["position_ids"] = compact_positions(position_ids, splice, source)
+        images = features.split(list(tokens.image_lengths or ()))
         counts = [number.to(input_ids.device) for number in (tokens.token_counts, tokens.newline_counts)]
-        return _Compressed(shortened, tokens.record, features, counts[0], counts[1], source)
+        return _Compressed(shortened, tokens.record, images, counts[0], counts[1], source)
 
     def _compressed_forward(
         self, inputs: dict[str, Any], question: QuestionIds, token_recovery: Mapping[str, Any] | None

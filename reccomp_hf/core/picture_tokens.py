@@ -64,7 +64,7 @@ class Choice:
         newline_counts: (I,) int64, newlines of each image.
         sizes: The sizes of the selection, once known.
         longest_image: Tokens of the longest image, newlines included, once known.
-        image_tokens: Tokens of all images, newlines included, once known.
+        image_lengths: Tokens of each image, newlines included, once known.
     """
 
     features: VisualFeatures
@@ -75,7 +75,7 @@ class Choice:
     newline_counts: Tensor
     sizes: Sizes = dataclasses.field(init=False)
     longest_image: int = dataclasses.field(init=False)
-    image_tokens: int | None = None
+    image_lengths: list[int] | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -92,15 +92,16 @@ class Choice:
         """The numbers, as 1-D tensors, whose values `read` takes; none if a fixed budget says them."""
         if self.selection.known_sizes is not None:
             return []
-        return [self.selection.sizes, torch.stack([self.lengths.max(), self.lengths.sum()])]
+        return [self.selection.sizes, self.lengths]
 
     def read(self, values: list[int]) -> None:
         """Set the sizes from the values of `unread`, one tensor after the other."""
         known = self.selection.known_sizes
         if known is None:
-            self.sizes, (self.longest_image, self.image_tokens) = Sizes(*values[:3]), values[3:]
+            self.sizes, self.image_lengths = Sizes(*values[:3]), values[3:]
         else:  # without newlines, and every tile is an image
-            self.sizes, self.longest_image, self.image_tokens = known, known.longest, known.total
+            self.sizes, self.image_lengths = known, [known.longest] * len(self.layout.tiles)
+        self.longest_image = max(self.image_lengths)
 
     def sync(self) -> None:
         """Read the sizes from the device, if they are not known."""
@@ -141,7 +142,7 @@ class Choice:
             order, places = self.layout.sequence(record, self.sizes, self.longest_image)
             features = features[order.to(features.device)]
         counts = (self.token_counts, self.newline_counts)
-        return PictureTokens(features, places, *counts, self.non_finite, record, self.image_tokens)
+        return PictureTokens(features, places, *counts, self.non_finite, record, self.image_lengths)
 
 
 @dataclasses.dataclass
@@ -155,7 +156,7 @@ class PictureTokens:
         newline_counts: (I,) int64, newlines of each image.
         non_finite: (T,) int64, 1 for each tile whose features hold NaN or infinity.
         record: Where every patch went.
-        image_tokens: Tokens of all images, newlines included; `None` until read.
+        image_lengths: Tokens of each image, newlines included; `None` until read.
     """
 
     features: Tensor
@@ -164,7 +165,7 @@ class PictureTokens:
     newline_counts: Tensor
     non_finite: Tensor
     record: TokenRecoveryOutput
-    image_tokens: int | None
+    image_lengths: list[int] | None
 
     @property
     def lengths(self) -> Tensor:
@@ -178,26 +179,25 @@ class PictureTokens:
         return own | record
 
     @classmethod
-    def of_tensors(cls, tensors: dict[str, Tensor], image_tokens: int | None) -> PictureTokens:
+    def of_tensors(cls, tensors: dict[str, Tensor], image_lengths: list[int] | None) -> PictureTokens:
         """The inverse of `tensors`."""
         fields = {field.name: tensors.get(f"record {field.name}") for field in dataclasses.fields(TokenRecoveryOutput)}
         own = {name: value for name, value in tensors.items() if not name.startswith("record ")}
-        return cls(**own, record=TokenRecoveryOutput(**fields), image_tokens=image_tokens)  # type: ignore[arg-type]
+        return cls(**own, record=TokenRecoveryOutput(**fields), image_lengths=image_lengths)  # type: ignore[arg-type]
 
     @property
     def unread(self) -> list[Tensor]:
         """The numbers, as 1-D tensors, whose values `read` takes."""
-        return [self.lengths.sum().unsqueeze(0)] if self.image_tokens is None else []
+        return [self.lengths] if self.image_lengths is None else []
 
     def read(self, values: list[int]) -> None:
-        """Set the number of tokens from the value of `unread`."""
-        if values:
-            (self.image_tokens,) = values
+        """Set the numbers of tokens from the values of `unread`."""
+        self.image_lengths = values or self.image_lengths
 
     def packed(self) -> Tensor:
-        """The tokens of all images, one image after the other: (image_tokens, D)."""
-        assert self.image_tokens is not None
-        return pack_rows(self.features, self.lengths.to(self.features.device), self.image_tokens)
+        """The tokens of all images, one image after the other: (tokens, D)."""
+        assert self.image_lengths is not None
+        return pack_rows(self.features, self.lengths.to(self.features.device), sum(self.image_lengths))
 
 
 def window_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

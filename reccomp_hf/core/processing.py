@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoTokenizer, BatchFeature, LlavaNextProce
 from transformers.utils import cached_file
 
 from .compat import mend_tokenizer_config, takes_processor_kwargs, with_listed_content
+from .greyscale import readable_chat, readable_images
 from .questions import (
-    check_images,
     check_messages,
     check_prompt_tokenizer,
     check_question_tokenizer,
@@ -27,6 +27,7 @@ from .questions import (
     choose_questions,
     encode_windows,
     find_turn_markers,
+    given_questions,
     message_text,
     split_user_turns,
 )
@@ -113,7 +114,7 @@ class RecCompProcessorMixin(ProcessorMixin):
         """Encode images and prompts as the stock processor does, and each row's question for CLIP.
 
         Args:
-            images: images for the image tokens in `text`.
+            images: images for the image tokens in `text`; greyscale of more than 8 bits is scaled by its own depth.
             text: one prompt per row.
             recovery_text: one question per row, used as it is, or a list of several; by default extracted from the
                 prompt.
@@ -128,9 +129,8 @@ class RecCompProcessorMixin(ProcessorMixin):
             ValueError: a row with images and no question, not one `recovery_text` per row, or unknown turns.
         """
         turns = self.recovery_turns if recovery_turns is None else check_turns(recovery_turns)
-        check_images(images)
         kwargs = {key: dict(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
-        encoding = super().__call__(images=images, text=text, **kwargs)
+        encoding = super().__call__(images=readable_images(images), text=text, **kwargs)
         if self._recovery_tokenizer is None or text is None:
             return encoding
         prompts = [text] if isinstance(text, str) else [row if isinstance(row, str) else " ".join(row) for row in text]
@@ -153,6 +153,7 @@ class RecCompProcessorMixin(ProcessorMixin):
         """
         options = dict(kwargs.pop("processor_kwargs", None) or {})
         options.update({name: kwargs.pop(name) for name in ("recovery_text", "recovery_turns") if name in kwargs})
+        conversation = readable_chat(conversation)
         turns, rows = options.pop("recovery_turns", None), _batched(conversation)
         for messages in rows:
             check_messages(messages)
@@ -285,9 +286,7 @@ class RecCompProcessorMixin(ProcessorMixin):
         if recovery_text is None:
             questions = [self.extract_questions(prompt, recovery_turns) for prompt in prompts]
         else:
-            given = [recovery_text] if isinstance(recovery_text, str) else list(recovery_text)
-            rows = [[row] if isinstance(row, str) else row for row in given]
-            questions = [[text.strip() for text in row if text.strip()] for row in rows]
+            questions = given_questions(recovery_text)
         if len(questions) != len(prompts):
             raise ValueError(
                 f"recovery_text must hold one question per row: got {len(questions)}, expected {len(prompts)}."

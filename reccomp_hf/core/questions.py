@@ -40,16 +40,6 @@ def check_turns(turns: str) -> str:
     return turns
 
 
-def check_images(images: Any) -> None:
-    """Refuse images that are a list of none, or of empty lists.
-
-    Raises:
-        ValueError: There is no image in it.
-    """
-    if isinstance(images, list | tuple) and all(isinstance(row, list | tuple) and not row for row in images):
-        raise ValueError(f"images must hold at least one image, got {images!r}: pass images=None for prompts without.")
-
-
 def check_messages(messages: Any) -> None:
     """Refuse a chat without messages, a message without a role, and content that is neither text nor parts.
 
@@ -74,6 +64,27 @@ def check_messages(messages: Any) -> None:
                 f"The content of message {number} of a chat must be a text or a list of parts such as "
                 f"{{'type': 'text', 'text': ...}}, got {shown(content)}."
             )
+        for part in parts:
+            if part.get("type") == "text" and not isinstance(part.get("text"), str):
+                raise ValueError(f"A text part of message {number} of a chat needs a text, got {shown(part)}.")
+
+
+def given_questions(recovery_text: Any) -> list[list[str]]:
+    """The questions that a caller gives, a list per row, without empty ones.
+
+    Raises:
+        ValueError: It is neither a text, nor a list of texts or of lists of texts.
+    """
+    given = [recovery_text] if isinstance(recovery_text, str) else recovery_text
+    rows = [[row] if isinstance(row, str) else row for row in given] if isinstance(given, list | tuple) else None
+    if rows is None or not all(
+        isinstance(row, list | tuple) and all(isinstance(text, str) for text in row) for row in rows
+    ):
+        raise ValueError(
+            "recovery_text must be one question per row, or a list of several, each of them a text, got "
+            f"{shown(recovery_text)}."
+        )
+    return [[text.strip() for text in row if text.strip()] for row in rows]
 
 
 def message_text(message: Any) -> str:
@@ -262,7 +273,6 @@ __all__ = [
     "ANSWER_INSTRUCTIONS",
     "LARGEST_IS_END",
     "TURNS",
-    "check_images",
     "check_messages",
     "check_prompt_tokenizer",
     "check_question_tokenizer",
@@ -270,6 +280,7 @@ __all__ = [
     "choose_questions",
     "encode_windows",
     "find_turn_markers",
+    "given_questions",
     "message_text",
     "split_user_turns",
 ]

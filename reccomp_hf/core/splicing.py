@@ -119,7 +119,8 @@ def plan_splice(
 
     Padding stays on its side. If any row is padded on the left, or none is padded, rows are filled up on the left, as
     generation needs it, and each keeps its right padding: the last columns stay the last columns. A batch that is
-    padded on the right alone is filled up there, and its last columns are those of the shortened sequence.
+    padded on the right alone is filled up there, unless the caller reads its last columns: rows that lose different
+    numbers of placeholders can be aligned at one end only.
 
     Args:
         placeholders: From `map_placeholders`.
@@ -135,7 +136,7 @@ def plan_splice(
     keeps = inside & ~drops
     drops = drops & inside
     new_lengths = keeps.sum(-1)
-    left = before.any() | ~after.any()
+    left = before.any() | ~after.any() | (logits_to_keep > 0)
     right_padding = torch.where(left, (after & ~before).sum(-1), 0)
     lengths = [(inside.sum(-1) + right_padding).max(), (new_lengths + right_padding).max()]
     sizes = torch.stack([*lengths, drops[:, -logits_to_keep:].sum() if logits_to_keep else drops.new_zeros(()).long()])

@@ -131,12 +131,18 @@ def check_states(states: dict[int, Tensor], needed: set[int]) -> None:
         )
 
 
-def check_not_empty(pixel_values: Tensor) -> None:
-    """Refuse a batch of no images.
+def check_not_empty(pixel_values: Any) -> None:
+    """Refuse a batch of no images, and one that is not as a processor returns it.
 
     Raises:
-        ValueError: `pixel_values` has no rows.
+        ValueError: `pixel_values` is not a tensor of at least 4 dimensions, or has no rows.
     """
+    if not isinstance(pixel_values, Tensor) or pixel_values.ndim < 4:
+        shape = f" of shape {tuple(pixel_values.shape)}" if isinstance(pixel_values, Tensor) else ""
+        raise ValueError(
+            "pixel_values must be a tensor (images, ..., 3, height, width), got "
+            f"{type(pixel_values).__name__}{shape}: call the processor with return_tensors='pt'."
+        )
     if not len(pixel_values):
         raise ValueError(
             f"pixel_values hold no image, got shape {tuple(pixel_values.shape)}: leave pixel_values out of a call "

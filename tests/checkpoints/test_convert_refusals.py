@@ -95,6 +95,19 @@ def test_a_llava_that_is_not_whole_is_refused(spoil, message, sources, tmp_path)
     assert_nothing_new(tmp_path, "sources")
 
 
+@pytest.mark.parametrize("enabled", [True, False], ids=["on", "off"])
+@pytest.mark.parametrize(
+    "fields", [{"vision_feature_layer": [-2, -3]}, {"vision_feature_select_strategy": "full"}], ids=str
+)
+def test_features_that_cannot_be_compressed_are_refused(fields, enabled, sources, tmp_path):
+    """Even for a checkpoint that begins switched off: nobody could switch it on."""
+    path = sources[0] / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    with pytest.raises(ValueError, match=rf"{next(iter(fields))} must be"):
+        reccomp_hf.convert(*sources, tmp_path / "out", enabled=enabled)
+    assert_nothing_new(tmp_path, "sources")
+
+
 def test_a_clip_without_its_text_side_is_refused(sources, tmp_path):
     rewrite(sources[1] / "model.safetensors", lambda tensors: tensors.pop("visual_projection.weight"))
     with pytest.raises(ValueError, match=r"not a complete CLIPModel: it has no weights visual_projection\.\*"):

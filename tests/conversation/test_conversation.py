@@ -4,9 +4,12 @@ import contextlib
 import dataclasses
 import functools
 
+import numpy as np
 import pytest
+import torch
 from architectures import LLAVA, each_architecture
 from conversations import PICTURES, QUESTIONS, REWRITES, ask, each_mode, start
+from PIL import Image
 from transformers import GenerationConfig, LogitsProcessorList, TextIteratorStreamer, TextStreamer
 
 from reccomp_hf import Conversation
@@ -42,6 +45,22 @@ def test_a_question_that_failed_leaves_no_trace(architecture, mode):
         assert ids == ask(whole, question, images)
         assert len(torn.turns) == number + 1
         assert dataclasses.astuple(torn.turns[-1])[:6] == dataclasses.astuple(whole.turns[-1])[:6]
+
+
+@pytest.mark.parametrize("text", [None, 5, [], b"x"], ids=str)
+def test_a_question_that_is_no_text_is_refused(text):
+    with pytest.raises(ValueError, match=r"A question must be a text, got \w+"):
+        start(LLAVA, "append").ask(text, PICTURES[0])
+
+
+def test_greyscale_of_16_bits_is_read_as_that_of_8():
+    grey = np.linspace(0, 255, 64 * 64).reshape(64, 64).round()
+    tokens = []
+    for values in (grey.astype(np.uint8), (grey * 257).astype(np.uint16)):
+        conversation = start(LLAVA, "append")
+        ask(conversation, QUESTIONS[0], Image.fromarray(values))
+        tokens.append(conversation.turns[0].records[0].tokens)
+    torch.testing.assert_close(*tokens, rtol=1e-5, atol=1e-5)
 
 
 @each_architecture

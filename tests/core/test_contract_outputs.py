@@ -38,7 +38,11 @@ def test_projected_tokens_have_one_name_on_every_line(architecture, enabled):
         assert output["image_hidden_states"] is tokens
         assert tokens.shape == (int((short["input_ids"] == model.config.image_token_id).sum()), 32)
         if hasattr(output, "image_outputs"):
-            assert torch.equal(torch.cat(list(output.image_outputs.pooler_output)), tokens)
+            features = output.image_outputs.pooler_output
+            assert torch.equal(torch.cat(list(features)), tokens)
+            if enabled:
+                lengths = output.visual_token_counts + output.newline_counts
+                assert [len(image) for image in features] == lengths.tolist()
         if not enabled:
             stock = architecture.shared_stock()(**stock_inputs(batch))
             encoded = getattr(stock, "image_outputs", None)

@@ -38,6 +38,31 @@ def test_the_last_logits_are_those_of_the_answers(architecture, setting):
 
 @torch.no_grad()
 @each_architecture
+@each_position
+def test_the_last_logits_of_rows_padded_on_the_right(architecture, setting):
+    """Every row begins in the first column and loses another number of placeholders."""
+    model, singles, padding = architecture.compressed(), single_runs(architecture), (3, 0, 5, 1)
+    longest = max(single["input_ids"].shape[1] for single in singles) + LONGEST
+    lengths = [longest - pad - single["input_ids"].shape[1] for pad, single in zip(padding, singles, strict=True)]
+    answers = [[40 + place % 50 for place in range(length)] for length in lengths]
+    rows = [with_answers(single, [answer]) for single, answer in zip(singles, answers, strict=True)]
+    batch = dict(architecture.encode(side="right"))
+    for name, fill in (("input_ids", 3), ("attention_mask", 0)):
+        values = [
+            torch.nn.functional.pad(row[name], (0, pad), value=fill) for row, pad in zip(rows, padding, strict=True)
+        ]
+        batch[name] = torch.cat(values)
+    assert batch["attention_mask"][:, 0].all()
+    alone = [model(**row, token_recovery=setting).logits[0] for row in rows]
+    assert len({row["input_ids"].shape[1] - len(logits) for row, logits in zip(rows, alone, strict=True)}) > 2
+    last = model(**batch, logits_to_keep=LONGEST, token_recovery=setting).logits
+    assert last.shape[1] == LONGEST
+    for logits, single, pad in zip(last, alone, padding, strict=True):
+        torch.testing.assert_close(logits[: LONGEST - pad], single[pad - LONGEST :], **CLOSE)
+
+
+@torch.no_grad()
+@each_architecture
 @each_side
 def test_padding_stays_on_its_side(architecture, side):
     """A batch that is padded on one side stays so, one that is padded on both keeps each row's right padding."""

@@ -1,8 +1,20 @@
 """Calls that stock LLaVA takes: labels beside the model, feature layers of a call, models that are not compressed."""
 
 import pytest
+import tiny
 import torch
-from architectures import OF_THE_STOCK_CONFIG, ROWS, each_architecture, generate, labels_of, stock_inputs
+from architectures import (
+    ARCHITECTURES,
+    OF_THE_STOCK_CONFIG,
+    ROWS,
+    call,
+    each_architecture,
+    generate,
+    labels_of,
+    stock_inputs,
+)
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, TaskType, get_peft_model
+from transformers import SynthIDTextWatermarkingConfig
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 OFF = {"enabled": False}
@@ -48,29 +60,102 @@ def test_generate_takes_the_feature_layer_of_a_call(architecture):
     assert torch.equal(generate(model, text, **fields), generate(model, text))
 
 
+OTHER_FEATURES = {
+    "last layer": {"vision_feature_layer": -1},
+    "two layers": {"vision_feature_layer": [-2, -3]},
+    "class token": {"vision_feature_select_strategy": "full"},
+    "SigLIP": {
+        "vision_feature_select_strategy": "full",
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "image_size": tiny.IMAGE_SIZE,
+            "patch_size": tiny.IMAGE_SIZE // 10,
+        },
+    },
+}
+
+
+OFF_MODELS = [
+    (architecture, name)
+    for architecture in ARCHITECTURES
+    for name in OTHER_FEATURES
+    if (architecture.name, name) != ("llava_next", "class token")  # stock LLaVA-NeXT cannot pack it
+]
+
+
 @torch.no_grad()
-@each_architecture
-@pytest.mark.parametrize("layer", [-1, [-2, -3]], ids=str)
-def test_a_model_that_is_off_has_the_stock_limits(architecture, layer):
-    config = architecture.stock_class.config_class(
-        **{
-            **{
-                name: value
-                for name, value in architecture.stock().config.to_dict().items()
-                if name not in OF_THE_STOCK_CONFIG
-            },
-            "vision_feature_layer": layer,
-        }
-    )
+@pytest.mark.parametrize(
+    ("architecture", "name"), OFF_MODELS, ids=[f"{architecture.name}-{name}" for architecture, name in OFF_MODELS]
+)
+def test_a_model_that_is_off_has_the_stock_limits(architecture, name):
+    features = OTHER_FEATURES[name]
+    fields = {
+        name: value for name, value in architecture.stock().config.to_dict().items() if name not in OF_THE_STOCK_CONFIG
+    }
     torch.manual_seed(0)
-    stock = architecture.stock_class(config).eval()
-    fields = {name: value for name, value in config.to_dict().items() if name not in OF_THE_STOCK_CONFIG}
+    stock = architecture.stock_class(architecture.stock_class.config_class(**{**fields, **features})).eval()
+    fields = {name: value for name, value in stock.config.to_dict().items() if name not in OF_THE_STOCK_CONFIG}
     model = architecture.model_class(architecture.config_class(token_recovery=OFF, **fields)).eval()
     model.load_state_dict(stock.state_dict())
-    batch = architecture.encode(ROWS[:2])
+    settings = {name: value for name, value in features.items() if name == "vision_feature_select_strategy"}
+    if "vision_config" in features:
+        settings["num_additional_image_tokens"] = 0
+    processor = architecture.processor(**settings)
+    batch = dict(processor(**call(ROWS[:2]), return_tensors="pt", padding=True))
     assert torch.equal(model(**batch).logits, stock(**stock_inputs(batch)).logits)
-    with pytest.raises(ValueError, match="vision_feature_layer must be one int below the last"):
+    assert torch.equal(generate(model, batch), generate(stock, stock_inputs(batch)))
+    reason = "vision tower is 'siglip" if "vision_config" in features else r"vision_feature_\w+ must be"
+    with pytest.raises(ValueError, match=reason):
         model(**batch, token_recovery={"enabled": True})
     model.config.token_recovery = {"enabled": True}
-    with pytest.raises(ValueError, match="vision_feature_layer must be one int below the last"):
+    with pytest.raises(ValueError, match=reason):
         model(**batch)
+
+
+SYNTHID = SynthIDTextWatermarkingConfig(keys=[654, 400, 836, 123], ngram_len=5, sampling_table_size=2**8)
+PROMPT_READERS = {
+    "SynthID": {"watermarking_config": SYNTHID, "do_sample": True, "top_k": 20},
+    "guidance": {"guidance_scale": 1.5},
+    "negative prompt": {"guidance_scale": 1.5, "negative_prompt_ids": torch.tensor([[1, 40, 41, 42, 43]] * 2)},
+}
+
+
+@each_architecture
+@pytest.mark.parametrize("options", PROMPT_READERS.values(), ids=PROMPT_READERS)
+def test_watermarks_and_guidance_are_stock(architecture, options):
+    """On whole images as on the stock model's prompt, on compressed ones as on the shortened prompt."""
+    model, stock, batch = architecture.compressed(), architecture.stock(), architecture.encode(ROWS[::3])
+    short, _ = model.compress_inputs(**batch, token_recovery={"budget": 8})
+    short = {name: short[name] for name in ("input_ids", "inputs_embeds", "attention_mask")}
+    for budget, expected in ((1.0, stock_inputs(batch)), (8, short)):
+        new = []
+        for one, call_inputs in ((stock, expected), (model, {**batch, "token_recovery": {"budget": budget}})):
+            torch.manual_seed(0)
+            new.append(generate(one, call_inputs, min_new_tokens=6, **options)[:, -6:])
+        assert torch.equal(*new)
+        torch.manual_seed(0)
+        plain = {name: value for name, value in options.items() if name in ("do_sample", "top_k")}
+        assert not torch.equal(generate(stock, expected, min_new_tokens=6, **plain)[:, -6:], new[0])
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+@each_architecture
+@pytest.mark.parametrize(
+    "kind", [PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig], ids=lambda kind: kind.__name__
+)
+def test_virtual_tokens_before_images_are_refused(architecture, kind):
+    """PEFT puts them before the prompt as embeddings or as a cache; off, and for text alone, they are read."""
+    sizes = {"num_virtual_tokens": 4, "num_layers": 2, "token_dim": 32, "num_attention_heads": 4}
+    sizes |= {"encoder_hidden_size": 16} if kind is PromptEncoderConfig else {}
+    model = get_peft_model(architecture.build(), kind(task_type=TaskType.CAUSAL_LM, **sizes)).eval()
+    batch = architecture.encode(ROWS[:1])
+    for call_model in (model, model.generate):
+        with pytest.raises(ValueError, match=r"PEFT's .* tuning .*another adapter, such as LoRA, or token_recovery="):
+            call_model(**batch)
+    text = {name: batch[name][:, -6:] for name in ("input_ids", "attention_mask")}
+    assert generate(model, text, min_new_tokens=6).shape == (1, 12)
+    assert model(**batch, token_recovery=OFF).logits.shape[0] == 1

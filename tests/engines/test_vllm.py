@@ -213,6 +213,27 @@ def test_embeddings_of_any_length(fresh, transformers, expected):
         ask(fresh, [prompt(user(QUESTIONS[0]), whole, token_recovery={"budget": 8})])
 
 
+def test_what_is_not_finite_is_refused(llm, transformers, expected):
+    """Embeddings in the front end, which goes on; features of the engine's own tower by an error."""
+    text = user(QUESTIONS[0])
+    tokens, _ = embeddings(transformers, text, SCENES[:1], **PAPER)
+    with pytest.raises(ValueError, match="image_embeds of image 0 hold NaN or infinity"):
+        ask(llm, [prompt(text, [tokens[0].index_fill(0, torch.tensor([1]), float("nan"))])])
+    assert ask(llm, requests(PAIRS[:1])) == [expected(user(PAIRS[0][1]), (PAIRS[0][0],))]
+    inputs = transformers[1](images=[scene(SCENES[0])], text=text, return_tensors="pt")
+    inputs["pixel_values"][..., 5, 5] = float("inf")
+
+    def refusal(model):
+        given = {key: inputs[key] for key in ("pixel_values", "recovery_input_ids", "recovery_attention_mask")}
+        try:
+            model.embed_multimodal(**given, recovery_budget=[budget_to_tensor(None)])
+        except ValueError as error:
+            return str(error)
+
+    (message,) = llm.apply_model(refusal)
+    assert "features of image 0 hold NaN or infinity" in message
+
+
 def test_the_tower_sees_few_pictures_at_once(fresh, expected):
     from reccomp_hf.engines.vllm.models import TOWER_TILES
 

@@ -8,6 +8,7 @@ import tiny
 import torch
 from architectures import LLAVA, LLAVA_NEXT
 from next_model import NEXT, PINPOINTS, SIZES, encode, stock_model
+from transformers import CONFIG_MAPPING
 
 from reccomp_hf.core import compat
 from reccomp_hf.engines import vllm as plugin
@@ -80,6 +81,20 @@ def test_what_is_served(architecture, fields):
 def test_what_is_refused(architecture, fields, message):
     with pytest.raises(ValueError, match=message):
         check_servable(config_of(architecture, **fields))
+
+
+@pytest.mark.parametrize(
+    ("tower", "strategy"), [("clip_vision_model", "full"), ("siglip_vision_model", "full")], ids=["full", "siglip"]
+)
+def test_a_model_that_is_off_is_served_where_its_tokens_are_counted(tower, strategy):
+    config = config_of(enabled=False)
+    config.vision_feature_layer = [-2, -3]  # as many tokens
+    check_servable(config)
+    config.vision_feature_select_strategy = strategy
+    config.vision_config = CONFIG_MAPPING[tower]()
+    with pytest.raises(ValueError, match=r"enabled false .* got '\w+' with .* 'full': serve the stock checkpoint"):
+        check_servable(config)
+    check_servable(config, pictures=False)
 
 
 def test_embeddings_alone_need_no_count_but_positions():

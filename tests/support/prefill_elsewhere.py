@@ -68,12 +68,8 @@ def costs_elsewhere(architecture, batch, fields, times=2):
     def note(chosen, splice=None):
         values = stock(chosen, splice)
         pictures = chosen.pictures
-        numbers[:] = [values, [*vars(pictures).get("sizes", ()), *more(pictures)]]
+        numbers[:] = [values, [*vars(pictures).get("sizes", ()), *(pictures.image_lengths or ())]]
         return values
-
-    def more(pictures):
-        known = getattr(pictures, "longest_image", None), pictures.image_tokens
-        return [number for number in known if number is not None]
 
     def answer(chosen, splice=None):
         if chosen.pictures.unread:

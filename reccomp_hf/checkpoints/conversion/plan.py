@@ -143,7 +143,7 @@ def plan_conversion(
         clip_source = read_source(guess_clip(vision) if guessed else clip, "clip")
         check_clip(vision, clip_source.config)
         section = section.replace({"text_encoder_config": text_encoder_config(clip_source.config)})
-    check_supported(source.config, section)
+    check_supported(source.config, section.replace({"enabled": True}))  # it may be switched on later
     if source.headers is not None:
         check_keys(source.headers, family.stock_class, source.config, source.name)
     if clip_source is not None and clip_source.headers is not None:

@@ -33,10 +33,19 @@ def check_servable(config: Any, *, pictures: bool = True, embeds: bool = False) 
 
     Raises:
         ValueError: Original positions, a number of tokens that depends on the image's content, or a vision tower
-            that token recovery does not support.
+            that is not supported.
     """
     section = config.token_recovery
-    if not section.enabled or not (pictures or embeds):
+    if not (pictures or embeds):
+        return
+    if not section.enabled:
+        tower, strategy = config.vision_config.model_type, config.vision_feature_select_strategy
+        if (tower, strategy) != ("clip_vision_model", "default"):
+            raise ValueError(
+                f"With token_recovery.enabled false the number of an image's tokens is known here for a CLIP vision "
+                f"tower without its class token, got {tower!r} with vision_feature_select_strategy {strategy!r}: "
+                "serve the stock checkpoint, which needs no plug-in."
+            )
         return
     check_supported(config, section)
     if section.position_ids == "original":

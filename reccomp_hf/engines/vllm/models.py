@@ -16,6 +16,7 @@ from vllm.model_executor.models.llava_next import LlavaNextForConditionalGenerat
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from ...core.checks import check_finite
 from ...core.counting import picture_tokens
 from ...core.layout import ImageLayout
 from ...core.modeling_llava_next import tiled_layout
@@ -170,13 +171,10 @@ class RecoveryModelMixin:
             projector=self.multi_modal_projector,
         )
         choice.sync()
+        check_finite(choice.non_finite.tolist(), layout.tiles)
         expected = [count_tokens(config, budget, image.size) for image in images]
-        known = choice.selection.known_sizes
-        is_certain = known is not None and (known.longest, known.total) == (expected[0], sum(expected))
-        if not is_certain and choice.lengths.tolist() != expected:
-            raise RuntimeError(
-                f"Method {section.method!r} gave {choice.lengths.tolist()} tokens, the budget {expected}."
-            )
+        if choice.image_lengths != expected:
+            raise RuntimeError(f"Method {section.method!r} gave {choice.image_lengths} tokens, the budget {expected}.")
         newline = getattr(self, "image_newline", None)
         return choice.tokens(self.multi_modal_projector, newline).packed().split(expected)
 

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from transformers import BatchFeature
 from vllm.model_executor.models.llava import LlavaDummyInputsBuilder, LlavaMultiModalProcessor, LlavaProcessingInfo
 from vllm.model_executor.models.llava_next import LlavaNextMultiModalProcessor, LlavaNextProcessingInfo
@@ -129,8 +130,8 @@ class RecoveryProcessorMixin:
         """A request's arguments, in which question and budget replace those of `REQUEST_KEYS`.
 
         Raises:
-            ValueError: An image without a question, a `token_recovery` that is not a valid budget, or an argument
-                that a request may not set.
+            ValueError: An image without a question, a `token_recovery` that is not a valid budget, an argument that a
+                request may not set, or embeddings that are not finite.
         """
         given, items = inputs.hf_processor_mm_kwargs, inputs.mm_data_items.get("image")
         check_request(given, self.info.ctx.get_mm_config().mm_processor_kwargs or {})
@@ -138,6 +139,9 @@ class RecoveryProcessorMixin:
         if not items or isinstance(items, ImageEmbeddingItems):
             if given.get("token_recovery") is not None:
                 raise ValueError("image_embeds are compressed already: leave token_recovery out of the request.")
+            for index in range(len(items or [])):
+                if not torch.as_tensor(items.get(index)).isfinite().all():
+                    raise ValueError(f"image_embeds of image {index} hold NaN or infinity: embed it again.")
             return arguments
         if (budget := request_budget(self.info.section, given.get("token_recovery"))) is not None:
             arguments[BUDGET] = budget
