@@ -326,7 +326,8 @@ def question_similarity(
         text = text.to(patches.device)
         with full_precision(patches):
             windows = question.windows.to(rows.device)[rows]
-            similarity = text_similarity(patches, text[rows], windows, section.text_relevance_sign)
+            cosine = getattr(section.options, "similarity", "cosine") == "cosine"
+            similarity = text_similarity(patches, text[rows], windows, section.text_relevance_sign, cosine)
     scale = projection.out_features**0.5 if get_method(section.method).scales_similarity else 1
     return similarity / scale
 

@@ -110,20 +110,24 @@ def patch_embeddings(
     return projection(post_layernorm(patches))
 
 
-def text_similarity(patches: Tensor, text: Tensor, windows: Tensor, sign: int) -> Tensor:
-    """Cosine similarity of patches and question; for a long question the best of its windows counts.
+def text_similarity(patches: Tensor, text: Tensor, windows: Tensor, sign: int, cosine: bool = True) -> Tensor:
+    """Similarity of patches and question; for a long question the best of its windows counts.
 
     Args:
         patches: (B, N, P) patch embeddings.
         text: (B, W, P) embeddings of the question's windows.
         windows: (B, W) bool, windows that hold text.
         sign: 1 or -1.
+        cosine: Whether lengths are divided out; otherwise the products as they are.
 
     Returns:
         (B, N) float32, higher means more relevant; -inf for an image without text.
     """
-    cosine = normalize(patches.float(), dim=-1) @ normalize(text.float(), dim=-1).transpose(1, 2)  # (B, N, W)
-    return (sign * cosine).masked_fill(~windows.unsqueeze(1), -torch.inf).amax(-1)
+    patches, text = patches.float(), text.float()
+    if cosine:
+        patches, text = normalize(patches, dim=-1), normalize(text, dim=-1)
+    products = patches @ text.transpose(1, 2)  # (B, N, W)
+    return (sign * products).masked_fill(~windows.unsqueeze(1), -torch.inf).amax(-1)
 
 
 __all__ = [

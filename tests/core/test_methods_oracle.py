@@ -50,8 +50,14 @@ def test_oracle_prumerge_plus_by_hand():
     assert places(5, uniform_share=0.5) == [0, 1, 3, 5, 2]
     assert places(5, uniform_share=0.0) == [0, 1, 2, 3, 4]
     assert places(4, uniform_share=1.0) == [1, 3, 5, 0]
-    choice = choose("prumerge_plus", tile([1, 1, 1, 1, 9, 1, 1, 9], neighbors=1), None)
-    assert [place for place, _, _ in choice.merged] == [0, 4, 7, 1]  # every fourth: two of eight are outliers
+    a = [1.0] * 14
+    a[4], a[13] = 8, 9
+    choice = choose("prumerge_plus", tile(a, neighbors=1), None)
+    # Two of 14 are outliers, so every second patch is a centre besides; the extra token stands at 1.
+    assert [place for place, _, _ in choice.merged] == [13, 4, 0, 2, 6, 8, 10, 12, 1]
+    # Never the last patch: every one of the others is a centre.
+    choice = choose("prumerge_plus", tile([1, 1, 1, 1, 9, 1, 1, 1], neighbors=1), None)
+    assert [place for place, _, _ in choice.merged] == [4, 0, 2, 6, 1]
 
 
 def test_oracle_visionzip_by_hand():
@@ -67,10 +73,14 @@ def test_oracle_visionzip_by_hand():
 
 def test_oracle_vispruner_by_hand():
     h = on_circle(0, 10, 90, 200, 205)
-    assert choose("vispruner", tile([1] * 5, h=h, important_share=0.0, step=1), 2).coverage == [2, 3]
-    assert choose("vispruner", tile([1] * 5, h=h, important_share=0.0, step=2), 3).coverage == [1, 2, 3]
+    # 4 is like 3 and goes first, then 0, which is like 1; the odd places come last.
+    assert choose("vispruner", tile([1] * 5, h=h, important_share=0.0, step=1), 4).coverage == [0, 2, 1, 3]
+    assert choose("vispruner", tile([1] * 5, h=h, important_share=0.0, step=2), 3).coverage == [2, 1, 3]
+    # In falling attention the queue is 3, 4, 2, 1, 0.
+    falling = tile([1, 2, 3, 5, 4], h=h, important_share=0.0, step=1)
+    assert choose("vispruner", falling, 4).coverage == [0, 2, 4, 1]
     choice = choose("vispruner", tile([1, 1, 1, 1, 2], h=h, important_share=1.0, step=1), 2)
-    assert (choice.visual, choice.coverage) == ([4], [3])
+    assert (choice.visual, choice.coverage) == ([4], [1])
 
 
 def test_oracle_trim_by_hand():

@@ -8,6 +8,7 @@ raster order decides them.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -22,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "prumerge": {"neighbors": 32},
     "prumerge_plus": {"neighbors": 32, "uniform_share": 0.5},
     "visionzip": {"contextual_share": 10 / 64},
+    "trim": {"similarity": "dot"},
     "vispruner": {"important_share": 0.5, "step": 8},
     "holov": {"crops": 16},
     "hiprune": {"anchor_share": 0.1, "object_layer": None},
@@ -43,6 +45,7 @@ class Tile:
     patches: list[int]
     num_heads: int
     options: dict[str, Any]
+    falling: bool = True  # whether PruMerge's tokens come in falling attention, not in raster order
     gaps: list[float] = dataclasses.field(default_factory=list)
 
     def note(self, left: float, right: float, scale: float = 1.0) -> None:
@@ -117,8 +120,8 @@ def centres_of_prumerge_plus(tile: Tile, k: int | None) -> list[int]:
     """Salient patches and evenly spread ones."""
     if k is None:
         salient = centres_of_prumerge(tile, None)
-        step = max(1, len(tile.patches) // len(salient))
-        return salient + [j for j in tile.patches[::step] if j not in salient]
+        step = max(1, int(int(len(tile.patches) / len(salient)) / 3))
+        return salient + [j for j in tile.patches[:-1][::step] if j not in salient]
     n = max(1, k - 1)
     uniform = math.floor(tile.options["uniform_share"] * n)
     salient = top(tile.patches, tile.a, n - uniform)
@@ -129,7 +132,7 @@ def centres_of_prumerge_plus(tile: Tile, k: int | None) -> list[int]:
 def merge_around(tile: Tile, centres: list[int], k: int | None) -> Choice:
     """PruMerge's tokens: each centre with its neighbours added, and every other patch in one more token."""
     merged = []
-    for i in sorted(centres):
+    for i in centres if tile.falling else sorted(centres):
         others = [j for j in tile.patches if j != i]
         near = {j: cosine(tile.keys[i], tile.keys[j]) for j in others}
         token = tile.h[i].copy()
@@ -170,12 +173,15 @@ def vispruner(tile: Tile, k: int | None) -> Choice:
     """VisPruner: salient patches, and of the rest those that are left when near duplicates are dropped."""
     assert k is not None
     important = top(tile.patches, tile.a, min(math.floor(tile.options["important_share"] * k), k - 1))
-    alive, wanted = [j for j in tile.patches if j not in important], k - len(important)
+    order = top(tile.patches, tile.a, len(tile.patches))
+    alive, wanted = [j for j in order if j not in important], k - len(important)
     while len(alive) > wanted:
         even, odd = alive[0::2], alive[1::2]
-        score = {i: max(cosine(tile.h[i], tile.h[j]) for j in odd) for i in even}
-        dropped = tile.top_noted(even, score, min(tile.options["step"], len(alive) - wanted, len(even)))
-        alive = [j for j in alive if j not in dropped]
+        score = {i: max([cosine(tile.h[i], tile.h[j]) for j in odd], default=-1.5) for i in even}
+        falling = sorted(even, key=lambda i: -score[i])
+        for left, right in itertools.pairwise(falling):
+            tile.note(score[left], score[right])
+        alive = falling[min(tile.options["step"], len(alive) - wanted, len(even)) :] + odd
     return Choice(visual=important, coverage=alive)
 
 
@@ -390,6 +396,7 @@ def method_oracles(
                 patches=[j for j in range(n) if valid[row, j]],
                 num_heads=num_heads,
                 options={**OPTIONS.get(config.method, {}), **config.method_options},
+                falling=config.position_ids != "original",
             )
             outputs.append(as_output(tile, choose(config.method, tile, k)))
     return outputs

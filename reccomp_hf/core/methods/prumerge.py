@@ -64,9 +64,11 @@ def _select(features: VisualFeatures, settings: Settings) -> TokenSelection:
 def _select_plus(features: VisualFeatures, settings: Settings) -> TokenSelection:
     saliency, valid = features.saliency(settings.visual_heads), features.valid
     if settings.budget is None:
-        counts = _outliers(saliency, valid)
-        step = (valid.sum(-1) // counts.clamp(min=1)).clamp(min=1).unsqueeze(-1)
-        spread = valid & ((valid.cumsum(-1) - 1) % step == 0)
+        counts, patches = _outliers(saliency, valid), valid.sum(-1)
+        step = (patches // counts.clamp(min=1) // 3).clamp(min=1).unsqueeze(-1)
+        place = valid.cumsum(-1) - 1
+        # As in the published code, the last patch is not among the evenly spread ones.
+        spread = valid & (place % step == 0) & (place < (patches - 1).unsqueeze(-1))
         return _with_extra(features, saliency, spread | top_mask(saliency, counts, valid))
     spending, share = spend(features, settings), settings.options.uniform_share
     # Deviation: the paper derives the number of spread centres from its outliers and does not split a given total;
@@ -82,6 +84,8 @@ def _select_plus(features: VisualFeatures, settings: Settings) -> TokenSelection
 
 def _outliers(saliency: Tensor, valid: Tensor) -> Tensor:
     """(B,) int64, at least one where a patch exists."""
+    # Deviation: without outliers the published code of PruMerge keeps the extra token alone and that of PruMerge+
+    # divides by zero; and it counts a batch's outliers together, where this counts each image's own.
     return torch.minimum(count_above_fence(saliency, valid).clamp(min=1), valid.sum(-1))
 
 
@@ -108,12 +112,39 @@ def _with_extra(
 
 
 def _merge(features: VisualFeatures, selection: TokenSelection, settings: Settings, max_merged: int) -> MergedTokens:
-    """Each centre plus its neighbours, weighted by their raw attention; then the sum of all other patches."""
+    return _merge_around(features, selection, settings, max_merged, selection.centre_mask)
+
+
+def _merge_plus(
+    features: VisualFeatures, selection: TokenSelection, settings: Settings, max_merged: int
+) -> MergedTokens:
+    saliency, valid = selection.saliency, features.valid
+    if settings.budget is None:
+        counts = _outliers(saliency, valid)
+    else:
+        spending, share = spend(features, settings), settings.options.uniform_share
+        counts = spending.split(lambda count: _centres(count) - math.floor(share * _centres(count)))
+    return _merge_around(features, selection, settings, max_merged, top_mask(saliency, counts, valid))
+
+
+def _merge_around(
+    features: VisualFeatures, selection: TokenSelection, settings: Settings, max_merged: int, salient: Tensor
+) -> MergedTokens:
+    """Each centre plus its neighbours, weighted by their raw attention; then the sum of all other patches.
+
+    The salient centres come first, in falling attention, then the spread ones in raster order; with positions
+    `"original"` all of them are in raster order.
+    """
     extra = selection.extra_mask
     assert extra is not None
     centre = selection.centre_mask & ~extra
-    counts, places = centre.sum(-1, keepdim=True), nonzero_first(centre, max_merged)  # (B, 1), (B, M)
-    cluster = torch.where(centre, centre.cumsum(-1) - 1, torch.where(extra, counts, -1))
+    salient = salient & (settings.position_ids != "original")
+    rank = torch.where(salient, selection.saliency, -1.0 - positions(centre)).masked_fill(~centre, -torch.inf)
+    order = rank.argsort(dim=-1, descending=True, stable=True)  # (B, N), the centres first
+    slots = torch.empty_like(order).scatter_(-1, order, positions(order))
+    counts, places = centre.sum(-1, keepdim=True), order[:, :max_merged]  # (B, 1), (B, M)
+    places = torch.nn.functional.pad(places, (0, max_merged - places.shape[1]))
+    cluster = torch.where(centre, slots, torch.where(extra, counts, -1))
     if max_merged == 0:
         return MergedTokens(features.hidden_states[:, :0], places, cluster)
     with torch.no_grad():
@@ -131,8 +162,8 @@ def _merge(features: VisualFeatures, selection: TokenSelection, settings: Settin
     return MergedTokens(weighted_sums(features.hidden_states, weights), places, cluster)
 
 
-# The paper's code reads the last block; the attention is averaged over heads.
-_DEFAULTS = {"visual_layer": -1, "visual_heads": "mean"}
+# The published code reads the last block, with one softmax over the full width.
+_DEFAULTS = {"visual_layer": -1, "visual_heads": "joint"}
 PRUMERGE = RecoveryMethod(
     _select,
     _merge,
@@ -145,6 +176,7 @@ PRUMERGE = RecoveryMethod(
 PRUMERGE_PLUS = dataclasses.replace(
     PRUMERGE,
     select=_select_plus,
+    merge=_merge_plus,
     options=PruMergePlusOptions,
     source="LLaVA-PruMerge+ (Shang et al., arXiv 2403.15388)",
 )

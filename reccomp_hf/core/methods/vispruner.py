@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from ..features import TokenSelection, VisualFeatures
 from ..settings import Settings
-from ..tensors import highest_precision, top_mask
+from ..tensors import positions, top_mask
 from .budgets import spend
 from .contract import SALIENCY, RecoveryMethod, check_int, check_share
 
@@ -43,13 +43,13 @@ class VisPrunerOptions:
         """Number of tokens that attention chooses among `count`."""
         return max(0, min(math.floor(self.important_share * count), count - 1))
 
-    def rounds(self, alive: int, wanted: int) -> int:
-        """Number of times that near duplicates are dropped until `wanted` of `alive` patches are left."""
-        rounds = 0
+    def widths(self, alive: int, wanted: int) -> list[int]:
+        """Number of patches left before each round of dropping near duplicates, until `wanted` of `alive` are left."""
+        widths = []
         while alive > wanted:
+            widths.append(alive)
             alive -= min(self.step, alive - wanted, (alive + 1) // 2)
-            rounds += 1
-        return rounds
+        return widths
 
 
 def _select(features: VisualFeatures, settings: Settings) -> TokenSelection:
@@ -59,33 +59,47 @@ def _select(features: VisualFeatures, settings: Settings) -> TokenSelection:
     wanted, patches = spending.counts - important, features.valid.shape[1]
     alive = features.valid & ~visual & (wanted > 0).unsqueeze(-1)
     if spending.known is None:  # only the device knows how many are alive; an extra round drops nothing
-        rounds = max(options.rounds(count, 1) for count in range(1, patches + 1))
+        widths = [patches] * max(len(options.widths(count, 1)) for count in range(1, patches + 1))
     else:
         chosen = options.important(spending.most)
-        rounds = options.rounds(patches - chosen, spending.most - chosen) if spending.most else 0
+        widths = options.widths(patches - chosen, spending.most - chosen) if spending.most else []
     return features.keep(
         saliency=saliency,
         visual=visual | spending.whole,
-        coverage=_least_alike(features.hidden_states, alive, wanted, options.step, rounds),
+        coverage=_least_alike(features.hidden_states, saliency, alive, wanted, options.step, widths),
         known_sizes=spending.sizes(),
     )
 
 
-def _least_alike(states: Tensor, alive: Tensor, wanted: Tensor, step: int, rounds: int) -> Tensor:
-    """Drop, a few at a time, the patches at even places that most resemble one at an odd place.
+def _least_alike(
+    states: Tensor, saliency: Tensor, alive: Tensor, wanted: Tensor, step: int, widths: list[int]
+) -> Tensor:
+    """Drop, a few at a time, the patches at even places of a queue that most resemble one at an odd place.
 
-    Deviation: the published code appends the survivors of the even places before the odd ones and so shuffles later
-    rounds; here they stay in raster order, so that neighbours are always compared. Other near duplicates may survive.
+    The queue starts in falling attention; after a round the even places that are left come first, in falling likeness,
+    and then the odd ones.
     """
-    unit = normalize(highest_precision(states.detach()), dim=-1)
-    likeness = unit @ unit.transpose(1, 2) if rounds else states.new_zeros(0)  # (B, N, N)
-    for _ in range(rounds):
-        is_even = (alive.cumsum(-1) - 1) % 2 == 0
-        even, odd = alive & is_even, alive & ~is_even
-        score = likeness.masked_fill(~odd.unsqueeze(1), -torch.inf).amax(-1)  # (B, N)
-        surplus = torch.minimum(alive.sum(-1) - wanted, even.sum(-1)).clamp(max=step)
-        alive = alive & ~top_mask(score, surplus, even)
-    return alive
+    if not widths:
+        return alive
+    unit = normalize(states.detach().float(), dim=-1)
+    likeness = unit @ unit.transpose(1, 2)  # (B, N, N)
+    queue = saliency.masked_fill(~alive, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    left, rows = alive.sum(-1, keepdim=True), torch.arange(len(alive), device=alive.device).view(-1, 1, 1)
+    for width in widths:
+        queue = queue[:, :width]
+        exists = positions(queue) < left
+        even, odd = queue[:, ::2], queue[:, 1::2]
+        score = likeness.new_full(queue.shape, -2.0)  # below any cosine: a stable sort leaves the odd places in order
+        if width > 1:
+            pairs = likeness[rows, even.unsqueeze(-1), odd.unsqueeze(1)]
+            score[:, ::2] = pairs.masked_fill(~exists[:, 1::2].unsqueeze(1), -1.5).amax(-1)
+        order = score.masked_fill(~exists, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+        surplus = torch.minimum((left - wanted.unsqueeze(-1)).clamp(max=step), (left + 1) // 2).clamp(min=0)
+        queue = queue.gather(-1, order.gather(-1, (positions(queue) + surplus).clamp(max=width - 1)))
+        left = left - surplus
+    beyond = alive.shape[1]
+    places = torch.where(positions(queue) < left, queue, beyond)
+    return torch.zeros_like(alive[:, :1]).expand(-1, beyond + 1).scatter(-1, places, True)[:, :beyond]
 
 
 VISPRUNER = RecoveryMethod(
