@@ -46,11 +46,11 @@ def fill_cache(cache: Any, layer: int, keys: Tensor, values: Tensor) -> None:
     cache.update(keys, values, layer, places)
 
 
-def image_fields(output_class: type, features: Sequence[Tensor]) -> dict[str, Any]:
-    """Fields of an output for the projected tokens (K, D) of each image."""
-    fields: dict[str, Any] = {"image_hidden_states": torch.cat(list(features))}
+def image_fields(output_class: type, features: Tensor, lengths: list[int]) -> dict[str, Any]:
+    """Fields of an output for the projected tokens (tokens, D) of all images, and the number of each image's."""
+    fields: dict[str, Any] = {"image_hidden_states": features}
     if "image_outputs" in {field.name for field in dataclasses.fields(output_class)}:
-        fields["image_outputs"] = BaseModelOutputWithPooling(pooler_output=list(features))
+        fields["image_outputs"] = BaseModelOutputWithPooling(pooler_output=list(features.split(lengths)))
     return fields
 
 

@@ -81,7 +81,7 @@ class InnerModelMixin:
         if output.get(CACHE) is not None:
             output[CACHE] = None
         if "image_hidden_states" in inspect.signature(type(output)).parameters:
-            output.image_hidden_states = torch.cat(list(features))
+            output.image_hidden_states = features
         return output
 
 

@@ -46,7 +46,8 @@ class _Compressed:
     Args:
         inputs: Arguments for the stock model.
         record: The chosen tokens.
-        image_features: (K, D) for each image, its projected tokens.
+        image_features: (tokens, D), the projected tokens of all images.
+        image_lengths: Tokens of each image.
         token_counts: (I,) int64, tokens of each image.
         newline_counts: (I,) int64, newlines of each image.
         source: (R, W) int64, the uncut slot that each new slot holds, -1 for padding.
@@ -54,7 +55,8 @@ class _Compressed:
 
     inputs: dict[str, Any]
     record: TokenRecoveryOutput
-    image_features: tuple[Tensor, ...]
+    image_features: Tensor
+    image_lengths: list[int]
     token_counts: Tensor
     newline_counts: Tensor
     source: Tensor
@@ -241,9 +243,9 @@ class RecCompMixin(FrontMixin):
                 )
             elif position_ids is not None:
                 shortened["position_ids"] = compact_positions(position_ids, splice, source)
-        images = features.split(list(tokens.image_lengths or ()))
         counts = [number.to(input_ids.device) for number in (tokens.token_counts, tokens.newline_counts)]
-        return _Compressed(shortened, tokens.record, images, counts[0], counts[1], source)
+        lengths_read = tokens.image_lengths or []
+        return _Compressed(shortened, tokens.record, features, lengths_read, counts[0], counts[1], source)
 
     def _compressed_forward(
         self, inputs: dict[str, Any], question: QuestionIds, token_recovery: Mapping[str, Any] | None
@@ -265,7 +267,8 @@ class RecCompMixin(FrontMixin):
         if not isinstance(output, Mapping):
             return output
         counts = {"visual_token_counts": compressed.token_counts, "newline_counts": compressed.newline_counts}
-        return self.output_class(**{**output, **counts, **image_fields(self.output_class, compressed.image_features)})
+        images = image_fields(self.output_class, compressed.image_features, compressed.image_lengths)
+        return self.output_class(**{**output, **counts, **images})
 
     def _language(self, stock: Any, inputs: dict[str, Any]) -> Any:
         """The stock `forward`, by a CUDA graph if there is one for it."""

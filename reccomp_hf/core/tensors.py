@@ -43,6 +43,11 @@ def constant(like: Tensor, make: Callable[..., Any], *arguments: Any) -> Tensor:
     return tensor
 
 
+def reads_are_free(like: Tensor) -> bool:
+    """Whether values of a tensor may be read: on a CPU, by code that is neither traced nor recorded."""
+    return like.device.type == "cpu" and not _is_traced(like) and _USED.get() is None
+
+
 def _is_traced(like: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(like) is not Tensor
 
@@ -252,7 +257,7 @@ def in_blocks(choose: Callable[..., Tensor], arguments: tuple[Tensor, ...], step
         steps: No number is larger.
     """
     features, counts = arguments[0], arguments[-1]
-    if features.device.type != "cpu" or torch.compiler.is_compiling() or not len(features):
+    if not reads_are_free(features) or not len(features):
         return choose(*arguments, steps)
     rows = max(1, _BLOCK_BYTES // max(1, features[0].nbytes))
     blocks = [torch.split(argument, rows) for argument in arguments]
@@ -301,6 +306,7 @@ __all__ = [
     "pack_rows",
     "positions",
     "products_one_by_one",
+    "reads_are_free",
     "squared_distances",
     "take_row",
     "top_mask",

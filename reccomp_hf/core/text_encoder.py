@@ -13,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from .checks import check_supported
 from .compat import key_options, rename_vision_key
 from .questions import LARGEST_IS_END
+from .tensors import reads_are_free
 
 _SKIP_LISTS = ("modules_to_not_convert", "llm_int8_skip_modules")  # TorchAO's and most others', bitsandbytes'
 
@@ -47,7 +48,7 @@ class TokenRecoveryModules(nn.Module):
         once, and no further than the last end of text; on a GPU finding those would cost more than it saves.
         """
         flat = input_ids.flatten(0, 1)
-        if flat.device.type == "cpu":
+        if reads_are_free(flat):
             flat, inverse = flat.unique(dim=0, return_inverse=True)
             embeds = self.text_encoder(input_ids=flat[:, : self._read_length(flat)]).text_embeds[inverse]
         else:

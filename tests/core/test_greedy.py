@@ -51,7 +51,16 @@ def widen(features, similarity, candidates, counts=COUNTS):
 def volume_oracle(features, similarity, candidates, count):
     """CDPruner's plain loop over the candidates of one row."""
     tile = Tile(
-        h=features, keys=features, a=similarity, s=similarity, p=features, patches=candidates, num_heads=1, options={}
+        h=features,
+        keys=features,
+        a=similarity,
+        s=similarity,
+        p=features,
+        received=None,
+        columns=1,
+        patches=candidates,
+        num_heads=1,
+        options={},
     )
     found = choose("cdpruner", tile, count)
     assert min(tile.gaps, default=math.inf) > 1e-5

@@ -53,7 +53,7 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "prumerge_plus": ({"budget": 0.2, "position_ids": "original"}, ("centre",)),
     "visionzip": ({"budget": 24, "method_options": {"contextual_share": 0.5}}, ("visual", "centre")),
     "trim": ({"position_ids": "original"}, ("text", "centre")),
-    "vispruner": ({"budget": 24}, ("visual", "coverage")),
+    "vispruner": ({"budget": 24, "method_options": {"important_share": 0.9}}, ("visual", "coverage")),
     "divprune": ({"budget": 0.2}, ("coverage",)),
     "cdpruner": ({"budget": 16, "position_ids": "original"}, ("text",)),
     "scope": ({"budget": 16}, ("coverage",)),
