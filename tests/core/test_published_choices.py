@@ -15,7 +15,7 @@ from reccomp_hf.demo import checkpoint_folder, draw_scene
 
 GOLDEN, SCENES = DATA / "golden", 12
 NAMES = ("demo", "demo-global")
-# One picture differs: softmax values that underflow to 0 in float32 for TRIM, an unknown cause for VisPruner.
+# One picture differs, for an unknown reason; for TRIM perhaps softmax values that underflow to 0 in float32.
 ONE_DIFFERS = {("demo-global", "trim", "36"), ("demo-global", "vispruner", "16")}
 
 

@@ -2,6 +2,8 @@
 
 VisionZip (Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", arXiv 2412.04467):
 dominant tokens by the class token's attention, contextual tokens by the similarity of keys.
+
+Deviation: all dominant tokens are patches; the published code counts the class token, which it keeps, among them.
 """
 
 from __future__ import annotations
