@@ -144,7 +144,7 @@ def test_a_close_up_shows_one_object():
 
 
 def test_negative_seed_is_refused():
-    with pytest.raises(ValueError, match="non-negative integer, but got -1"):
+    with pytest.raises(ValueError, match="A seed must be 0 or more, got -1"):
         draw_scene(-1)
 
 

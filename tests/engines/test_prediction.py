@@ -189,7 +189,7 @@ def test_an_interrupted_run_says_what_is_kept(run, data, tmp_path, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_device_is_reported(error, data, tmp_path):
     said = error("predict", data, "--model", "demo", "--output", tmp_path / "out.jsonl", "--device", "cuda")
-    assert "--device cpu always can" in said
+    assert "Use --device cpu." in said
 
 
 def test_errors_of_the_command(error, data, tmp_path, monkeypatch):

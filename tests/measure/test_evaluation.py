@@ -53,7 +53,7 @@ from reccomp_hf.measure.evaluation.running import _hits, _patches_in
             "cdpruner:16",
             {"method": "cdpruner", "budget": 16, "text_relevance": "penultimate", "text_relevance_sign": -1},
         ),
-        ("prumerge:dynamic", {"method": "prumerge", "budget": None, "visual_heads": "mean", "method_options": {}}),
+        ("prumerge:dynamic", {"method": "prumerge", "budget": None, "visual_heads": "joint", "method_options": {}}),
         ('random:16+method_options={"seed":1}', {"method": "random", "method_options": {"seed": 1}}),
         ("fastervlm:9", {"method": "visual", "budget": 9, "visual_layer": -2}),
         ("balanced:9+method=trim", {"method": "trim", "text_relevance": "penultimate", "position_ids": "original"}),
