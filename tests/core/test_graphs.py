@@ -331,7 +331,7 @@ def test_loss_is_that_without_recordings(model):
     torch.testing.assert_close(loss, model(**batch, labels=labels).loss)
 
 
-# ---- copies, masks, methods --------------------------------------------------------------------------------------------
+# ---- copies, masks, methods ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
