@@ -1,8 +1,6 @@
 """The methods to compare with as plain loops in float64: one tile at a time, from their definitions, no torch.
 
-`method_oracles` gives for every row what `recover_tokens` must return, from the saliency of oracle.py or another one.
-A row also has `gap`: how near its closest decision was that depends on rounding. Equal scores are not noted: the
-raster order decides them.
+`method_oracles` gives what `recover_tokens` must return, and `gap`: how near the closest decision was to a tie.
 """
 
 from __future__ import annotations
