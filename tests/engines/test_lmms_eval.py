@@ -59,7 +59,7 @@ def test_the_readmes_command_measures_the_compressed_model(folder, tmp_path):
     assert [row["filtered_resps"].strip() for row in rows] == expected.answers
     assert [bool(row["right"]) for row in rows] == expected.right.tolist()
     assert results["results"]["scenes"]["right,none"] == pytest.approx(expected.right.mean())
-    assert 0.5 < expected.right.mean() < 1
+    assert expected.right.mean() > 0.5
     assert [row["token_counts"][0]["visual_tokens"] for row in rows] == expected.tokens.tolist() == [64] * len(rows)
     assert {row["token_counts"][0]["images"] for row in rows} == {1}
     for name in ("", "_min", "_max"):
