@@ -21,9 +21,10 @@ pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The demo model at consecutive positions."""
+    """The demo model at consecutive positions; the question takes all patches that stand out for it."""
     target = tmp_path_factory.mktemp("demo") / "checkpoint"
-    return copy_checkpoint(checkpoint_folder("demo"), target, position_ids="compact", budget=BUDGET)
+    fields = {"position_ids": "compact", "text_limit": "outliers", "text_by": "similarity"}
+    return copy_checkpoint(checkpoint_folder("demo"), target, budget=BUDGET, **fields)
 
 
 @pytest.fixture(scope="module")
