@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from architectures import LLAVA, ROWS, each_architecture
+from fixed_budgets import BALANCED, FIXED, MERGED, each_budget
 from prefill_elsewhere import DeviceCosts, costs_elsewhere
 from second_device import DEVICE
 from torch._subclasses import FakeTensorMode
@@ -12,19 +13,6 @@ from torch._subclasses import FakeTensorMode
 from reccomp_hf.core.front import FrontPlan
 from reccomp_hf.core.tensors import constant, used_constants
 
-MERGED = {"budget": 16, "merged_tokens": 4}
-BALANCED = {
-    "budget": 16,
-    "coverage_share": 0.25,
-    "coverage_by": "content",
-    "text_limit": "outliers",
-    "text_relevance": "value",
-    "visual_layer": -2,
-    "merged_tokens": 0,
-    "position_ids": "original",
-}
-FIXED = {"merged": MERGED, "balanced": BALANCED, "a share": {"budget": 0.2}}
-each_budget = pytest.mark.parametrize("fields", FIXED.values(), ids=FIXED)
 # Operators of a prefill up to the language model, of all its modules: no more than when this was written.
 MOST_OPERATORS = {
     ("llava", "merged"): 846,

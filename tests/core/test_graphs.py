@@ -11,6 +11,7 @@ import re
 import pytest
 import torch
 from architectures import LLAVA, MODEL_SETTINGS, ROWS, each_architecture, each_side, generate
+from fixed_budgets import BALANCED, each_budget
 from tape import TapeRecorder
 from torch import nn
 
@@ -18,19 +19,6 @@ from reccomp_hf.core import prefill
 from reccomp_hf.core.graphs import CudaRecorder, GraphCache
 from reccomp_hf.core.prefill import additive_mask
 from reccomp_hf.core.tensors import _kept_constant
-
-BALANCED = {
-    "budget": 16,
-    "coverage_share": 0.25,
-    "coverage_by": "content",
-    "text_limit": "outliers",
-    "text_relevance": "value",
-    "visual_layer": -2,
-    "merged_tokens": 0,
-    "position_ids": "original",
-}
-FIXED = {"merged": {"budget": 16, "merged_tokens": 4}, "balanced": BALANCED, "share": {"budget": 0.2}}
-each_budget = pytest.mark.parametrize("fields", FIXED.values(), ids=FIXED)
 
 
 def recorded(model, **options):

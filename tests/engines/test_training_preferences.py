@@ -1,6 +1,7 @@
 """TRL's trainers of preferences and rewards read compressed images, and score what was sampled on the same tokens."""
 
 import copy
+import functools
 import tempfile
 
 import pytest
@@ -110,29 +111,22 @@ def snapshot(model):
 # ---- pairs and labels ----------------------------------------------------------------------------------------------
 
 
-def dpo(model, reference=None, **given):
-    return DPOTrainer(
+def preferring(trainer, config, kind, model, reference=None, **given):
+    return trainer(
         model,
         reference,
-        options(DPOConfig, max_length=None, **given.pop("options", {})),
-        train_dataset=rows("pairs"),
+        options(config, max_length=None),
+        train_dataset=rows(kind),
         processing_class=demo_model()[1],
         **given,
     )
 
 
-def kto(model, reference=None, **given):
-    return KTOTrainer(
-        model,
-        reference,
-        options(KTOConfig, max_length=None, **given.pop("options", {})),
-        train_dataset=rows("labels"),
-        processing_class=demo_model()[1],
-        **given,
-    )
+dpo = functools.partial(preferring, DPOTrainer, DPOConfig, "pairs")
+kto = functools.partial(preferring, KTOTrainer, KTOConfig, "labels")
 
 
-@pytest.mark.parametrize("make", [dpo, kto])
+@pytest.mark.parametrize("make", [dpo, kto], ids=["dpo", "kto"])
 def test_a_step_reads_few_tokens_and_trains(make):
     model, reference = fresh(), fresh()
     before, watch = snapshot(model), Watch(model, reference)
@@ -180,7 +174,7 @@ def test_the_reference_of_an_adapter_is_the_model_without_it():
     )
 
 
-@pytest.mark.parametrize("make", [dpo, kto])
+@pytest.mark.parametrize("make", [dpo, kto], ids=["dpo", "kto"])
 def test_nothing_changes_where_compression_is_off(make):
     model = fresh()
     model.config.token_recovery = model.config.token_recovery.replace({"enabled": False})
