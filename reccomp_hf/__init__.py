@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .engines.embedding import ImageEmbeds, embed_images, image_embeds_part
     from .engines.trl import CompressedTrainerMixin
     from .measure.plot import plot_recovery
+    from .measure.tuning.running import tune
 
     AutoModelForVision2Seq: Any
 
@@ -48,6 +49,7 @@ _MODULES = {
     "engines.embedding": ("ImageEmbeds", "embed_images", "image_embeds_part"),
     "engines.trl": ("CompressedTrainerMixin",),
     "measure.plot": ("plot_recovery",),
+    "measure.tuning.running": ("tune",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -148,4 +150,5 @@ __all__ = [
     "recover_tokens",
     "register",
     "register_method",
+    "tune",
 ]

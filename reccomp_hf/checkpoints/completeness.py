@@ -33,6 +33,7 @@ CHECKPOINT_FILES = (
     "config.json",
     "generation_config.json",
     "conversion.json",
+    "tuning.json",
     "processor_config.json",
     "preprocessor_config.json",
     "chat_template.json",

@@ -3,12 +3,12 @@
 Only `run` imports torch, transformers and the rooms that need them, so that help and errors appear at once.
 """
 
-from . import bench, card, convert, cost, demo, embed, eval, info, plot, predict, push, serve
+from . import bench, card, convert, cost, demo, embed, eval, info, plot, predict, push, serve, tune
 
 GROUPS = {
     "try": (demo, plot),
     "make": (convert, info, card, push),
-    "measure": (eval, cost, bench),
+    "measure": (eval, tune, cost, bench),
     "use": (predict, embed),
     "serve": (serve,),
 }

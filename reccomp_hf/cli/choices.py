@@ -54,3 +54,6 @@ EVAL_METHODS = (
     "pooling_3x3",
     "base_tile",
 )
+
+TUNE_CANDIDATES = ("few", "many")  # measure.tuning.candidates.LISTS
+TUNE_BATCH_SIZE, TUNE_NEW_TOKENS = 16, 16  # measure.tuning.DEFAULT_BATCH_SIZE, DEFAULT_NEW_TOKENS

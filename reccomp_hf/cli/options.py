@@ -102,9 +102,16 @@ def add_cuda_graph(parser: Any) -> None:
     )
 
 
+def add_section(parser: Any) -> None:
+    """Declare `--section`, a file that `reccomp-hf tune` wrote, or a config.json."""
+    text = "file with a token_recovery section, from `reccomp-hf tune` or a config.json (in place of --preset)"
+    parser.add_argument("--section", metavar="FILE", help=text)
+
+
 def add_model_options(parser: Any) -> None:
     """Declare how a checkpoint is loaded, and which of its settings are replaced, see [`section_fields`]."""
     add_preset(parser, text="settings to start from (default: the checkpoint's own)")
+    add_section(parser)
     add_budget(parser)
     add_settings(parser)
     add_device(parser)
@@ -209,8 +216,17 @@ def output_image(path: str) -> str:
 
 
 def section_fields(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `token_recovery` that `--preset`, `--budget` and `--set` replace."""
+    """The fields of `token_recovery` that `--preset` or `--section`, `--budget` and `--set` replace.
+
+    Raises:
+        ValueError: Both of the first two, or a file without a section.
+        OSError: The file cannot be read.
+    """
+    if arguments.preset and arguments.section:
+        raise ValueError("--preset and --section both name settings to start from: give one of them.")
     fields = preset_fields(arguments.preset) if arguments.preset else {}
+    if arguments.section:
+        fields = file_fields(arguments.section)
     if arguments.budget is not UNSET:
         fields["budget"] = arguments.budget
     return fields | dict(arguments.set)
@@ -225,6 +241,30 @@ def preset_fields(preset: str, **overrides: Any) -> dict[str, Any]:
     from ..core.configuration import TokenRecoveryConfig
 
     return TokenRecoveryConfig.from_preset(preset, **overrides).overridable()
+
+
+def file_fields(path: str) -> dict[str, Any]:
+    """All fields of the section in a file, except `text_encoder_config`, which belongs to the weights.
+
+    Raises:
+        ValueError: The file holds no section, or one that is not valid.
+        OSError: The file cannot be read.
+    """
+    from ..core.configuration import TokenRecoveryConfig
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    section = content.get("token_recovery") if isinstance(content, dict) else None
+    if not isinstance(section, dict):
+        raise ValueError(f"{path} holds no section: expected an object with the key token_recovery.")
+    try:
+        return TokenRecoveryConfig.from_value(section).overridable()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def check_not_overwritten(source: str | None, outputs: Sequence[str | None]) -> None:
@@ -252,12 +292,14 @@ __all__ = [
     "add_json_file",
     "add_model_options",
     "add_preset",
+    "add_section",
     "add_settings",
     "budget",
     "budgets",
     "check_not_overwritten",
     "count",
     "counts",
+    "file_fields",
     "image_size",
     "output_file",
     "output_image",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -250,12 +250,16 @@ class FrontMixin(RecoveryModulesMixin):
             return vision_states(tower, pixel_values, needed)
 
     def _encode(
-        self, pixel_values: Tensor, image_sizes: Tensor | None, section: TokenRecoveryConfig, feature_layer: int
+        self,
+        pixel_values: Tensor,
+        image_sizes: Tensor | None,
+        sections: Sequence[TokenRecoveryConfig],
+        feature_layer: int,
     ) -> EncodedImages:
         """`encode_images` with its settings."""
         check_not_empty(pixel_values)
         pixel_values, layout = self._layout(pixel_values, image_sizes)
-        needed = self._needed_states(section, feature_layer)
+        needed = set[int]().union(*(self._needed_states(section, feature_layer) for section in sections))
         states = None if self._graphs is None else self._recorded_states(pixel_values, needed)
         states = self._states(pixel_values, needed) if states is None else states
         return EncodedImages(states, layout, self._grid(pixel_values))

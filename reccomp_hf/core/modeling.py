@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -68,6 +68,18 @@ class RecCompMixin(FrontMixin):
     get_input_embeddings: Any
     output_class: type
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As the stock method; fields of the config do not reach the generation config, where transformers puts them.
+
+        There `token_recovery` would take the place of the one that a call of `generate` passes on.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if (generation_config := getattr(model, "generation_config", None)) is not None:
+            vars(generation_config).pop("token_recovery", None)
+        return loaded
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -93,7 +105,7 @@ class RecCompMixin(FrontMixin):
         self,
         pixel_values: Tensor,
         image_sizes: Tensor | None = None,
-        token_recovery: Mapping[str, Any] | None = None,
+        token_recovery: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> EncodedImages:
         """Run the vision tower once for several calls about the same images.
@@ -101,7 +113,8 @@ class RecCompMixin(FrontMixin):
         Args:
             pixel_values: Images as the processor returns them.
             image_sizes: (I, 2) height and width in pixels of every image; LLaVA-NeXT only.
-            token_recovery: Fields of the config section that the later calls will override.
+            token_recovery: Fields of the config section that the later calls will override; a list of them for calls
+                that override different ones.
             **kwargs: Feature layer and strategy as in stock LLaVA; other outputs of the processor are ignored.
 
         Returns:
@@ -112,10 +125,13 @@ class RecCompMixin(FrontMixin):
             ValueError: `enabled: false`, which leaves the vision tower to the stock model, or images that do not fit
                 `image_sizes`.
         """
-        section = self._section(token_recovery)
-        if not section.enabled:
+        several = isinstance(token_recovery, list | tuple)
+        sections = [
+            self._section(fields) for fields in cast("list[Any]", token_recovery if several else [token_recovery])
+        ]
+        if not sections or not all(section.enabled for section in sections):
             raise ValueError("With token_recovery.enabled false the stock model reads pixel_values: pass them to it.")
-        return self._encode(pixel_values, image_sizes, section, self._feature_layer(kwargs))
+        return self._encode(pixel_values, image_sizes, sections, self._feature_layer(kwargs))
 
     @torch.no_grad()
     def recover(

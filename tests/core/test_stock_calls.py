@@ -159,3 +159,20 @@ def test_virtual_tokens_before_images_are_refused(architecture, kind):
     text = {name: batch[name][:, -6:] for name in ("input_ids", "attention_mask")}
     assert generate(model, text, min_new_tokens=6).shape == (1, 12)
     assert model(**batch, token_recovery=OFF).logits.shape[0] == 1
+
+
+@each_architecture
+def test_settings_of_from_pretrained_stay_out_of_the_generation_config(architecture, tmp_path):
+    """`from_pretrained` of a class passes its arguments to both configs: `enabled` of a call must still hold."""
+    architecture.compressed().save_pretrained(tmp_path)
+    model = architecture.model_class.from_pretrained(tmp_path, token_recovery={"budget": 9}).eval()
+    assert model.config.token_recovery.budget == 9
+    assert "token_recovery" not in model.generation_config.to_dict()
+    batch = architecture.encode(ROWS[:1])
+    expected = generate(architecture.shared_stock(), stock_inputs(batch))
+    assert torch.equal(generate(model, batch, token_recovery=OFF), expected)
+    assert not torch.equal(generate(model, batch), expected)
+    model, info = architecture.model_class.from_pretrained(
+        tmp_path, token_recovery={"budget": 9}, output_loading_info=True
+    )
+    assert not info["missing_keys"] and "token_recovery" not in model.generation_config.to_dict()

@@ -23,8 +23,9 @@ from predictions import (
 )
 from tiny import SENTENCES, pictures
 
+from reccomp_hf.data import parts
 from reccomp_hf.data.rows import open_rows
-from reccomp_hf.engines.predict import Columns, parts, predict, running
+from reccomp_hf.engines.predict import Columns, predict, running
 from reccomp_hf.engines.predict.batching import plan_batches
 from reccomp_hf.engines.predict.questions import Questions
 

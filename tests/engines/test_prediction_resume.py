@@ -13,7 +13,8 @@ import pytest
 from demo_model import demo_model
 from predictions import COUNT, NEW_TOKENS, ask, killed, launched, left, left_files, save_pictures, write_lines
 
-from reccomp_hf.engines.predict import Columns, parts, predict, running
+from reccomp_hf.data import parts
+from reccomp_hf.engines.predict import Columns, predict, running
 
 pytest_plugins = ("prediction_runs",)
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from demo_model import demo_model
 
-from reccomp_hf.engines.predict import parts, predict
+from reccomp_hf.data import parts
+from reccomp_hf.engines.predict import predict
 from reccomp_hf.measure.evaluation import demo_samples
 
 COUNT = 11

@@ -60,6 +60,7 @@ class CardFacts:
         repo: Hub id of the checkpoint; `None` if it has none yet.
         counts: Result of [`measure_tokens`]; `None` if nothing was measured.
         record: Record of the conversion; `None` if there is none.
+        tuned: Sentence about how the settings were tuned; `None` if they were not.
         origin: Text about a checkpoint that was trained; `None` for a converted one.
         results: Text about results, with its source; `None` for the paper's or none.
     """
@@ -71,6 +72,7 @@ class CardFacts:
     repo: str | None = None
     counts: dict[str, float] | None = None
     record: ConversionRecord | None = None
+    tuned: str | None = None
     origin: str | None = None
     results: str | None = None
 
@@ -101,7 +103,7 @@ def pieces(facts: CardFacts) -> dict[str, Any]:
         "cost_rows": _cost_rows(cost),
         "results": _results(facts),
         "limits": [_wrap(limit, indent="  ") for limit in _limits(facts)],
-        "made": _made(facts),
+        "made": _made(facts) + (f"\n\n{_wrap(facts.tuned)}" if facts.tuned else ""),
         "licence": _wrap(_licence(facts)),
     }
 
@@ -352,7 +354,7 @@ def _made(facts: CardFacts) -> str:
     lines = textwrap.wrap(" ".join(words), 100, break_long_words=False, break_on_hyphens=False)
     command = " \\\n    ".join(lines).replace(UNBROKEN, " ")
     block = f"```bash\n{command}\n```"
-    if facts.record.describes(facts.section):
+    if facts.tuned or facts.record.describes(facts.section):
         return block
     return f"{block}\n\n" + _wrap("Its settings were changed afterwards: those above are in effect.")
 

@@ -20,6 +20,7 @@ from ...core.counting import fixed_tokens
 from ...measure.published import FULL_SIZE
 from ..conversion_record import ConversionRecord
 from ..processors import load_config
+from ..tuning_record import tuned_sentence
 from .content import NO_OWNER, CardFacts, pieces
 from .probe import measure_tokens
 
@@ -173,6 +174,7 @@ def folder_facts(
         repo=repo,
         counts=measure_tokens(folder) if measure else None,
         record=ConversionRecord.read(folder),
+        tuned=tuned_sentence(folder, config.token_recovery),
     )
 
 

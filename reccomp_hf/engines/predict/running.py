@@ -14,13 +14,13 @@ import torch
 
 from ...core import __version__
 from ...core.configuration import TokenRecoveryConfig
+from ...data.fingerprint import data_digest, images_digest, model_digest, processor_digest
+from ...data.parts import Parts
 from ...data.progress import progress_bar
 from ...data.prompts import add_instruction, build_prompt, count_visual_tokens, encode_rows
 from ...data.rows import Rows, open_rows
 from .batching import Batch, check_length, plan_batches, position_limit
 from .defaults import DEFAULT_BATCH_SIZE, DEFAULT_NEW_TOKENS
-from .fingerprint import data_digest, images_digest, model_digest, processor_digest
-from .parts import Parts
 from .processes import broadcast, process_state
 from .questions import BadRow, Columns, OpenedQuestion, Questions, RowQuestion, json_line
 

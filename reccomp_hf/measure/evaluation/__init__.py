@@ -1,7 +1,8 @@
 """Quality of the answers: accuracy, agreement with the uncompressed model, true token counts, intervals."""
 
+from ..intervals import Interval
 from .plotting import plot_accuracy
-from .report import EvaluationReport, Interval, SettingResult
+from .report import EvaluationReport, SettingResult
 from .running import DEFAULT_BATCH_SIZE, evaluate
 from .samples import Sample, demo_samples, load_samples, normalize_answer
 from .settings import DEFAULT_SETTINGS, Setting, named_settings, parse_setting, parse_settings

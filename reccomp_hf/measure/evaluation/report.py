@@ -10,24 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..intervals import Draws, Interval, interval
 from ..tables import markdown_table
 from .samples import normalize_answer
 
 MEAN, ALL = "mean", "all questions"
 _QUANTILES = {"min": 0.0, "q10": 0.1, "median": 0.5, "q90": 0.9, "max": 1.0}
 _Floats = npt.NDArray[np.float64]
-
-
-@dataclasses.dataclass(frozen=True)
-class Interval:
-    """A share or a difference of shares with its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 @dataclasses.dataclass
@@ -87,18 +76,18 @@ class EvaluationReport:
 
     def accuracy(self, name: str, kind: str = MEAN) -> Interval:
         """Share of right answers of one kind, of `ALL` questions, or the `MEAN` over the kinds."""
-        return self._interval(self._shares(self._result(name).right, kind))
+        return interval(self._shares(self._result(name).right, kind))
 
     def agreement(self, name: str) -> Interval:
         """Share of all questions that get the uncompressed model's answer, right or wrong."""
         reference = map(normalize_answer, self._result(self.reference).answers)
         pairs = zip(map(normalize_answer, self._result(name).answers), reference, strict=True)
-        return self._interval(self._shares(np.array([ours == theirs for ours, theirs in pairs]), ALL))
+        return interval(self._shares(np.array([ours == theirs for ours, theirs in pairs]), ALL))
 
     def difference(self, name: str, other: str, kind: str = MEAN) -> Interval:
         """Accuracy of one setting minus that of another, on the same draws of images."""
         ours, theirs = (self._shares(self._result(which).right, kind) for which in (name, other))
-        return self._interval(ours - theirs)
+        return interval(ours - theirs)
 
     def object_hit(self, name: str) -> tuple[Interval, Interval] | None:
         """Mean recall and precision of the asked object's patches; `None` where they are unknown."""
@@ -107,7 +96,7 @@ class EvaluationReport:
         if not known.any():
             return None
         values = (result.object_recall, result.object_precision)
-        recall, precision = (self._interval(self._ratio(np.where(known, value, 0), known)) for value in values)
+        recall, precision = (interval(self._draws.ratio(np.where(known, value, 0), known)) for value in values)
         return recall, precision
 
     def to_dict(self, compare: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
@@ -194,15 +183,8 @@ class EvaluationReport:
         return self.results[name]
 
     @functools.cached_property
-    def _draws(self) -> tuple[npt.NDArray[np.int64], _Floats]:
-        """The index of each question's image, and how often each image is drawn: (1 + resamples, images).
-
-        The first row is the sample itself.
-        """
-        names, index = np.unique(self.pictures, return_inverse=True)
-        rng = np.random.default_rng(self.seed)
-        drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=self.resamples)
-        return index, np.concatenate([np.ones((1, len(names))), drawn]).astype(float)
+    def _draws(self) -> Draws:
+        return Draws(self.pictures, self.resamples, self.seed)
 
     def _shares(self, right: npt.NDArray[np.bool_], kind: str) -> _Floats:
         """(1 + resamples,) share of `right`."""
@@ -210,21 +192,7 @@ class EvaluationReport:
             return np.stack([self._shares(right, name) for name in self.kind_names]).mean(0)
         if kind != ALL and kind not in self.kinds:
             raise ValueError(f"No question is of kind {kind!r}; there are {', '.join(self.kind_names)}.")
-        return self._ratio(right, np.array([kind in (ALL, own) for own in self.kinds]))
-
-    def _ratio(self, values: npt.NDArray[Any], counted: npt.NDArray[np.bool_]) -> _Floats:
-        """(1 + resamples,) mean of the values that count; NaN for a draw without any."""
-        index, draws = self._draws
-        sums, counts = (
-            np.bincount(index, weights=weights, minlength=draws.shape[1]) for weights in (values * counted, counted)
-        )
-        total = draws @ counts
-        return np.divide(draws @ sums, total, out=np.full(len(draws), np.nan), where=total > 0)
-
-    def _interval(self, estimates: _Floats) -> Interval:
-        drawn = estimates[1:][~np.isnan(estimates[1:])]
-        low, high = np.quantile(drawn, (0.025, 0.975)) if len(drawn) else (np.nan, np.nan)
-        return Interval(float(estimates[0]), float(low), float(high))
+        return self._draws.ratio(right, np.array([kind in (ALL, own) for own in self.kinds]))
 
 
 def _cell(interval: Interval, with_interval: bool = False, form: str = ".3f") -> str:
@@ -232,4 +200,4 @@ def _cell(interval: Interval, with_interval: bool = False, form: str = ".3f") ->
     return f"{text} [{interval.low:{form}}, {interval.high:{form}}]" if with_interval else text
 
 
-__all__ = ["ALL", "MEAN", "EvaluationReport", "Interval", "SettingResult"]
+__all__ = ["ALL", "MEAN", "EvaluationReport", "SettingResult"]

@@ -29,7 +29,7 @@ class Sample:
         image: The image, or a function that opens it.
         picture: The image's name; the bootstrap resamples all questions of one name as a unit.
         question: The question, not empty.
-        answers: One or more answers, any of which is right.
+        answers: One or more answers, any of which is right; none where they are unknown.
         kind: Question category; accuracy is reported per category.
         box: (left, top, right, bottom) of the object asked about as shares of the image, or `None` if unknown.
     """
@@ -53,20 +53,21 @@ def normalize_answer(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text).split())
 
 
-def demo_samples(limit: int | None = 2000, skip: int = 0) -> list[Sample]:
-    """Questions on the demo's evaluation scenes, which no demo model was trained on.
+def demo_samples(limit: int | None = 2000, skip: int = 0, seeds: range = EVALUATION_SEEDS) -> list[Sample]:
+    """Questions on the demo's held-out scenes, which no demo model was trained on.
 
     Args:
         limit: Number of questions; some questions of the last scene may be left out.
         skip: Number of scenes to skip, so that settings can be chosen on other scenes than the reported ones.
+        seeds: Seeds of the scenes; settings are chosen on those of `VALIDATION_SEEDS`.
 
     Raises:
         ValueError: The limit is not positive, or `skip` exceeds the number of scenes.
     """
-    if limit is None or limit < 1 or not 0 <= skip < len(EVALUATION_SEEDS):
+    if limit is None or limit < 1 or not 0 <= skip < len(seeds):
         raise ValueError(f"The demo's questions need a limit >= 1 and a skip >= 0, got {limit} and {skip}.")
     samples: list[Sample] = []
-    for seed in EVALUATION_SEEDS[skip:]:
+    for seed in seeds[skip:]:
         if len(samples) >= limit:
             break
         scene = draw_scene(seed)
@@ -81,7 +82,9 @@ def _shares(box: tuple[int, int, int]) -> tuple[float, float, float, float]:
     return x / IMAGE_SIZE, y / IMAGE_SIZE, (x + size) / IMAGE_SIZE, (y + size) / IMAGE_SIZE
 
 
-def load_samples(source: str | Path, limit: int | None = None) -> list[Sample]:
+def load_samples(
+    source: str | Path, limit: int | None = None, *, answered: bool = True, asked: str | None = None
+) -> list[Sample]:
     """Read questions and check all of them: every image is opened once before any work starts.
 
     Args:
@@ -89,6 +92,8 @@ def load_samples(source: str | Path, limit: int | None = None) -> list[Sample]:
             path relative to the file, `answers` a list or one string (or `answer`), `kind` optional; or a Parquet
             file or a folder with the same columns, see [`open_rows`].
         limit: Number of rows to read from the start; `None` for all.
+        answered: Whether rows must have answers; otherwise they are not read.
+        asked: One question for every row, in place of the column.
 
     Raises:
         ValueError: A row is incomplete or not valid; the message gives its number.
@@ -96,24 +101,29 @@ def load_samples(source: str | Path, limit: int | None = None) -> list[Sample]:
         ImportError: `source` is a folder or a Parquet file, and `datasets` is not installed.
     """
     rows = open_rows(source, limit)
-    rows.require(*_COLUMNS)
-    return [_sample(rows, number) for number in range(len(rows))]
+    rows.require(*(name for name in _COLUMNS if asked is None or name != "question"))
+    return [_sample(rows, number, answered, asked) for number in range(len(rows))]
 
 
-def _sample(rows: Rows, number: int) -> Sample:
+def _sample(rows: Rows, number: int, answered: bool, asked: str | None) -> Sample:
     try:
         row = rows[number]
-        question = question_of(row.get("question"))
-        answers = row.get("answers", row.get("answer"))
-        answers = [answers] if isinstance(answers, str) else answers
-        if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-            raise ValueError(f"answers must be a list of strings, not an empty one, got {preview(answers)}.")
+        question = question_of(row.get("question") if asked is None else asked)
+        answers = _answers(row) if answered else ()
         kind = row.get("kind")
         picture = picture_of(row.get("image"), rows.base)
         picture.open()
     except ValueError as error:
         raise ValueError(f"{rows.where(number)}: {error}") from error
-    return Sample(picture.open, picture.name, question, tuple(answers), "all" if kind is None else str(kind))
+    return Sample(picture.open, picture.name, question, answers, "all" if kind is None else str(kind))
+
+
+def _answers(row: dict[str, Any]) -> tuple[str, ...]:
+    answers = row.get("answers", row.get("answer"))
+    answers = [answers] if isinstance(answers, str) else answers
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"answers must be a list of strings, not an empty one, got {preview(answers)}.")
+    return tuple(answers)
 
 
 def encode_samples(processor: Any, samples: Sequence[Sample], instruction: str = "") -> Any:

@@ -111,11 +111,16 @@ def parse_settings(text: str | Iterable[str | Setting]) -> list[Setting]:
     Raises:
         ValueError: The list is empty, or as for `parse_setting`.
     """
-    parts = _split(text, ",") if isinstance(text, str) else list(text)
+    parts = split_settings(text) if isinstance(text, str) else list(text)
     settings = [part if isinstance(part, Setting) else parse_setting(part) for part in parts if part]
     if not settings:
         raise ValueError(f"The list of settings is empty, got {text!r}; write for example {DEFAULT_SETTINGS}.")
     return list({setting.name: setting for setting in settings}.values())
+
+
+def split_settings(text: str) -> list[str]:
+    """The settings in a text, separated by commas, not parsed yet."""
+    return [part for part in _split(text, ",") if part]
 
 
 def _needs_a_budget(name: str, fields: dict[str, Any]) -> bool:
@@ -150,4 +155,13 @@ def _value(text: str, setting: str) -> Any:
         return text
 
 
-__all__ = ["DEFAULT_SETTINGS", "NAMES", "OFF", "Setting", "named_settings", "parse_setting", "parse_settings"]
+__all__ = [
+    "DEFAULT_SETTINGS",
+    "NAMES",
+    "OFF",
+    "Setting",
+    "named_settings",
+    "parse_setting",
+    "parse_settings",
+    "split_settings",
+]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ...data.rows import Picture
+from .rows import Picture
 
 _BLOCK = 1 << 20
 _DIGESTED_WHOLE = (".json", ".jsonl", ".csv", ".parquet")  # in a folder; images and Arrow files count by their size

@@ -115,6 +115,11 @@ class Parts:
         self._remove_folder()
         return self.output.read_text(encoding="utf-8").split("\n")[:-1]
 
+    def finish(self, lines: Iterable[str]) -> None:
+        """Write an output that was made of the rows, and remove the folder."""
+        self._replace(self.output, lines)
+        self._remove_folder()
+
     def _row_of(self, line: bytes, path: Path) -> int:
         try:
             return json.loads(line)["row"]
