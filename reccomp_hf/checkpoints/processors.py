@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from transformers import CONFIG_MAPPING, AutoConfig, AutoProcessor, AutoTokenizer
 
 from ..core.counting import picture_tokens
-from ..core.processing import RECOVERY_TOKENIZER_FOLDER
 from ..core.questions import check_prompt_tokenizer, check_question_tokenizer
+from ..core.recovery_tokenizer import RECOVERY_TOKENIZER_FOLDER
 from .json_files import read_json
 
 logger = logging.getLogger(__name__)
