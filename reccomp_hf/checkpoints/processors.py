@@ -77,6 +77,7 @@ def build_processor(processor_class: Any, config: Any, stock: Any, clip_tokenize
         recovery_max_length=None if encoder is None else encoder["max_position_embeddings"],
         **_placeholder_settings(stock, config),
     )
+    processor.recovery_rules = config.token_recovery.rules
     check_processor(processor, config)
     return processor
 

@@ -75,10 +75,10 @@ class TokenRecoveryConfig(Settings):
         position_ids: `"compact"` renumbers the shortened sequence, `"original"` keeps every token's own place.
         newlines: For LLaVA-NeXT: `"kept"` keeps the newline of every row that keeps a patch, `"none"` keeps none.
         rules: Other settings for some questions: a list of mappings of `begins` (one or several beginnings of
-            questions, such as `"how many"`) and of the fields that change, for example `budget`. The first rule that
-            fits a question holds for its row, see [`find_rule`]; without one the other fields hold. Rules cannot
-            change `version`, `enabled`, `position_ids`, `newlines` and `text_encoder_config`. To override a field
-            that they could change, in a call or a config, sets them aside, unless `rules` are given too.
+            questions, such as `"how many"`) and of the fields that change, such as `budget`. The first rule that fits
+            a question holds for its row. Rules cannot change `version`, `enabled`, `position_ids`, `newlines` and
+            `text_encoder_config`. To override another field, in a call or in a config, sets the rules aside, unless
+            `rules` are given too.
         text_encoder_config: A `clip_text_model` config as a dict, or `None` for a model without text recovery.
 
     Raises:

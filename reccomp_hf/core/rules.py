@@ -47,6 +47,12 @@ def find_rule(rules: Sequence[Mapping[str, Any]], question: str | Sequence[str])
     return NO_RULE
 
 
+def rule_text(rule: Mapping[str, Any]) -> str:
+    """A rule on one line: its beginnings, and the fields that it changes, as JSON values."""
+    changed = [f"{name} {json.dumps(value)}" for name, value in rule.items() if name != BEGINS]
+    return f"{', '.join(map(json.dumps, _beginnings(rule)))}: {', '.join(changed)}"
+
+
 def check_rules(rules: Any) -> None:
     """Check the beginnings of rules, and which fields they change.
 
@@ -156,4 +162,4 @@ def _is_unspaced(character: str) -> bool:
     return unicodedata.name(character, "").startswith(scripts)
 
 
-__all__ = ["BEGINS", "CHANGED_BY_RULES", "NO_RULE", "check_rules", "find_rule", "read_rules"]
+__all__ = ["BEGINS", "CHANGED_BY_RULES", "NO_RULE", "check_rules", "find_rule", "read_rules", "rule_text"]
