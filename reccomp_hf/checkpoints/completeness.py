@@ -8,7 +8,7 @@ from typing import Any
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..core.configuration import LlavaNextRecCompConfig, LlavaRecCompConfig, TokenRecoveryConfig
-from ..core.processing import RECOVERY_TOKENIZER_FOLDER
+from ..core.recovery_tokenizer import RECOVERY_TOKENIZER_FOLDER
 from ..core.remote_code import code_files, flat_sources, write_remote_code
 from .cards import may_be_replaced, repo_of, write_card
 from .json_files import read_json

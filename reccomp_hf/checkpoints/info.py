@@ -81,7 +81,7 @@ def _settings(section: TokenRecoveryConfig) -> dict[str, Any]:
     """The method, and every overridable field that differs from its default."""
     defaults = TokenRecoveryConfig().overridable()
     return {
-        name: value for name, value in section.overridable().items() if name == "method" or value != defaults[name]
+        name: value for name, value in section.overridable().items() if name == "method" or value != defaults.get(name)
     }
 
 
@@ -99,7 +99,22 @@ def _count_parameters(weights: list[Path]) -> tuple[dict[str, int], list[str]]:
 
 
 def _tokens_per_image(config: Any, section: TokenRecoveryConfig) -> dict[str, Any]:
-    """Visual tokens of an image before and after, `None` if they depend on the image, and a sentence about it."""
+    """Visual tokens of an image before and after, `None` if they depend on image or question, and a note about it."""
+    found = _tokens_under(config, section.of_rule(-1))
+    if not section.rules or not section.enabled:
+        return found
+    numbers = [_number(_tokens_under(config, settings)["after"], settings) for settings in section.of_rules]
+    return {**found, "after": None, "note": f"{found['note']}; by rule: {', '.join(numbers)}"}
+
+
+def _number(after: int | None, section: TokenRecoveryConfig) -> str:
+    if after is None:
+        return f"{section.budget:.0%}" if isinstance(section.budget, float) else "as many as the image needs"
+    return str(after)
+
+
+def _tokens_under(config: Any, section: TokenRecoveryConfig) -> dict[str, Any]:
+    """The same for a section without rules."""
     patches, tiled = patches_per_side(config) ** 2, is_tiled(config)
     before = None if tiled else patches
     stock = f"{patches}{' per tile' if tiled else ''}"

@@ -76,6 +76,7 @@ def _load(
     model = from_pretrained(folder, trust_remote_code=False, dtype=dtype, token_recovery=fields, **options)
     model = model if "device_map" in options else model.to(device)
     model.use_cuda_graph(cuda_graph)
+    processor.recovery_rules = model.config.token_recovery.rules
     return model.eval(), processor
 
 

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from transformers import CONFIG_MAPPING, AutoConfig, AutoProcessor, AutoTokenizer
 
 from ..core.counting import picture_tokens
-from ..core.processing import RECOVERY_TOKENIZER_FOLDER
 from ..core.questions import check_prompt_tokenizer, check_question_tokenizer
+from ..core.recovery_tokenizer import RECOVERY_TOKENIZER_FOLDER
 from .json_files import read_json
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ def build_processor(processor_class: Any, config: Any, stock: Any, clip_tokenize
         recovery_max_length=None if encoder is None else encoder["max_position_embeddings"],
         **_placeholder_settings(stock, config),
     )
+    processor.recovery_rules = config.token_recovery.rules
     check_processor(processor, config)
     return processor
 

@@ -49,8 +49,9 @@ def tuned_sentence(folder: Path, section: TokenRecoveryConfig) -> str | None:
         present, taken = (contenders[name] for name in (next(iter(contenders)), chosen))
         means = [f"{one['divergence']['value']:.3f} bits" for one in (taken, present)]
         asked = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in record["asked"].items())
+        goal = f" ({asked})" if asked else ""
         sentence = (
-            f"Its settings were chosen by `reccomp-hf tune` ({asked}) on {record['chosen_on']:,} questions without "
+            f"Its settings were chosen by `reccomp-hf tune`{goal} on {record['chosen_on']:,} questions without "
             f"answers. On {record['reported_on']:,} other questions their divergence from the uncompressed model was "
             f"{means[0]} at {taken['tokens']:.1f} visual tokens, that of the settings before {means[1]} at "
             f"{present['tokens']:.1f}; {taken['agreement']['value']:.1%} of the answers were the uncompressed model's."

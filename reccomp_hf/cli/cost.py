@@ -61,6 +61,7 @@ def report(name: str, facts: dict[str, Any]) -> str:
         line("model", f"{name}, {_parameters(facts['parameters']['total'])} parameters"),
         line("hardware", f"{facts['hardware']['name']} ({facts['hardware']['source']}), {facts['dtype']}"),
         line("prompt", f"{facts['text_tokens']} text tokens and an image{_image(facts)}, batch {facts['batch']}"),
+        *([line("visual tokens", "the most that a rule of the checkpoint allows")] * facts["largest_of_rules"]),
         "",
         f"  {'':<30}{'stock':>14}" + "".join(f"{'compressed':>22}" for _ in rows[1:]),
     ]

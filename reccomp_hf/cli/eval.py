@@ -28,6 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
     from ..checkpoints.loading import load
     from ..checkpoints.quiet import quiet
+    from ..core.rules import rule_text
     from ..measure.evaluation import evaluate, parse_settings, plot_accuracy
 
     settings = parse_settings(arguments.settings)  # before anything is loaded
@@ -57,6 +58,10 @@ def run(arguments: argparse.Namespace) -> None:
     note = "95 % intervals" if pictures > 1 else "intervals need more than one image"
     say(f"{arguments.model}: {questions} on {on}; {note}", "")
     say(report.markdown(pairs))
+    for setting in settings:
+        section = model.config.token_recovery.replace(setting.fields)
+        rules = section.rules if section.enabled else []
+        say(*(f"{setting.name}, rule {number}: {rule_text(rule)}" for number, rule in enumerate(rules)))
     write_results(
         arguments,
         lambda: {"model": arguments.model, "data": arguments.data, **report.to_dict(pairs)},

@@ -34,17 +34,19 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 def section_lines(facts: dict[str, Any]) -> list[str]:
     """The `token_recovery` section of a checkpoint's facts, see `describe`, in lines."""
     from ..core.methods.registry import get_method
+    from ..core.rules import rule_text
 
     encoder, settings = facts["token_recovery"]["text_encoder_config"], dict(facts["settings"])
     reads = (
         f"CLIP's, {encoder.get('max_position_embeddings', 77)} tokens at a time" if encoder else "none: visual only"
     )
-    method = settings.pop("method")
+    method, rules = settings.pop("method"), settings.pop("rules", [])
     fields = [f"{name} {json.dumps(value)}" for name, value in settings.items()]
     return [
         line("model type", facts["model_type"]),
         line("method", ": ".join(filter(None, (method, get_method(method).source)))),
         line("settings", ", ".join(fields) or "the defaults"),
+        *(line(f"rule {number}", rule_text(rule)) for number, rule in enumerate(rules)),
         line("question encoder", reads),
         line("visual tokens", facts["tokens_per_image"]["note"]),
     ]

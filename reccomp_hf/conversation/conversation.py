@@ -70,7 +70,8 @@ class Conversation:
     never holds more visual tokens, newlines included: the tokens that were not chosen for the longest time are removed
     first, merged tokens last.
 
-    The processor's `recovery_turns` decides which questions choose tokens.
+    The processor's `recovery_turns` decides which questions choose tokens. With `rules` in the section the question of
+    a turn decides which settings hold.
 
     Args:
         model: A compressed LLaVA, in eval mode.
@@ -142,7 +143,7 @@ class Conversation:
         lengths = [*self._lengths, *(encoded.layout.lengths if encoded else [])]
         messages = [*self._messages, chat_message("user", text, len(images))]
         ids = self._ids(messages, lengths)
-        question = self.processor.encode_questions([self.processor.questions_of(messages)])
+        question = self.processor.encode_questions([self.processor.questions_of(messages)], self._section.rules)
         question = {name: field.to(ids.device) for name, field in question.items()}
         options = {**self._default_length(generate_kwargs), **generate_kwargs, "streamer": streamer}
         inputs = TurnInputs(text, ids, lengths, question, encoded, {**options, "return_dict_in_generate": True})

@@ -26,7 +26,7 @@ _ALL_TOKENS = {
 }
 _RESERVED_ARGUMENTS = (
     *("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "pixel_values", "image_sizes"),
-    *("recovery_input_ids", "recovery_attention_mask", "token_recovery", "return_dict_in_generate"),
+    *("recovery_input_ids", "recovery_attention_mask", "recovery_rule", "token_recovery", "return_dict_in_generate"),
 )
 _LENGTH_ARGUMENTS = ("max_length", "min_length")
 _ARGUMENTS_WITHOUT_CACHE = (
@@ -107,12 +107,12 @@ def call_fields(section: TokenRecoveryConfig, mode: str, overrides: Mapping[str,
     """The fields to override in every call of a conversation."""
     fields = dict(overrides or {}) if section.replace(overrides).enabled else dict(_ALL_TOKENS)
     if mode == "append":
-        method = section.replace(fields).method
-        if get_method(method).compact_only:
-            raise ValueError(
-                f"mode='append' puts tokens at their original positions, but tokens of method {method!r} have none: "
-                "use mode='rebuild' or 'keep'."
-            )
+        for settings in section.replace(fields).all_settings:
+            if get_method(settings.method).compact_only:
+                raise ValueError(
+                    f"mode='append' puts tokens at their original positions, but tokens of method {settings.method!r} "
+                    "have none: use mode='rebuild' or 'keep'."
+                )
         fields["position_ids"] = "original"
     return fields
 

@@ -36,16 +36,18 @@ def check_supported(config: Any, section: TokenRecoveryConfig) -> None:
             "supported. Use a LLaVA with a CLIP vision tower ('clip_vision_model')."
         )
     check_feature_layer(config, None, None)
-    if -section.visual_layer > vision.num_hidden_layers:
-        raise ValueError(
-            f"token_recovery.visual_layer is {section.visual_layer}, but the vision tower has only "
-            f"{vision.num_hidden_layers} blocks."
-        )
     pinpoints = getattr(config, "image_grid_pinpoints", None) or []
     tiles = 1 + max(
         ((height // vision.image_size) * (width // vision.image_size) for height, width in pinpoints), default=0
     )
-    check_budget(section, tiles * (vision.image_size // vision.patch_size) ** 2)
+    for rule, settings in enumerate(section.all_settings, start=-1):
+        name = "token_recovery" if rule < 0 else f"token_recovery.rules[{rule}]"
+        if -settings.visual_layer > vision.num_hidden_layers:
+            raise ValueError(
+                f"{name}.visual_layer is {settings.visual_layer}, but the vision tower has only "
+                f"{vision.num_hidden_layers} blocks."
+            )
+        check_budget(settings, tiles * (vision.image_size // vision.patch_size) ** 2, name)
 
 
 def check_feature_layer(config: Any, layer: int | None, strategy: str | None) -> None:

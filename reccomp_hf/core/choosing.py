@@ -96,15 +96,15 @@ def check_features(features: VisualFeatures, config: TokenRecoveryConfig) -> Non
         raise ValueError(f"Method {config.method!r} reads the attention that patches receive: received is None.")
 
 
-def check_budget(config: TokenRecoveryConfig, patches: int) -> None:
-    """Refuse an int budget above the number of patches that an image can have.
+def check_budget(config: TokenRecoveryConfig, patches: int, name: str = "token_recovery") -> None:
+    """Refuse an int budget above the number of patches that an image can have; `name` is the section's, for errors.
 
     Raises:
         ValueError: The budget is larger.
     """
     if isinstance(config.budget, int) and config.budget > patches:
         raise ValueError(
-            f"token_recovery.budget is {config.budget}, but an image has only {patches} patches; "
+            f"{name}.budget is {config.budget}, but an image has only {patches} patches; "
             f"write an int up to {patches} or a share in (0, 1]."
         )
 

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from transformers import LlavaConfig, LlavaNextConfig, PretrainedConfig
@@ -16,7 +16,20 @@ from .compat import default_auto_map
 from .methods.contract import METHOD_FIELDS, check_int, check_share
 from .methods.registry import get_method
 from .remote_code import model_auto_map, write_sources
-from .settings import CHOICES, FIELDS, LARGEST, PRESETS, Settings, as_json, shown
+from .rules import CHANGED_BY_RULES, read_rules
+from .settings import (
+    CHOICES,
+    FIELDS,
+    LARGEST,
+    PRESETS,
+    Settings,
+    as_json,
+    is_budget,
+    is_int,
+    is_number,
+    require,
+    shown,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +74,11 @@ class TokenRecoveryConfig(Settings):
         visual_heads: `"joint"` (one head as wide as the model) or `"mean"` (softmax per head, averaged).
         position_ids: `"compact"` renumbers the shortened sequence, `"original"` keeps every token's own place.
         newlines: For LLaVA-NeXT: `"kept"` keeps the newline of every row that keeps a patch, `"none"` keeps none.
+        rules: Other settings for some questions: a list of mappings of `begins` (one or several beginnings of
+            questions, such as `"how many"`) and of the fields that change, such as `budget`. The first rule that fits
+            a question holds for its row. Rules cannot change `version`, `enabled`, `position_ids`, `newlines` and
+            `text_encoder_config`. To override another field, in a call or in a config, sets the rules aside, unless
+            `rules` are given too.
         text_encoder_config: A `clip_text_model` config as a dict, or `None` for a model without text recovery.
 
     Raises:
@@ -91,6 +109,7 @@ class TokenRecoveryConfig(Settings):
         visual_heads: str | None = None,
         position_ids: str = "compact",
         newlines: str = "kept",
+        rules: Sequence[Mapping[str, Any]] | None = None,
         text_encoder_config: Mapping[str, Any] | PretrainedConfig | None = None,
         **unknown: NoReturn,
     ) -> None:
@@ -100,6 +119,7 @@ class TokenRecoveryConfig(Settings):
         defaults = default_fields(method)
         for name in (*METHOD_FIELDS, "method_options"):
             fields[name] = defaults[name] if fields[name] is None else fields[name]
+        fields["rules"] = [] if rules is None else rules
         if isinstance(text_encoder_config, PretrainedConfig):
             fields["text_encoder_config"] = text_encoder_config.to_dict()
         self.__dict__.update({name: as_json(name, value) for name, value in fields.items()})
@@ -136,7 +156,8 @@ class TokenRecoveryConfig(Settings):
         """A copy with the given fields overridden, validated; an instance replaces all fields.
 
         Another `method` brings its own defaults of `text_relevance`, `text_relevance_sign`, `visual_layer` and
-        `visual_heads`, and without `method_options`, unless they are overridden too.
+        `visual_heads`, and without `method_options`, unless they are overridden too. A field that rules could change
+        then holds for all questions: `rules` are dropped, unless they are overridden too.
         """
         if overrides is None or isinstance(overrides, TokenRecoveryConfig):
             return self if overrides is None else overrides
@@ -145,9 +166,10 @@ class TokenRecoveryConfig(Settings):
         return type(self)(**overridden(self.to_dict(), overrides))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON values; validates, so that nothing impossible is ever written."""
+        """All fields as plain JSON values, without empty `rules`; validates: nothing impossible is ever written."""
         self.validate()
-        return {name: as_json(name, getattr(self, name)) for name in FIELDS}
+        fields = {name: as_json(name, getattr(self, name)) for name in FIELDS}
+        return {name: value for name, value in fields.items() if name != "rules" or value}
 
     def overridable(self) -> dict[str, Any]:
         """The fields that a user may override, as plain JSON values: all but the text encoder's, which is loaded."""
@@ -161,37 +183,38 @@ class TokenRecoveryConfig(Settings):
         Raises:
             ValueError: A field or a combination is not valid; the message says what to write instead.
         """
-        if not _is_int(self.version) or self.version != 1:
+        if not is_int(self.version) or self.version != 1:
             raise ValueError(
                 f"token_recovery.version must be 1, got {shown(self.version)}; a newer section needs a newer "
                 "reccomp_hf."
             )
-        _require(isinstance(self.enabled, bool), "enabled", "true or false", self.enabled)
-        _require(isinstance(self.method, str) and self.method != "", "method", "a method's name", self.method)
+        require(isinstance(self.enabled, bool), "enabled", "true or false", self.enabled)
+        require(isinstance(self.method, str) and self.method != "", "method", "a method's name", self.method)
         is_mapping = isinstance(self.method_options, Mapping)
-        _require(is_mapping, "method_options", "a mapping of the method's options", self.method_options)
-        _require(_is_budget(self.budget), "budget", "null, an int >= 1 or a float in (0, 1]", self.budget)
+        require(is_mapping, "method_options", "a mapping of the method's options", self.method_options)
+        require(is_budget(self.budget), "budget", "null, an int >= 1 or a float in (0, 1]", self.budget)
         for name in ("text_share", "coverage_share"):
             check_share(f"token_recovery.{name}", getattr(self, name))
         for name, least in (("merged_tokens", 0), ("outlier_neighbors", 1), ("merge_neighbors", 1)):
             check_int(f"token_recovery.{name}", getattr(self, name), least)
         threshold, layer = self.outlier_threshold, self.visual_layer
-        fits = _is_number(threshold) and 0 < threshold <= LARGEST
-        _require(fits, "outlier_threshold", f"a number > 0 and up to {LARGEST}", threshold)
-        _require(_is_int(layer) and layer < 0, "visual_layer", "an int < 0", layer)
+        fits = is_number(threshold) and 0 < threshold <= LARGEST
+        require(fits, "outlier_threshold", f"a number > 0 and up to {LARGEST}", threshold)
+        require(is_int(layer) and layer < 0, "visual_layer", "an int < 0", layer)
         check_int("token_recovery.visual_layer", layer, -LARGEST)
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             fits = isinstance(value, type(allowed[0])) and not isinstance(value, bool) and value in allowed
-            _require(fits, name, " or ".join(map(repr, allowed)), value)
+            require(fits, name, " or ".join(map(repr, allowed)), value)
         self._validate_text_encoder()
         self._validate_combination()
+        read_rules(self)
 
     def _validate_text_encoder(self) -> None:
         encoder = self.text_encoder_config
         if encoder is None:
             return
-        _require(isinstance(encoder, Mapping), "text_encoder_config", "null or a CLIP text config", encoder)
+        require(isinstance(encoder, Mapping), "text_encoder_config", "null or a CLIP text config", encoder)
         model_type = encoder.get("model_type")
         if model_type != "clip_text_model":
             raise ValueError(
@@ -202,7 +225,7 @@ class TokenRecoveryConfig(Settings):
             check_int(f"token_recovery.text_encoder_config.{name}", encoder[name], 1)
         activation = encoder.get("hidden_act", "quick_gelu")
         fits = isinstance(activation, str) and activation in ACT2FN
-        _require(fits, "text_encoder_config.hidden_act", "an activation of transformers", activation)
+        require(fits, "text_encoder_config.hidden_act", "an activation of transformers", activation)
 
     def _validate_combination(self) -> None:
         method = get_method(self.method)
@@ -354,7 +377,7 @@ def default_fields(method: Any) -> dict[str, Any]:
 
 
 def overridden(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields with overrides; another method brings its own defaults, see `TokenRecoveryConfig.replace`.
+    """The fields with overrides; some of them drop others, see `TokenRecoveryConfig.replace`.
 
     Raises:
         ValueError: An unknown field.
@@ -362,7 +385,8 @@ def overridden(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[
     _refuse_unknown([name for name in overrides if name not in FIELDS])
     before = fields.get("method", "recoverable")
     after = overrides.get("method", before)
-    leaving = (*METHOD_FIELDS, "method_options") if isinstance(after, str) and after != before else ()
+    leaving = {*METHOD_FIELDS, "method_options"} if isinstance(after, str) and after != before else set()
+    leaving |= {"rules"} if CHANGED_BY_RULES & overrides.keys() else set()
     return {**{name: value for name, value in fields.items() if name not in leaving}, **overrides}
 
 
@@ -371,25 +395,6 @@ def _refuse_unknown(fields: Iterable[Any]) -> None:
         near = difflib.get_close_matches(str(name), FIELDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known fields are {', '.join(FIELDS)}."
         raise ValueError(f"Unknown token_recovery field {name!r}; {hint}")
-
-
-def _require(fits: bool, name: str, needed: str, received: Any) -> None:
-    if not fits:
-        raise ValueError(f"token_recovery.{name} must be {needed}, got {shown(received)}.")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_budget(value: Any) -> bool:
-    if value is None:
-        return True
-    return 1 <= value <= LARGEST if _is_int(value) else isinstance(value, float) and 0 < value <= 1
 
 
 __all__ = ["LlavaNextRecCompConfig", "LlavaRecCompConfig", "TokenRecoveryConfig", "default_fields", "overridden"]

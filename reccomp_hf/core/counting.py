@@ -44,16 +44,24 @@ def picture_tokens(config: Any, picture: tuple[int, int] = PICTURE) -> tuple[int
 
 
 def compressed_tokens(config: Any, section: TokenRecoveryConfig, picture: tuple[int, int] = PICTURE) -> int:
-    """Visual tokens of a compressed image without newlines; the paper's share if the number depends on the image."""
-    fixed, (_, patches, _) = fixed_tokens(config, section, picture), picture_tokens(config, picture)
-    return round(patches * PAPER_SHARE) if fixed is None else fixed
+    """Visual tokens of a compressed image without newlines; the paper's share if the number depends on the image.
+
+    With rules it is the largest number under any of them.
+    """
+    counts = [fixed_tokens(config, settings, picture) for settings in section.all_settings]
+    share = round(picture_tokens(config, picture)[1] * PAPER_SHARE)
+    return max(share if count is None else count for count in counts)
 
 
 def fixed_tokens(config: Any, section: TokenRecoveryConfig, picture: tuple[int, int] = PICTURE) -> int | None:
     """Visual tokens of every compressed image of a size, without newlines; `None` if the number depends on the image.
 
-    A method without a budget is run on a blank image of width 1.
+    With rules it is the largest number under any of them. A method without a budget is run on a blank image of width
+    1.
     """
+    if section.rules:
+        counts = [fixed_tokens(config, settings, picture) for settings in section.all_settings]
+        return None if None in counts else max(count for count in counts if count is not None)
     tiles, patches, _ = picture_tokens(config, picture)
     if not section.enabled:
         return patches

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 from collections.abc import Hashable, Sequence
-from typing import TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from .checks import check_finite, check_question, no_question_hint
 from .compat import clip_vision_model, parameter
 from .configuration import TokenRecoveryConfig
 from .graphs import GraphCache
+from .groups import GroupedPictures, check_rule, read_rules_of_images
 from .layout import ImageLayout
 from .methods.budgets import budget_tokens
 from .methods.registry import get_method
@@ -29,9 +31,22 @@ from .tensors import constant
 from .text_encoder import RecoveryModulesMixin
 from .vision import EncodedImages, check_not_empty, needed_states, vision_states
 
-QuestionIds: TypeAlias = "tuple[Tensor | None, Tensor | None]"  # recovery_input_ids, recovery_attention_mask
 _STEP = {"placeholders": 256, "tokens": 32}
 """Images of LLaVA-NeXT with as many tiles share a computation: their lengths are rounded up to multiples of these."""
+
+
+class QuestionIds(NamedTuple):
+    """The questions of a batch, as the arguments `recovery_...` of the models.
+
+    Args:
+        input_ids: (R, W, L) int64, in windows.
+        attention_mask: (R, W, L), 0 for padding.
+        rule: (R,) int64, the rule of the section that each question begins like, -1 for none.
+    """
+
+    input_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    rule: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +100,7 @@ class ChosenPrompts:
         missing_question: (R,) bool, rows with an image and without a question.
     """
 
-    pictures: Choice | PictureTokens
+    pictures: Choice | PictureTokens | GroupedPictures
     plan: FrontPlan
     placeholders: PlaceholderMap
     missing_question: Tensor
@@ -133,10 +148,11 @@ class FrontMixin(RecoveryModulesMixin):
         *,
         projects: bool = True,
     ) -> ChosenPrompts:
-        """Run the front on a call's arguments; for LLaVA-1.5 nothing is read from the device."""
-        reads_question = self._reads_question(section)
-        if reads_question:
-            check_question(*question, input_ids.shape[0], section)
+        """Run the front on a call's arguments; for LLaVA-1.5 without rules nothing is read from the device."""
+        question_ids, question_mask, rule = QuestionIds(*question)
+        reads = [self._reads_question(settings) for settings in section.all_settings]
+        if any(reads):
+            check_question(question_ids, question_mask, input_ids.shape[0], section)
         if isinstance(pixel_values, EncodedImages):
             layout, grid = pixel_values.layout, pixel_values.grid
             inputs = {_state_name(index): state for index, state in pixel_values.states.items()}
@@ -147,14 +163,66 @@ class FrontMixin(RecoveryModulesMixin):
         lengths = constant(input_ids, tuple, tuple(layout.lengths))
         placeholders = map_placeholders(input_ids == self.config.image_token_id, lengths)
         missing = torch.zeros_like(placeholders.per_row, dtype=torch.bool)
-        if question[0] is not None and reads_question:
-            windows = window_mask(question[0], question[1]).to(input_ids.device)
+        if any(reads) and question_ids is not None:
+            windows = window_mask(question_ids, question_mask).to(input_ids.device)
             missing = (placeholders.per_row > 0) & ~windows.any(-1)
-            rows = placeholders.row[layout.image_of_tile(input_ids)]
-            inputs |= {"question": question[0], "windows": windows, "question_of_tile": rows}
+            inputs |= {"question": question_ids, "windows": windows}
         plan = FrontPlan(section, feature_layer, layout.with_newlines(section.newlines), grid, projects=projects)
-        pictures = self._recorded_front(inputs, plan) if self._graphs is not None and projects else None
-        return ChosenPrompts(self._front(inputs, plan) if pictures is None else pictures, plan, placeholders, missing)
+        if section.rules:
+            rule = check_rule(rule, input_ids.shape[0]).to(input_ids.device)
+            rules, rows = read_rules_of_images(rule, placeholders.row, len(section.rules))
+            missing &= torch.tensor(reads, device=rule.device)[rule + 1]
+            if len(set(rules)) > 1:
+                pictures = self._run_groups(inputs, plan, rules, rows)
+                return ChosenPrompts(pictures, plan, placeholders, missing)
+            plan = dataclasses.replace(plan, section=section.of_rule(rules[0]))
+        inputs = self._without_unread(inputs, plan.section)
+        if "question" in inputs:
+            inputs["question_of_tile"] = placeholders.row[layout.image_of_tile(input_ids)]
+        return ChosenPrompts(self._run_front(inputs, plan), plan, placeholders, missing)
+
+    def _without_unread(self, inputs: dict[str, Tensor], section: TokenRecoveryConfig) -> dict[str, Tensor]:
+        """Inputs of `_front` without questions if a section reads none."""
+        unread = () if self._reads_question(section) else ("question", "windows")
+        return {name: value for name, value in inputs.items() if name not in unread}
+
+    def _run_groups(
+        self, inputs: dict[str, Tensor], plan: FrontPlan, rules: list[int], rows: list[int]
+    ) -> GroupedPictures:
+        """Choose the tokens of images for which different rules hold; the vision tower runs once.
+
+        Args:
+            inputs: As in `_front`, without `"question_of_tile"`.
+            plan: A plan for all images.
+            rules: The rule of each image.
+            rows: The row of each image.
+        """
+        section, tiles, inputs = plan.section, plan.layout.tiles, dict(inputs)
+        if "pixel_values" in inputs:
+            states = self._any_states(inputs.pop("pixel_values"), self._needed_states(section, plan.feature_layer))
+            inputs |= {_state_name(index): state for index, state in states.items()}
+        groups = [[image for image, own in enumerate(rules) if own == rule] for rule in sorted(set(rules))]
+        parts, starts = [], [0, *itertools.accumulate(tiles)]
+        for group in groups:
+            settings, layout = section.of_rule(rules[group[0]]), plan.layout.take(group)
+            asked = sorted({rows[image] for image in group})
+            index = {"question": asked, "windows": asked}
+            own_tiles = [tile for image in group for tile in range(starts[image], starts[image + 1])]
+            for state in self._needed_states(settings, plan.feature_layer):
+                index[_state_name(state)] = own_tiles
+            read = self._without_unread(inputs, settings)
+            part = {name: read[name][chosen] for name, chosen in index.items() if name in read}
+            if "question" in part:
+                of_tile = [asked.index(rows[image]) for image in group for _ in range(tiles[image])]
+                part["question_of_tile"] = torch.tensor(of_tile, device=part["windows"].device)
+            own_plan = dataclasses.replace(plan, section=settings, layout=layout.with_newlines(settings.newlines))
+            parts.append(self._run_front(part, own_plan))
+        return GroupedPictures(parts, groups, tiles)
+
+    def _run_front(self, inputs: dict[str, Tensor], plan: FrontPlan) -> Choice | PictureTokens:
+        """`_front`, by a recording if the model uses any."""
+        pictures = self._recorded_front(inputs, plan) if self._graphs is not None and plan.projects else None
+        return self._front(inputs, plan) if pictures is None else pictures
 
     def use_cuda_graph(self, enabled: bool = True, *, limit: int = 16) -> None:
         """Replay the prefill as CUDA graphs from now on: on a GPU a short prompt is read several times as fast.
@@ -234,10 +302,14 @@ class FrontMixin(RecoveryModulesMixin):
             return choice
         return self._tokens(choice, inputs.get("newline"))
 
-    def _tokens(self, choice: Choice | PictureTokens, newline: Tensor | None = None) -> PictureTokens:
+    def _tokens(
+        self, choice: Choice | PictureTokens | GroupedPictures, newline: Tensor | None = None
+    ) -> PictureTokens:
         """The tokens of a choice whose sizes are known."""
         if isinstance(choice, PictureTokens):
             return choice
+        if isinstance(choice, GroupedPictures):
+            return choice.tokens([self._tokens(part) for part in choice.parts])
         if newline is None and choice.layout.has_newlines:
             newline = parameter(self._llava, "image_newline")
         return choice.tokens(self._llava.multi_modal_projector, newline)
@@ -260,9 +332,13 @@ class FrontMixin(RecoveryModulesMixin):
         check_not_empty(pixel_values)
         pixel_values, layout = self._layout(pixel_values, image_sizes)
         needed = set[int]().union(*(self._needed_states(section, feature_layer) for section in sections))
-        states = None if self._graphs is None else self._recorded_states(pixel_values, needed)
-        states = self._states(pixel_values, needed) if states is None else states
+        states = self._any_states(pixel_values, needed)
         return EncodedImages(states, layout, self._grid(pixel_values))
+
+    def _any_states(self, pixel_values: Tensor, needed: set[int]) -> dict[int, Tensor]:
+        """`_states`, by a recording if the model uses any."""
+        states = None if self._graphs is None else self._recorded_states(pixel_values, needed)
+        return self._states(pixel_values, needed) if states is None else states
 
     def _recorded_states(self, pixel_values: Tensor, needed: set[int]) -> dict[int, Tensor] | None:
         """The vision tower's hidden states by a recording of `_states`; `None` if it must be called itself."""
@@ -276,9 +352,14 @@ class FrontMixin(RecoveryModulesMixin):
         return None if outputs is None else {int(index): state for index, state in outputs.items()}
 
     def _needed_states(self, section: TokenRecoveryConfig, feature_layer: int) -> set[int]:
-        """The vision tower's hidden states that a section reads from this model."""
+        """The vision tower's hidden states that a section reads from this model, under all of its rules."""
         blocks = len(clip_vision_model(self._llava.vision_tower).encoder.layers)
-        return needed_states(section, feature_layer, blocks, self._reads_question(section))
+        return set().union(
+            *(
+                needed_states(settings, feature_layer, blocks, self._reads_question(settings))
+                for settings in section.all_settings
+            )
+        )
 
     def _layout(self, pixel_values: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, ImageLayout]:
         """Tiles (T, 3, H, W) of all images, and the placeholders that stand for their patches."""

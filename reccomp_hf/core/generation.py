@@ -22,6 +22,7 @@ from .checks import (
 )
 from .compat import behind_cache, cache_of, default_max_length, extended_positions, is_prefill, stock_cache
 from .configuration import TokenRecoveryConfig
+from .front import QuestionIds
 from .inner_model import InnerModelMixin
 from .modeling import RecCompMixin
 from .splicing import counted_positions
@@ -51,6 +52,7 @@ class RecCompGenerationMixin(InnerModelMixin, RecCompMixin):
         recovery_attention_mask: Tensor | None = None,
         token_recovery: Mapping[str, Any] | None = None,
         past_key_values: Any = None,
+        recovery_rule: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: Any = None,
@@ -72,6 +74,7 @@ class RecCompGenerationMixin(InnerModelMixin, RecCompMixin):
             recovery_attention_mask: (R, W, T), 0 for padding.
             token_recovery: Fields of the config section to override for this call.
             past_key_values: The older name of `cache`; every version accepts both, and 5.24 warns of this one.
+            recovery_rule: (R,) int64, the rule of each row as the processor writes it, -1 for none; read with `rules`.
             labels: (R, L) int64 for the uncut sequence; cut along with it.
             logits_to_keep: Number of last logits, 0 for all; indices only without images. The last logits are those
                 of the last tokens as they were passed. All logits are those of the shortened sequence, whose last
@@ -93,7 +96,8 @@ class RecCompGenerationMixin(InnerModelMixin, RecCompMixin):
         inputs |= {"logits_to_keep": logits_to_keep, "mm_encoder_outputs": mm_encoder_outputs, **kwargs}
         inputs |= {"vision_feature_layer": vision_feature_layer}
         inputs |= {"vision_feature_select_strategy": vision_feature_select_strategy}
-        return self._compressed_forward(inputs, (recovery_input_ids, recovery_attention_mask), token_recovery)
+        question = QuestionIds(recovery_input_ids, recovery_attention_mask, recovery_rule)
+        return self._compressed_forward(inputs, question, token_recovery)
 
     @torch.no_grad()
     def generate(
@@ -104,6 +108,7 @@ class RecCompGenerationMixin(InnerModelMixin, RecCompMixin):
         token_recovery: Mapping[str, Any] | None = None,
         recovery_input_ids: Tensor | None = None,
         recovery_attention_mask: Tensor | None = None,
+        recovery_rule: Tensor | None = None,
         streamer: BaseStreamer | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -124,6 +129,7 @@ class RecCompGenerationMixin(InnerModelMixin, RecCompMixin):
             token_recovery: Fields of the config section to override for this call.
             recovery_input_ids: (R, W, T) int64, the questions as the text encoder's tokens.
             recovery_attention_mask: (R, W, T), 0 for padding.
+            recovery_rule: (R,) int64, the rule of each row as the processor writes it, -1 for none; read with `rules`.
             streamer: As in the stock method; it receives the prompt as it was passed.
             **kwargs: Everything else that the stock method takes.
 
@@ -156,7 +162,7 @@ class RecCompGenerationMixin(InnerModelMixin, RecCompMixin):
         if section.position_ids == "original" and kwargs.get("position_ids") is None:
             mask = kwargs.get("attention_mask")
             kwargs["position_ids"] = counted_positions(torch.ones_like(prompt) if mask is None else mask)
-        question = (recovery_input_ids, recovery_attention_mask)
+        question = QuestionIds(recovery_input_ids, recovery_attention_mask, recovery_rule)
         compressed = self._compress({"input_ids": prompt, **kwargs}, question, section)
         width = compressed.inputs["input_ids"].shape[1]
         passed = PassedPrompt(prompt, kwargs.get("attention_mask"), width)

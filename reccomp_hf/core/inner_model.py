@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .compat import CACHE
+from .front import QuestionIds
 
 _stock: contextvars.ContextVar[bool] = contextvars.ContextVar("reccomp_stock", default=False)
 _sources: Any = WeakTensorKeyDictionary()  # embeddings of a shortened sequence -> where its slots come from
@@ -55,7 +56,7 @@ class InnerModelMixin:
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if "pixel_values" not in inputs or _stock.get() or not (section := self._section(None)).enabled:
             return None
-        question = tuple(inputs.pop(f"recovery_{name}", None) for name in ("input_ids", "attention_mask"))
+        question = QuestionIds(*(inputs.pop(f"recovery_{name}", None) for name in QuestionIds._fields))
         length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
         compressed = self._compress(inputs, question, section)
         shortened = {name: value for name, value in compressed.inputs.items() if name != "input_ids"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -78,6 +80,21 @@ class ImageLayout:
         padding = (0, length - self.slots.shape[1])
         slots = torch.nn.functional.pad(self.slots, padding, value=PADDING)
         return dataclasses.replace(self, slots=slots, rows=torch.nn.functional.pad(self.rows, padding))
+
+    def take(self, images: Sequence[int]) -> ImageLayout:
+        """The layout of some of the images alone, in the given order."""
+        if not self.has_newlines:
+            return ImageLayout.of_grids(len(images), self.patches, self.slots)
+        starts = [0, *itertools.accumulate(self.tiles)]
+        tiles, lengths, counts = (
+            [values[image] for image in images] for values in (self.tiles, self.lengths, self.patch_counts)
+        )
+        ends = itertools.accumulate(tiles)
+        moves = [end - size - starts[image] for image, size, end in zip(images, tiles, ends, strict=True)]
+        index, moved = torch.tensor([list(images), moves], device=self.slots.device)
+        slots, rows = (part[index, : max(lengths)] for part in (self.slots, self.rows))
+        slots = torch.where(slots < 0, slots, slots + moved.unsqueeze(-1) * self.patches)
+        return dataclasses.replace(self, slots=slots, rows=rows, tiles=tiles, lengths=lengths, patch_counts=counts)
 
     def with_newlines(self, newlines: str) -> ImageLayout:
         """The layout with a section's `newlines`."""

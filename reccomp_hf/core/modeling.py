@@ -24,6 +24,7 @@ from .compat import image_fields, stock_cache, stock_image_fields
 from .configuration import TokenRecoveryConfig
 from .features import TokenRecoveryOutput
 from .front import FrontMixin, QuestionIds
+from .groups import GroupedPictures
 from .inner_model import stock_inner_model
 from .picture_tokens import Choice
 from .prefill import recorded_prefill
@@ -74,7 +75,7 @@ class RecCompMixin(FrontMixin):
 
         There `token_recovery` would take the place of the one that a call of `generate` passes on.
         """
-        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if (generation_config := getattr(model, "generation_config", None)) is not None:
             vars(generation_config).pop("token_recovery", None)
@@ -93,13 +94,15 @@ class RecCompMixin(FrontMixin):
         recovery_attention_mask: Tensor | None = None,
         token_recovery: Mapping[str, Any] | None = None,
         past_key_values: Any = None,
+        recovery_rule: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """As the stock method on the shortened sequence, see [`RecCompMixin.compress_inputs`]."""
         inputs: dict[str, Any] = {"input_ids": input_ids, "pixel_values": pixel_values, "image_sizes": image_sizes}
         inputs |= {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
         inputs |= {"cache": cache, "past_key_values": past_key_values, **kwargs}
-        return self._compressed_forward(inputs, (recovery_input_ids, recovery_attention_mask), token_recovery)
+        question = QuestionIds(recovery_input_ids, recovery_attention_mask, recovery_rule)
+        return self._compressed_forward(inputs, question, token_recovery)
 
     def encode_images(
         self,
@@ -142,6 +145,7 @@ class RecCompMixin(FrontMixin):
         recovery_attention_mask: Tensor | None = None,
         image_sizes: Tensor | None = None,
         token_recovery: Mapping[str, Any] | None = None,
+        recovery_rule: Tensor | None = None,
         **kwargs: Any,
     ) -> list[TokenRecoveryOutput]:
         """The tokens that stand for each image, and why; the language model is not run.
@@ -153,6 +157,7 @@ class RecCompMixin(FrontMixin):
             recovery_attention_mask: (R, W, T), 0 for padding.
             image_sizes: (I, 2) height and width in pixels of every image; LLaVA-NeXT only.
             token_recovery: Fields of the config section to override for this call.
+            recovery_rule: (R,) int64, the rule of each row as the processor writes it, -1 for none; read with `rules`.
             **kwargs: `vision_feature_layer` and `vision_feature_select_strategy` as in stock LLaVA; other outputs of
                 the processor are ignored.
 
@@ -163,13 +168,12 @@ class RecCompMixin(FrontMixin):
             ValueError: Placeholders, images or questions that do not fit.
         """
         section, layer = self._section(token_recovery), self._feature_layer(kwargs)
-        question = (recovery_input_ids, recovery_attention_mask)
+        question = QuestionIds(recovery_input_ids, recovery_attention_mask, recovery_rule)
         check_ids("input_ids", input_ids, 2)
         inputs = (input_ids, pixel_values, image_sizes, question, section, layer)
         chosen = self._read_pictures(*inputs, projects=False)
         chosen.sync_and_validate()
-        choice = cast("Choice", chosen.pictures)  # because nothing is projected
-        return choice.record().split(chosen.plan.layout.tiles)
+        return cast("Choice | GroupedPictures", chosen.pictures).records()  # because nothing is projected
 
     def compress_inputs(
         self,
@@ -182,6 +186,7 @@ class RecCompMixin(FrontMixin):
         recovery_attention_mask: Tensor | None = None,
         image_sizes: Tensor | None = None,
         token_recovery: Mapping[str, Any] | None = None,
+        recovery_rule: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[dict[str, Any], TokenRecoveryOutput | None]:
         """Shorten a batch: images become their recovered tokens, and the prompts are cut to match.
@@ -196,6 +201,7 @@ class RecCompMixin(FrontMixin):
             recovery_attention_mask: (R, W, T), 0 for padding.
             image_sizes: (I, 2) height and width in pixels of every image; LLaVA-NeXT only.
             token_recovery: Fields of the config section to override for this call.
+            recovery_rule: (R,) int64, the rule of each row as the processor writes it, -1 for none; read with `rules`.
             **kwargs: `vision_feature_layer` and `vision_feature_select_strategy` as in stock LLaVA; everything else
                 is passed through.
 
@@ -214,9 +220,10 @@ class RecCompMixin(FrontMixin):
         if pixel_values is None or not section.enabled:
             check_pixels(pixel_values)
             inputs |= {"recovery_input_ids": recovery_input_ids, "recovery_attention_mask": recovery_attention_mask}
-            inputs["token_recovery"] = token_recovery
+            inputs |= {"recovery_rule": recovery_rule, "token_recovery": token_recovery}
             return {name: value for name, value in inputs.items() if value is not None}, None
-        compressed = self._compress(inputs, (recovery_input_ids, recovery_attention_mask), section)
+        question = QuestionIds(recovery_input_ids, recovery_attention_mask, recovery_rule)
+        compressed = self._compress(inputs, question, section)
         return compressed.inputs, compressed.record
 
     def _compress(self, inputs: dict[str, Any], question: QuestionIds, section: TokenRecoveryConfig) -> _Compressed:
@@ -305,8 +312,8 @@ class RecCompMixin(FrontMixin):
         section = self.config.token_recovery.replace(overrides)
         if section.text_encoder_config != self.config.token_recovery.text_encoder_config:
             raise ValueError("token_recovery.text_encoder_config belongs to the weights; a call cannot change it.")
-        check_supported(self.config, section)
         section.validate()
+        check_supported(self.config, section)
         return section
 
 

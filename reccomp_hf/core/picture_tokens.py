@@ -126,6 +126,10 @@ class Choice:
         """The record of the choice, one row per tile; merges what was not kept."""
         return assemble_tokens(self.features, self.selection, self.section, self.sizes)
 
+    def records(self) -> list[TokenRecoveryOutput]:
+        """The record of each image."""
+        return self.record().split(self.layout.tiles)
+
     def tokens(self, projector: Callable[[Tensor], Tensor], newline: Tensor | None) -> PictureTokens:
         """Merge what was not kept, and project the language model's tokens of all images.
 

@@ -2,7 +2,8 @@
 
 All fields of the stock processors stay as they are. With a recovery tokenizer (the CLIP tokenizer of the model's text
 encoder) they add `recovery_input_ids` and `recovery_attention_mask` (rows, windows, length): the question alone, or
-with `recovery_turns="all"` all questions, without system prompt, answers or answer instructions.
+with `recovery_turns="all"` all questions, without system prompt, answers or answer instructions. For a model with
+rules they add `recovery_rule` (rows,), the rule that the row's last question begins like.
 """
 
 import functools
@@ -14,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import create_repo
-from transformers import AutoConfig, AutoTokenizer, BatchFeature, LlavaNextProcessor, LlavaProcessor, ProcessorMixin
-from transformers.utils import cached_file
+from transformers import AutoConfig, BatchFeature, LlavaNextProcessor, LlavaProcessor, ProcessorMixin
 
 from .compat import mend_tokenizer_config, takes_processor_kwargs, with_listed_content
 from .greyscale import readable_chat, readable_images
 from .questions import (
+    batched,
     check_messages,
     check_prompt_tokenizer,
     check_question_tokenizer,
@@ -31,12 +32,13 @@ from .questions import (
     message_text,
     split_user_turns,
 )
+from .recovery_tokenizer import RECOVERY_TOKENIZER_FOLDER, cached_path, load_recovery_tokenizer, window_length
 from .remote_code import write_sources
-
-RECOVERY_TOKENIZER_FOLDER = "recovery_tokenizer"
+from .rules import check_rules, find_rule
 
 _RECOVERY_INPUT_NAMES = ("recovery_input_ids", "recovery_attention_mask")
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")
+_RULE = "recovery_rule"
+_CALL_OPTIONS = ("recovery_text", "recovery_turns", "recovery_rules")
 
 
 class RecCompProcessorMixin(ProcessorMixin):
@@ -74,9 +76,10 @@ class RecCompProcessorMixin(ProcessorMixin):
             num_additional_image_tokens=num_additional_image_tokens,
             **kwargs,
         )
-        self.recovery_max_length = _recovery_length(recovery_tokenizer, recovery_max_length)
+        self.recovery_max_length = window_length(recovery_tokenizer, recovery_max_length)
         self.recovery_turns = check_turns(recovery_turns)
         self._recovery_tokenizer = recovery_tokenizer
+        self._recovery_rules: list[Any] = []
         self._question_markers: dict[str, tuple[str, str] | None] = {}
         self.auto_map = {"AutoProcessor": f"processing_reccomp.{type(self).__name__}"}
 
@@ -98,10 +101,24 @@ class RecCompProcessorMixin(ProcessorMixin):
         return self._recovery_tokenizer
 
     @property
+    def recovery_rules(self) -> list[Any]:
+        """The `rules` of the model's section, by which a question's beginning chooses settings.
+
+        `from_pretrained` reads them in the config.json next to the processor, and they are saved there alone. Assign
+        them after those of the model were changed: `processor.recovery_rules = model.config.token_recovery.rules`.
+        """
+        return self._recovery_rules
+
+    @recovery_rules.setter
+    def recovery_rules(self, rules: Sequence[Any]) -> None:
+        check_rules(rules)
+        self._recovery_rules = list(rules)
+
+    @property
     def model_input_names(self) -> list[str]:
         """Names of the tensors that a call returns."""
-        names = list(super().model_input_names)
-        return names if self._recovery_tokenizer is None else [*names, *_RECOVERY_INPUT_NAMES]
+        names = [] if self._recovery_tokenizer is None else [*_RECOVERY_INPUT_NAMES]
+        return [*super().model_input_names, *names, *([_RULE] if self._recovery_rules else [])]
 
     def __call__(
         self,
@@ -109,6 +126,7 @@ class RecCompProcessorMixin(ProcessorMixin):
         text: str | list[str] | None = None,
         recovery_text: str | Sequence[str | Sequence[str]] | None = None,
         recovery_turns: str | None = None,
+        recovery_rules: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Encode images and prompts as the stock processor does, and each row's question for CLIP.
@@ -119,32 +137,36 @@ class RecCompProcessorMixin(ProcessorMixin):
             recovery_text: one question per row, used as it is, or a list of several; by default extracted from the
                 prompt.
             recovery_turns: `"last"` or `"all"`, instead of the processor's own.
+            recovery_rules: the rules of the call's settings, instead of the processor's own.
             **kwargs: passed to the stock processor; `return_tensors` applies to the added fields too.
 
         Returns:
             The stock fields and, with a recovery tokenizer and `text`, `recovery_input_ids` and
-            `recovery_attention_mask`, int64 (rows, windows, recovery_max_length).
+            `recovery_attention_mask`, int64 (rows, windows, recovery_max_length); with rules and `text` also
+            `recovery_rule`, int64 (rows,), -1 where none fits the question (of several the last).
 
         Raises:
-            ValueError: a row with images and no question, not one `recovery_text` per row, or unknown turns.
+            ValueError: a row with images and no question, not one `recovery_text` per row, unknown turns, or rules
+                that are not valid.
         """
         turns = self.recovery_turns if recovery_turns is None else check_turns(recovery_turns)
         kwargs = {key: dict(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
         encoding = super().__call__(images=readable_images(images), text=text, **kwargs)
-        if self._recovery_tokenizer is None or text is None:
+        if text is None or not self._reads_text(recovery_rules):
             return encoding
         prompts = [text] if isinstance(text, str) else [row if isinstance(row, str) else " ".join(row) for row in text]
         questions = self.questions_of_prompts(prompts, recovery_text, turns)
         convert = _converter(encoding["input_ids"])
-        fields = encode_windows(self._recovery_tokenizer, self.recovery_max_length or 0, questions)
-        encoding.update({name: convert(field) for name, field in zip(_RECOVERY_INPUT_NAMES, fields, strict=True)})
+        fields = self._fields(questions, recovery_rules)
+        encoding.update({name: convert(field) for name, field in fields.items()})
         return encoding
 
     def apply_chat_template(self, conversation: Sequence[Any], chat_template: str | None = None, **kwargs: Any) -> Any:
         """Render, and with `tokenize=True` encode, one or several conversations.
 
         The question of a row is the text of its last user turn, or with `recovery_turns="all"` those of all its user
-        turns, unless `recovery_text` is given; both are read among the arguments and in `processor_kwargs`.
+        turns, unless `recovery_text` is given; these and `recovery_rules` are read among the arguments and in
+        `processor_kwargs`.
 
         Args:
             conversation: a list of messages, or a list of such lists.
@@ -152,12 +174,13 @@ class RecCompProcessorMixin(ProcessorMixin):
             **kwargs: passed to the stock method, whose result is returned.
         """
         options = dict(kwargs.pop("processor_kwargs", None) or {})
-        options.update({name: kwargs.pop(name) for name in ("recovery_text", "recovery_turns") if name in kwargs})
+        options.update({name: kwargs.pop(name) for name in _CALL_OPTIONS if name in kwargs})
         conversation = readable_chat(conversation)
-        turns, rows = options.pop("recovery_turns", None), _batched(conversation)
+        turns, rows = options.pop("recovery_turns", None), batched(conversation)
         for messages in rows:
             check_messages(messages)
-        if kwargs.get("tokenize") and self._recovery_tokenizer is not None and options.get("recovery_text") is None:
+        reads_text = self._reads_text(options.get("recovery_rules"))
+        if kwargs.get("tokenize") and reads_text and options.get("recovery_text") is None:
             options["recovery_text"] = [self.questions_of(messages, turns) for messages in rows]
         if takes_processor_kwargs():
             kwargs["processor_kwargs"] = options
@@ -191,17 +214,41 @@ class RecCompProcessorMixin(ProcessorMixin):
             [message_text(message) for message in messages if message["role"] == "user"] or [""], recovery_turns
         )
 
-    def encode_questions(self, questions: Sequence[str | Sequence[str]]) -> dict[str, torch.Tensor]:
+    def encode_questions(
+        self, questions: Sequence[str | Sequence[str]], recovery_rules: Sequence[Any] | None = None
+    ) -> dict[str, torch.Tensor]:
         """The added fields for one question, or a list of them, per row.
 
+        Args:
+            questions: one question, or a list of them, per row.
+            recovery_rules: the rules of the call's settings, instead of the processor's own.
+
         Returns:
-            `recovery_input_ids` and `recovery_attention_mask`, int64 (rows, windows, recovery_max_length); nothing
-            without a recovery tokenizer.
+            `recovery_input_ids` and `recovery_attention_mask`, int64 (rows, windows, recovery_max_length), with a
+            recovery tokenizer; and with rules `recovery_rule`, int64 (rows,).
         """
-        if self._recovery_tokenizer is None:
-            return {}
-        fields = encode_windows(self._recovery_tokenizer, self.recovery_max_length or 0, questions)
-        return dict(zip(_RECOVERY_INPUT_NAMES, map(torch.from_numpy, fields), strict=True))
+        return {name: torch.from_numpy(field) for name, field in self._fields(questions, recovery_rules).items()}
+
+    def _rules(self, given: Sequence[Any] | None) -> Sequence[Any]:
+        """The rules of a call, or else the processor's own."""
+        if given is None:
+            return self._recovery_rules
+        check_rules(given)
+        return given
+
+    def _reads_text(self, recovery_rules: Sequence[Any] | None) -> bool:
+        """Whether a call with these rules adds a field."""
+        return self._recovery_tokenizer is not None or bool(self._rules(recovery_rules))
+
+    def _fields(self, questions: Sequence[Any], recovery_rules: Sequence[Any] | None) -> dict[str, np.ndarray]:
+        """The added fields, see `encode_questions`."""
+        fields, rules = {}, self._rules(recovery_rules)
+        if self._recovery_tokenizer is not None:
+            windows = encode_windows(self._recovery_tokenizer, self.recovery_max_length or 0, questions)
+            fields = dict(zip(_RECOVERY_INPUT_NAMES, windows, strict=True))
+        if rules:
+            fields[_RULE] = np.array([find_rule(rules, asked) for asked in questions], dtype=np.int64)
+        return fields
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
@@ -233,16 +280,16 @@ class RecCompProcessorMixin(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """As the stock method; both tokenizers are compared with the config.json next to them, if there is one.
+        """As the stock method; both tokenizers are compared with the config.json next to them, whose rules are read.
 
         Raises:
-            ValueError: A tokenizer does not fit the model.
+            ValueError: A tokenizer does not fit the model, or the rules are not valid.
         """
         processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        config = _cached(pretrained_model_name_or_path, "config.json", kwargs.get("subfolder") or "", kwargs)
+        config = cached_path(pretrained_model_name_or_path, "config.json", kwargs.get("subfolder") or "", kwargs)
         if config is not None:
             with open(config, encoding="utf-8") as file:
-                processor._check_tokenizers(pretrained_model_name_or_path, json.load(file))
+                processor._read_config(pretrained_model_name_or_path, json.load(file))
         return processor
 
     @classmethod
@@ -256,7 +303,7 @@ class RecCompProcessorMixin(ProcessorMixin):
         """
         settings, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if settings.get("recovery_max_length") is not None and "recovery_tokenizer" not in kwargs:
-            settings["recovery_tokenizer"] = _load_recovery_tokenizer(pretrained_model_name_or_path, kwargs)
+            settings["recovery_tokenizer"] = load_recovery_tokenizer(pretrained_model_name_or_path, kwargs)
         return settings, unused
 
     @classmethod
@@ -292,15 +339,15 @@ class RecCompProcessorMixin(ProcessorMixin):
                 f"recovery_text must hold one question per row: got {len(questions)}, expected {len(prompts)}."
             )
         for row, (prompt, asked) in enumerate(zip(prompts, questions, strict=True)):
-            if self.image_token in prompt and not asked:
+            if self.image_token in prompt and not asked and self._recovery_tokenizer is not None:
                 raise ValueError(
                     f"Row {row} has an image but no question for the text encoder: got the prompt {prompt[:200]!r}. "
                     "Put a question in the user turn or pass one per row as recovery_text=."
                 )
         return questions
 
-    def _check_tokenizers(self, source: str | os.PathLike[str], config: dict[str, Any]) -> None:
-        """Compare both tokenizers with the fields of a model config of ours; others are not read."""
+    def _read_config(self, source: str | os.PathLike[str], config: dict[str, Any]) -> None:
+        """Compare both tokenizers with a model config of ours and read its rules; others are not read."""
         encoder, text = (config.get("token_recovery") or {}).get("text_encoder_config"), config.get("text_config")
         try:
             if encoder is not None and self._recovery_tokenizer is not None:
@@ -309,6 +356,7 @@ class RecCompProcessorMixin(ProcessorMixin):
                 vocabulary = AutoConfig.for_model(**{"model_type": "llama", **text}).vocab_size
                 image_token_id = config.get("image_token_index", config.get("image_token_id", 32000))
                 check_prompt_tokenizer(self.tokenizer, vocabulary, self.image_token, image_token_id)
+            self.recovery_rules = (config.get("token_recovery") or {}).get("rules") or []
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
 
@@ -340,53 +388,6 @@ class LlavaRecCompProcessor(RecCompProcessorMixin, LlavaProcessor):
 
 class LlavaNextRecCompProcessor(RecCompProcessorMixin, LlavaNextProcessor):
     """Processor of `llava_next_reccomp` models: LLaVA-NeXT's own, and the question for the text encoder."""
-
-
-def _recovery_length(tokenizer: Any, length: int | None) -> int | None:
-    """The window length for a recovery tokenizer, None without one."""
-    if tokenizer is None:
-        if length is not None:
-            raise ValueError(
-                f"recovery_max_length={length} needs a recovery_tokenizer, got None: pass the CLIP tokenizer of the "
-                "text encoder, or recovery_max_length=None for a visual-only model."
-            )
-        return None
-    length = tokenizer.model_max_length if length is None else length
-    if not 3 <= length <= 1_000_000:
-        raise ValueError(
-            f"recovery_max_length must be the number of positions of the text encoder (77 for CLIP, at least 3): "
-            f"got {length}."
-        )
-    return length
-
-
-def _load_recovery_tokenizer(source: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:
-    """Load the tokenizer from the sub-folder `recovery_tokenizer`, and from nowhere else."""
-    subfolder = "/".join(part for part in (kwargs.get("subfolder"), RECOVERY_TOKENIZER_FOLDER) if part)
-    config = _cached(source, "tokenizer_config.json", subfolder, kwargs)
-    if config is None:
-        raise OSError(
-            f"{source} has recovery_max_length in its processor_config.json but no {subfolder}/tokenizer_config.json. "
-            "Save it again with processor.save_pretrained, or pass recovery_tokenizer= to from_pretrained."
-        )
-    hub = _hub_arguments(kwargs)
-    return AutoTokenizer.from_pretrained(source, subfolder=subfolder, trust_remote_code=False, **hub)
-
-
-def _cached(source: str | os.PathLike[str], name: str, subfolder: str, kwargs: dict[str, Any]) -> str | None:
-    """Path of a file of a checkpoint, in a folder or the Hub client's cache; `None` if it is not there."""
-    absent = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False)
-    return cached_file(source, name, subfolder=subfolder, **absent, **_hub_arguments(kwargs))
-
-
-def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-
-
-def _batched(conversation: Sequence[Any]) -> Sequence[Sequence[Any]]:
-    """A list of conversations, whether one or several were given."""
-    several = isinstance(conversation, list | tuple) and conversation and isinstance(conversation[0], list | tuple)
-    return conversation if several else [conversation]
 
 
 def _converter(example: Any) -> Callable[[np.ndarray], Any]:

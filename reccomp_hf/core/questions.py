@@ -87,6 +87,12 @@ def given_questions(recovery_text: Any) -> list[list[str]]:
     return [[text.strip() for text in row if text.strip()] for row in rows]
 
 
+def batched(conversation: Sequence[Any]) -> Sequence[Sequence[Any]]:
+    """A list of conversations, whether one or several were given."""
+    several = isinstance(conversation, list | tuple) and conversation and isinstance(conversation[0], list | tuple)
+    return conversation if several else [conversation]
+
+
 def message_text(message: Any) -> str:
     """The text of a chat message, without its images."""
     content = message.get("content") or ""
@@ -273,6 +279,7 @@ __all__ = [
     "ANSWER_INSTRUCTIONS",
     "LARGEST_IS_END",
     "TURNS",
+    "batched",
     "check_messages",
     "check_prompt_tokenizer",
     "check_question_tokenizer",

@@ -32,12 +32,28 @@ class Settings:
     visual_heads: str = "joint"
     position_ids: str = "compact"
     newlines: str = "kept"
+    rules: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     text_encoder_config: dict[str, Any] | None = None
 
     @property
     def options(self) -> Any:
         """`method_options` as an instance of the method's own dataclass; `None` for a method without options."""
         return vars(self).get("_options")
+
+    @property
+    def of_rules(self) -> tuple[Any, ...]:
+        """The settings under each rule, whole sections without rules of their own."""
+        return vars(self).get("_of_rules", ())
+
+    def of_rule(self, rule: int) -> Any:
+        """The settings under a rule, or for -1 under none: a section without rules."""
+        common = vars(self).get("_without_rules", self)
+        return common if rule < 0 else self.of_rules[rule]
+
+    @property
+    def all_settings(self) -> tuple[Any, ...]:
+        """The settings under no rule, then those under each rule."""
+        return self.of_rule(-1), *self.of_rules
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Settings))
@@ -112,4 +128,43 @@ def shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-__all__ = ["CHOICES", "FIELDS", "LARGEST", "PRESETS", "Settings", "as_json", "shown"]
+def require(fits: bool, name: str, needed: str, received: Any) -> None:
+    """Refuse a value of a field.
+
+    Raises:
+        ValueError: `fits` is false.
+    """
+    if not fits:
+        raise ValueError(f"token_recovery.{name} must be {needed}, got {shown(received)}.")
+
+
+def is_int(value: Any) -> bool:
+    """Whether a value is an int and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is an int or a float, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_budget(value: Any) -> bool:
+    """Whether a value is a number of tokens, a share of them, or `None`."""
+    if value is None:
+        return True
+    return 1 <= value <= LARGEST if is_int(value) else isinstance(value, float) and 0 < value <= 1
+
+
+__all__ = [
+    "CHOICES",
+    "FIELDS",
+    "LARGEST",
+    "PRESETS",
+    "Settings",
+    "as_json",
+    "is_budget",
+    "is_int",
+    "is_number",
+    "require",
+    "shown",
+]

@@ -33,6 +33,7 @@ def encode_rows(
     images: Sequence[Sequence[Image.Image]],
     texts: Sequence[str],
     questions: Sequence[str | Sequence[str]],
+    recovery_rules: Sequence[Any] | None = None,
 ) -> Any:
     """Encode rows of one user turn and one or more images each, padded on the left.
 
@@ -41,6 +42,7 @@ def encode_rows(
         images: The images of every row.
         texts: The text of every row's turn, which the language model reads.
         questions: The question of every row, which CLIP reads.
+        recovery_rules: Rules of the settings, `None` for those of the processor.
 
     Returns:
         The processor's `BatchFeature` with PyTorch tensors.
@@ -49,6 +51,7 @@ def encode_rows(
         images=[image for row in images for image in row],
         text=[build_prompt(processor, text, len(row)) for text, row in zip(texts, images, strict=True)],
         recovery_text=questions,
+        recovery_rules=recovery_rules,
         padding=True,
         padding_side="left",
         return_tensors="pt",

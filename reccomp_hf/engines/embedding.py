@@ -66,6 +66,7 @@ def embed_images(
         images=list(images),
         text=[processor.image_token] * len(images),
         recovery_text=list(questions),
+        recovery_rules=section.rules,
         padding=True,
         padding_side="left",
         return_tensors="pt",

@@ -47,7 +47,8 @@ BALANCED = {
 
 
 def test_the_defaults_are_the_papers():
-    assert TokenRecoveryConfig().to_dict() == dataclasses.asdict(Settings()) == PAPER
+    assert TokenRecoveryConfig().to_dict() == PAPER
+    assert dataclasses.asdict(Settings()) == {**PAPER, "rules": []}
 
 
 @pytest.mark.parametrize(

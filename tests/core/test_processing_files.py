@@ -14,7 +14,7 @@ from tiny import turn
 from transformers import LlavaProcessor
 from transformers.utils import hub
 
-from reccomp_hf.core import compat, processing
+from reccomp_hf.core import compat, processing, recovery_tokenizer
 from reccomp_hf.core.processing import LlavaNextRecCompProcessor, LlavaRecCompProcessor
 
 FIXTURES = ["processor_4x", "processor_5x"]
@@ -67,7 +67,7 @@ def test_stock_folder_gets_a_recovery_tokenizer(tmp_path):
 def test_hub_arguments_reach_the_sub_folder(tmp_path, monkeypatch):
     tiny.recovery_processor().save_pretrained(tmp_path)
     seen = {}
-    monkeypatch.setattr(processing, "cached_file", lambda *args, **kwargs: seen.update(kwargs))
+    monkeypatch.setattr(recovery_tokenizer, "cached_file", lambda *args, **kwargs: seen.update(kwargs))
     with pytest.raises(OSError, match="no recovery_tokenizer"):
         LlavaRecCompProcessor.from_pretrained(
             tmp_path, cache_dir="cache", local_files_only=True, token="secret", revision="main"

@@ -1,5 +1,6 @@
 """Tuning measures what it says, chooses by it, and keeps the present section unless another is shown to be better."""
 
+import copy
 import itertools
 import json
 
@@ -401,10 +402,35 @@ def test_arguments_that_cannot_be_used(options, message):
 
 
 def test_rules_hold_what_differs_from_the_common_setting():
-    settings = {name: parse_setting(name).fields for name in ("balanced:14", "divprune:14", "balanced:36")}
-    plan = Plan("balanced:14", {"how many": "balanced:36", "is there": "divprune:14", "are there": "divprune:14"})
-    section = section_of(plan, settings)
+    """Also where another method would bring other defaults of the fields that are equal."""
+    names = ["balanced:14", "divprune:14", "balanced:36", "cdpruner:14+text_relevance=value+text_relevance_sign=1"]
+    settings = {name: {**parse_setting(name).fields, "position_ids": "original"} for name in names}
+    groups = {"how many": names[2], "is there": names[1], "are there": names[1], "what color": names[3]}
+    section = section_of(Plan("balanced:14", groups), settings)
     assert section["budget"] == 14
-    many, there = section["rules"]
-    assert many == {"begins": ["how many"], "budget": 36}
-    assert there["begins"] == ["is there", "are there"] and there["method"] == "divprune" and "budget" not in there
+    assert section["rules"][0] == {"begins": ["how many"], "budget": 36}
+    assert [rule["begins"] for rule in section["rules"]] == [["how many"], ["is there", "are there"], ["what color"]]
+    read = reccomp_hf.TokenRecoveryConfig(**section)
+    for rule, name in zip(read.all_settings[1:], (names[2], names[1], names[3]), strict=True):
+        assert rule.overridable() == reccomp_hf.TokenRecoveryConfig(**settings[name]).overridable()
+
+
+def test_a_section_by_question_reads_what_was_measured():
+    """The written rules give every question the setting that tuning measured for it."""
+    model, processor = demo_model()
+    tuning = run(validation_samples(64), budget=None, average=14, by_question=True)
+    plan = tuning.contenders["by question"].plan
+    assert plan.groups and tuning.contenders["by question"].tokens <= 15
+    settings = {
+        name: one.fields
+        for budget in (*budget_ladder(model.config), 14)
+        for name, one in candidate_settings(model, CANDIDATES, budget, {}, strict=True).items()
+    }
+    section = section_of(plan, settings)
+    samples, processor = validation_samples(12), copy.copy(processor)
+    processor.recovery_rules = section["rules"]
+    measured = measure(model, processor, samples, {"rules": section, **{n: settings[n] for n in plan.settings}}, 2)
+    for row, sample in enumerate(samples):
+        expected = measured[plan.setting(beginning(sample.question))][row]
+        assert measured["rules"][row].tokens == expected.tokens
+        assert measured["rules"][row].divergence == pytest.approx(expected.divergence, abs=1e-5)

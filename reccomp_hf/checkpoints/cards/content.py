@@ -126,7 +126,7 @@ def field_rows(section: TokenRecoveryConfig, tiled: bool = True) -> list[dict[st
         if field.name in unread:
             continue
         value = getattr(section, field.name)
-        text = "`" + json.dumps(value).replace("`", "'").replace("|", "\\|") + "`"
+        text = "<br>".join(map(_code, value)) if field.name == "rules" else _code(value)
         if field.name == "text_encoder_config" and value is not None:
             text = f"CLIP's, {value.get('max_position_embeddings', 77)} tokens at a time"
         meaning = re.sub("`(None|True|False)`", lambda word: f"`{JSON_WORDS[word[1]]}`", described[field.name])
@@ -134,12 +134,19 @@ def field_rows(section: TokenRecoveryConfig, tiled: bool = True) -> list[dict[st
     return rows
 
 
+def _code(value: Any) -> str:
+    """A JSON value as code in a table's cell."""
+    return "`" + json.dumps(value).replace("`", "'").replace("|", "\\|") + "`"
+
+
 def _unread_fields(section: TokenRecoveryConfig) -> set[str]:
     """Fields that have no effect, given the others."""
+    if section.enabled and section.rules:
+        return set.intersection(*map(_unread_fields, section.all_settings)) - {"rules"}
     if not section.enabled:
-        return {"version", "method", "method_options", "budget", "position_ids", "newlines", *METHOD_FIELDS}
+        return {"version", "method", "method_options", "budget", "position_ids", "newlines", "rules", *METHOD_FIELDS}
     method = get_method(section.method)
-    unread = {"version"} if method.options is not None else {"version", "method_options"}
+    unread = {"version", "rules"} | ({"method_options"} if method.options is None else set())
     if section.budget is None:
         unread |= BUDGET_FIELDS
     else:
@@ -181,11 +188,16 @@ def _summary(facts: CardFacts) -> str:
         return f"{deciding} how many of them it keeps"
     after = compressed_tokens(facts.config, facts.section)
     if not facts.tiled:
-        return f"every image becomes {after:,} tokens instead of {patches:,}"
-    if isinstance(facts.section.budget, float):
+        return f"every image becomes {_at_most(facts)}{after:,} tokens instead of {patches:,}"
+    if isinstance(facts.section.budget, float) and not facts.section.rules:
         return f"every image becomes {facts.section.budget:.0%} of its tokens"
     newlines = " and a few newlines" if facts.section.newlines == "kept" else ""
-    return f"every image becomes {after:,} tokens{newlines} instead of one or two thousand"
+    return f"every image becomes {_at_most(facts)}{after:,} tokens{newlines} instead of one or two thousand"
+
+
+def _at_most(facts: CardFacts) -> str:
+    """What stands before a number of tokens: with rules it is the largest."""
+    return "at most " if facts.section.rules and facts.section.enabled else ""
 
 
 def _is_open(facts: CardFacts) -> bool:
@@ -194,7 +206,8 @@ def _is_open(facts: CardFacts) -> bool:
 
 
 def _reads_question(section: TokenRecoveryConfig) -> bool:
-    return section.text_encoder_config is not None and get_method(section.method).reads_question(section)
+    reads = (get_method(settings.method).reads_question(settings) for settings in section.all_settings)
+    return section.text_encoder_config is not None and any(reads)
 
 
 def _origin(facts: CardFacts) -> str:
@@ -225,7 +238,8 @@ def _plain_tokens(facts: CardFacts) -> str:
     if _is_open(facts):
         return f"Stock: {patches:,} per image. Here the number is dynamic; `model.recover(**inputs)` gives it."
     after = compressed_tokens(facts.config, facts.section)
-    return f"Stock: {patches:,} per image. Here: {after:,} ({after / patches:.1%}), always."
+    number, when = f"{_at_most(facts)}{after:,} ({after / patches:.1%})", "by rule" if _at_most(facts) else "always"
+    return f"Stock: {patches:,} per image. Here: {number}, {when}."
 
 
 def _tiled_tokens(facts: CardFacts) -> str:
@@ -237,10 +251,10 @@ def _tiled_tokens(facts: CardFacts) -> str:
         if _is_open(facts):
             here = "dynamic"
         elif facts.section.enabled and not kept:
-            here = f"{after:,} + 0"
+            here = f"{_at_most(facts)}{after:,} + 0"
         else:
             most = min(newlines, after)
-            here = f"{after:,} + {'' if not facts.section.enabled else 'up to '}{most}"
+            here = f"{_at_most(facts)}{after:,} + {'' if not facts.section.enabled else 'up to '}{most}"
         lines.append(f"| {size[0]} x {size[1]} | 1 + {tiles - 1} | {patches:,} + {newlines} | {here} |")
     rule = "A newline is kept if its row of the image keeps a patch" if kept else "No newline is kept"
     note = f"A budget applies to the whole image. {rule}."

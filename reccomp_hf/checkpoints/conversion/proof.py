@@ -180,7 +180,10 @@ def _count(model: Any, pixels: Tensor, sizes: Tensor | None, question: Tensor | 
     valid = layout.valid
     patches = layout.patches * layout.tiles[0] if valid is None else int(valid.sum())
     input_ids = torch.full((1, layout.lengths[0]), model.config.image_token_id)
-    record = model.recover(input_ids, pixels, recovery_input_ids=question, image_sizes=sizes)[0]
+    inputs = {"pixel_values": pixels, "recovery_input_ids": question, "image_sizes": sizes}
+    for rule in range(len(section.rules)):
+        model.recover(input_ids, recovery_rule=torch.tensor([rule]), **inputs)
+    record = model.recover(input_ids, recovery_rule=torch.tensor([-1]), **inputs)[0]
     count = int(record.counts.sum())
     if section.budget is None:
         masks = (record.visual_mask, record.text_mask, record.coverage_mask, record.centre_mask)

@@ -11,6 +11,7 @@ from typing import Any
 
 from ...core.checks import is_tiled
 from ...core.counting import compressed_tokens, picture_tokens
+from ...core.rules import NO_RULE, find_rule
 from ...data.rows import Picture
 from .questions import BadRow, Questions, RowQuestion
 
@@ -41,7 +42,8 @@ def plan_batches(questions: Questions, model: Any, section: Any, processor: Any,
     """
     lengths: dict[int, int] = {}
     bad_rows: list[BadRow] = []
-    limit, visual_tokens = position_limit(model), _visual_token_estimate(model.config, section)
+    limit, rules = position_limit(model), range(NO_RULE, len(section.rules))
+    visual_tokens = {rule: _visual_token_estimate(model.config, section.of_rule(rule)) for rule in rules}
     rows = iter(questions)
     while chunk := list(itertools.islice(rows, _TOKENIZED_AT_ONCE)):
         good = [row for row in chunk if isinstance(row, RowQuestion)]
@@ -54,7 +56,8 @@ def plan_batches(questions: Questions, model: Any, section: Any, processor: Any,
             except ValueError as error:
                 bad_rows.append(questions.bad_row(question.row, question.id, error))
             else:
-                lengths[question.row] = len(tokens) + sum(map(visual_tokens, question.pictures))
+                rule = find_rule(section.rules, question.clip_texts)
+                lengths[question.row] = len(tokens) + sum(map(visual_tokens[rule], question.pictures))
     order = sorted(lengths, key=lambda row: (-lengths[row], row))
     return BatchPlan([order[start : start + batch_size] for start in range(0, len(order), batch_size)], bad_rows)
 

@@ -169,6 +169,7 @@ class _Answerer:
             [row.images for row in opened],
             [add_instruction(row.question.text, self.instruction) for row in opened],
             [row.question.clip_texts for row in opened],
+            self.section.rules,
         )
 
     @torch.no_grad()

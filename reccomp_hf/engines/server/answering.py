@@ -245,13 +245,14 @@ class Service:
         """
         image_id = self.model.config.image_token_id
         try:
+            section = self.model.config.token_recovery.replace(requests[0].token_recovery)
             inputs = self.processor.apply_chat_template(
                 [request.messages for request in requests],
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
-                processor_kwargs={"padding": True, "padding_side": "left"},
+                processor_kwargs={"padding": True, "padding_side": "left", "recovery_rules": section.rules},
             )
             before = (inputs["input_ids"] == image_id).sum(-1).tolist()
             inputs = inputs.to(self.model.device, self.model.dtype)

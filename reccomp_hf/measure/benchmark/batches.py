@@ -11,6 +11,7 @@ from transformers import CLIPTextConfig
 
 from ...core.checks import is_tiled
 from ...core.counting import PICTURE, picture_tokens
+from ...core.rules import NO_RULE
 from ..evaluation.samples import Sample, demo_samples, encode_samples
 
 Inputs = dict[str, Any]
@@ -84,6 +85,8 @@ def noise_batch(
     if encoder is not None:
         inputs["recovery_input_ids"] = _questions(CLIPTextConfig(**encoder), size, question_tokens, generator)
         inputs["recovery_attention_mask"] = torch.ones_like(inputs["recovery_input_ids"])
+    if config.token_recovery.rules:
+        inputs["recovery_rule"] = torch.full((size,), NO_RULE)  # random words begin like none
     return {name: value.to(model.device) for name, value in inputs.items()}
 
 

@@ -90,7 +90,7 @@ def vision_cost(
         tiles: Tiles per prompt; 1 for LLaVA-1.5.
         windows: Windows of the question, each of the text encoder's length.
         batch: Number of prompts.
-        section: The settings of token recovery; `None` for the stock model.
+        section: The settings of token recovery, of whose rules the dearest counts; `None` for the stock model.
         hardware: A name in `HARDWARE` or a [`Hardware`].
 
     Returns:
@@ -104,10 +104,10 @@ def vision_cost(
         "text_encoder": [],
     }
     if section is not None and section.enabled:
-        method, encoder = get_method(section.method), section.text_encoder_config
-        if method.reads_projected:
+        encoder, every = section.text_encoder_config, section.all_settings
+        if any(get_method(settings.method).reads_projected for settings in every):
             parts["projector"] += projector_operators(config, patches_per_side(config) ** 2 * tiles * batch)
-        if encoder is not None and method.reads_question(section):
+        if encoder is not None and any(get_method(settings.method).reads_question(settings) for settings in every):
             parts["text_encoder"] = text_operators(encoder, windows * batch)
     return {name: Cost(tuple(operators), device, "fp16") for name, operators in parts.items()}
 
@@ -126,7 +126,8 @@ def compare_costs(
 
     Args:
         config: A config of a compressed LLaVA.
-        visual_tokens: Numbers of visual tokens to compare, without newlines; `None` takes that of the settings.
+        visual_tokens: Numbers of visual tokens to compare, without newlines; `None` takes that of the settings,
+            with rules the largest.
         hardware: A name in `HARDWARE`.
         dtype: `"fp16"`, `"int8"` or `"int4"`.
         text_tokens: Tokens of a prompt that are not visual.
@@ -162,6 +163,7 @@ def compare_costs(
         "text_tokens": text_tokens,
         "picture": list(picture) if is_tiled(config) else None,
         "tiles": tiles,
+        "largest_of_rules": bool(section.rules) and visual_tokens is None,
         "measured": False,
         "parameters": parameter_counts(config),
         "rows": rows,

@@ -14,6 +14,7 @@ import torch
 from ...core import splicing
 from ...core.features import TokenRecoveryOutput
 from ...core.methods.registry import get_method
+from ...core.rules import find_rule
 from ...core.vision import EncodedImages, needed_states
 from ...data.progress import progress_bar
 from .report import EvaluationReport, SettingResult
@@ -67,7 +68,8 @@ def evaluate(
     with progress_bar(len(starts) * len(table), "batches", progress) as bar:
         for start in starts:
             batch = samples[start : start + batch_size]
-            inputs = _Inputs(encode_samples(processor, batch, instruction).to(model.device, model.dtype))
+            encoded = encode_samples(processor, batch, instruction).to(model.device, model.dtype)
+            inputs = _Inputs(encoded, [sample.question for sample in batch])
             for run in runs.values():
                 if start == 0:  # warm up
                     run.ask(model, processor, inputs, batch, max_new_tokens=1)
@@ -85,8 +87,8 @@ def evaluate(
 class _Inputs:
     """A batch; the vision tower runs once for all settings that read the same hidden states."""
 
-    def __init__(self, tensors: Any) -> None:
-        self.tensors = tensors
+    def __init__(self, tensors: Any, questions: Sequence[str]) -> None:
+        self.tensors, self._questions = tensors, questions
         self._encoded: dict[frozenset[int], tuple[EncodedImages, float]] = {}
 
     def of(self, model: Any, fields: dict[str, Any]) -> tuple[dict[str, Any], float]:
@@ -95,14 +97,20 @@ class _Inputs:
         if not section.enabled:
             return dict(self.tensors), 0.0
         layer, blocks = model.config.vision_feature_layer, model.config.vision_config.num_hidden_layers
-        asks = get_method(section.method).reads_question(section)
-        key = frozenset(needed_states(section, layer, blocks, asks))
+        key = frozenset[int]().union(
+            *(
+                needed_states(settings, layer, blocks, get_method(settings.method).reads_question(settings))
+                for settings in section.all_settings
+            )
+        )
         if key not in self._encoded:
             began = _now(model)
             encoded = model.encode_images(**self.tensors, token_recovery=fields)
             self._encoded[key] = encoded, _now(model) - began
         encoded, seconds = self._encoded[key]
         others = {name: value for name, value in self.tensors.items() if name not in ("pixel_values", "image_sizes")}
+        if section.rules:
+            others["recovery_rule"] = torch.tensor([find_rule(section.rules, text) for text in self._questions])
         return {**others, "pixel_values": encoded}, seconds
 
 

@@ -74,7 +74,6 @@ def candidate_settings(
     shared: Mapping[str, Any],
     *,
     strict: bool,
-    for_rules: bool = False,
 ) -> dict[str, Setting]:
     """Settings at a budget, by their names with it.
 
@@ -84,7 +83,6 @@ def candidate_settings(
         budget: A number of tokens, or a share of the patches.
         shared: Fields that every setting gets, in addition to `SHARED`.
         strict: Whether a setting that cannot be used is an error; otherwise it is left out.
-        for_rules: Whether the settings must agree in `position_ids`.
 
     Returns:
         The settings, at least one.
@@ -97,7 +95,7 @@ def candidate_settings(
     reasons: list[str] = []
     for name in names:
         try:
-            setting = _setting(_at(name, budget), {**SHARED, **shared}, for_rules)
+            setting = _setting(_at(name, budget), {**SHARED, **shared})
             section = present.replace(setting.fields)
             if present.text_encoder_config is None and get_method(section.method).reads_question(section):
                 raise ValueError(f"Setting {name!r} reads the question, and this checkpoint has no text encoder.")
@@ -112,19 +110,11 @@ def candidate_settings(
     return found
 
 
-def _setting(text: str, shared: Mapping[str, Any], for_rules: bool) -> Setting:
+def _setting(text: str, shared: Mapping[str, Any]) -> Setting:
     parsed = parse_setting(text)
     if "method" not in parsed.fields:  # off, and what the checkpoint has stored
         raise ValueError(f"Setting {text!r} chooses no tokens of its own; name a preset or a method.")
-    fields = overridden(parsed.fields, shared)
-    if get_method(fields["method"]).compact_only:
-        if for_rules and fields["position_ids"] != "compact":
-            raise ValueError(
-                f"Setting {text!r} needs position_ids 'compact', and rules by question must agree in them: leave it "
-                "out or set position_ids=compact for all."
-            )
-        fields["position_ids"] = "compact"
-    return Setting(parsed.name, fields)
+    return Setting(parsed.name, overridden(parsed.fields, shared))
 
 
 def budget_ladder(config: Any) -> tuple[int | float, ...]:

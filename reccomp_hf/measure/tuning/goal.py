@@ -64,7 +64,7 @@ class Goal:
         section = config.token_recovery
         takes_budget = get_method(section.method).budget != "none"
         fields: dict[str, Any] = {"enabled": True}
-        if takes_budget and self.agreement is None and not self.frontier:
+        if takes_budget and self.agreement is None and not self.frontier and section.budget != self.fixed(config):
             fields["budget"] = self.fixed(config)
         return dict(section.replace(fields).overridable())
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 
+from ...core.rules import plain_question
+
 _WORDS = 2
-_AROUND = string.punctuation + string.whitespace
 
 
 def beginning(question: str) -> str:
-    """The first two words of a question, case-folded, without punctuation around them."""
-    words = [word for word in question.casefold().lstrip(_AROUND).split()[:_WORDS] if word]
-    return " ".join(words).rstrip(_AROUND)
+    """The first two words of a question, as rules compare them, without punctuation at their end."""
+    return " ".join(plain_question(question).split()[:_WORDS]).rstrip(string.punctuation)
 
 
 def beginnings(questions: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ... import __version__
+from ...core.methods.contract import METHOD_FIELDS
 from ..intervals import Draws, Interval
 from ..tables import markdown_table
 from .choosing import Plan, Scores
@@ -178,11 +179,14 @@ def _keeps_answers(share: float, contenders: Mapping[str, Contender]) -> tuple[s
 
 
 def section_of(plan: Plan, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The fields of a plan's section: those of its common setting, with a rule for every group that differs."""
+    """The fields of a plan's section: those of its common setting, with a rule for every other setting."""
     common = dict(settings[plan.common])
     rules: dict[str, dict[str, Any]] = {}
     for group, name in plan.groups.items():
-        changed = {field: value for field, value in settings[name].items() if value != common.get(field)}
+        fields = settings[name]
+        # Another method would bring its own defaults of some fields, so these are written too.
+        needed = METHOD_FIELDS if fields["method"] != common["method"] else ()
+        changed = {field: fields[field] for field in fields if fields[field] != common.get(field) or field in needed}
         rules.setdefault(name, {"begins": [], **changed})["begins"].append(group)
     return {**common, **({"rules": list(rules.values())} if rules else {})}
 

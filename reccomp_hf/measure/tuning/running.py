@@ -158,7 +158,7 @@ def _candidates(
     budgets: dict[str, int | float] = {}
     for budget in goal.budgets(model.config):
         strict = listed is names
-        settings = candidate_settings(model, listed, budget, shared, strict=strict, for_rules=goal.by_question)
+        settings = candidate_settings(model, listed, budget, shared, strict=strict)
         found |= {name: setting.fields for name, setting in settings.items()}
         budgets |= dict.fromkeys(settings, budget)
     return found, budgets

@@ -1,0 +1,141 @@
+"""`reccomp-hf tune`, the files that it writes, and the commands that read them."""
+
+import json
+import shutil
+
+import pytest
+from predictions import read_lines, save_pictures, write_lines
+
+import reccomp_hf
+from reccomp_hf.checkpoints.completeness import files_of
+from reccomp_hf.checkpoints.tuning_record import write_section
+from reccomp_hf.cli.options import file_fields
+from reccomp_hf.demo import checkpoint_folder
+
+pytest_plugins = ("command_line",)
+
+FAST = ["--limit", "32", "--candidates", "balanced,divprune", "--max-new-tokens", "2"]
+BEGINNING = {"begins": ["how many"], "budget": 36}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the demo checkpoint with a section that is worth replacing."""
+    shutil.copytree(checkpoint_folder("demo"), tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["token_recovery"] |= {"method": "random", "budget": 14, "position_ids": "compact"}
+    path.write_text(json.dumps(config))
+    return tmp_path / "model"
+
+
+def test_a_section_file_is_written_and_read(run, tmp_path):
+    output = tmp_path / "tuned.json"
+    code, out, err = run("tune", "demo", "--budget", 14, *FAST, "--output", output, "--json", tmp_path / "all.json")
+    assert code == 0 and "present section" in out and f"Wrote {output}." in out
+    assert "warning: 32 questions are few" in err
+    fields = file_fields(str(output))
+    assert fields["budget"] == 14 and reccomp_hf.TokenRecoveryConfig(**fields).method == "recoverable"
+    record = json.loads((tmp_path / "all.json").read_text())
+    assert record == {"model": "demo", "data": "demo", **json.loads(output.read_text())["tuning"]}
+    write_lines(tmp_path / "questions.jsonl", save_pictures(tmp_path, 2))
+    answers = tmp_path / "answers.jsonl"
+    options = ["--model", "demo", "--output", answers, "--max-new-tokens", 2]
+    assert run("predict", tmp_path / "questions.jsonl", *options, "--section", output)[0] == 0
+    assert [line["visual_tokens"] for line in read_lines(answers)] == [14, 14]
+    code, _, err = run("tune", "demo", "--budget", 14, *FAST, "--output", output)
+    assert code == 2 and "is finished and was left unchanged" in err
+
+
+def test_a_section_with_rules_is_read_by_other_commands(run, tmp_path):
+    section = tmp_path / "rules.json"
+    section.write_text(json.dumps({"token_recovery": {"budget": 14, "rules": [BEGINNING]}}))
+    rows = save_pictures(tmp_path, 4)
+    rows[1]["question"] = "How many objects are there?"
+    write_lines(tmp_path / "questions.jsonl", rows)
+    answers = tmp_path / "answers.jsonl"
+    options = ["--model", "demo", "--output", answers, "--max-new-tokens", 2, "--section", section]
+    assert run("predict", tmp_path / "questions.jsonl", *options)[0] == 0
+    lines = read_lines(answers)
+    assert {line["visual_tokens"] for line in lines} == {14, 36}
+    assert all((line["visual_tokens"] == 36) == line["question"].startswith("How many") for line in lines)
+
+
+def test_a_checkpoint_is_tuned_in_place(run, folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    code, out, _ = run("tune", folder, *FAST, "--write")
+    assert code == 0 and "'one for all' is taken" in out and f"reccomp-hf card {folder}" in out
+    after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert {name for name in after if after[name] != before.get(name)} == {"config.json", "tuning.json"}
+    config = json.loads(after["config.json"])
+    assert config["token_recovery"]["method"] == "recoverable" and config["token_recovery"]["budget"] == 14
+    assert config["token_recovery"]["text_encoder_config"]  # stays
+    assert {**config, "token_recovery": 0} == {**json.loads(before["config.json"]), "token_recovery": 0}
+    assert "tuning.json" in files_of(folder)
+    code, card, _ = run("card", folder, "--stdout", "--no-measure")
+    sentence = "Its settings were chosen by `reccomp-hf tune` on"
+    assert code == 0 and sentence in " ".join(card.split())
+    write_section(folder, {"budget": 15}, {})  # a record that does not say what was measured
+    assert sentence not in " ".join(run("card", folder, "--stdout", "--no-measure")[1].split())
+
+
+def test_a_card_says_nothing_of_a_section_that_was_changed_afterwards(run, folder):
+    assert run("tune", folder, *FAST, "--write", "--average", 14)[0] == 0
+    card = " ".join(run("card", folder, "--stdout", "--no-measure")[1].split())
+    assert "chosen by `reccomp-hf tune` (average 14) on" in card
+    config = json.loads((folder / "config.json").read_text())
+    config["token_recovery"]["budget"] = 22
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "reccomp-hf tune" not in run("card", folder, "--stdout", "--no-measure")[1]
+
+
+def test_questions_of_a_file_need_no_answers(run, tmp_path):
+    rows = [{"image": row["image"], "question": row["question"]} for row in save_pictures(tmp_path, 12)]
+    data = write_lines(tmp_path / "questions.jsonl", rows)
+    options = ["--budget", 14, "--candidates", "divprune", "--max-new-tokens", 2]
+    assert run("tune", "demo", "--data", data, *options)[0] == 0
+    write_lines(data, [{"image": row["image"]} for row in rows])
+    assert run("tune", "demo", "--data", data, *options, "--question", "How many objects are there?")[0] == 0
+    code, _, err = run("tune", "demo", "--data", data, *options)
+    assert code == 2 and "has no column 'question'" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--write"], "--write changes the config.json of a folder of yours, got demo"),
+        (["demo", "--budget", "dynamic"], "a dynamic number is not a budget; see --dynamic"),
+        (["demo", "--budget", "14", "--agreement", "0.9"], "not allowed with argument"),
+        (["demo", "--agreement", "95"], "agreement must be a share of the answers"),
+        (["demo", "--dynamic"], "needs average"),
+        (["demo", "--question", "Why?"], "asks one question of every row"),
+        (["demo", "--candidates", "blanced", "--limit", "32"], "did you mean 'balanced'"),
+        (["demo", "--data", "missing.jsonl"], "no such file or folder"),
+        (["demo", "--limit", "6"], "Tuning needs questions on 4 images or more"),
+        (["demo", "--set", "budgt=3"], "did you mean 'budget'"),
+    ],
+)
+def test_what_tune_refuses(error, arguments, message):
+    assert message in error("tune", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ("{", "is not valid JSON"),
+        ("[]", "holds no section"),
+        ("{}", "holds no section"),
+        ('{"token_recovery": 3}', "holds no section"),
+        ('{"token_recovery": {"budgt": 3}}', "did you mean 'budget'"),
+        ('{"token_recovery": {"rules": [{"budget": 3}]}}', 'rules[0] needs "begins"'),
+    ],
+)
+def test_section_files_that_hold_none(error, tmp_path, content, message):
+    path = tmp_path / "section.json"
+    if content is not None:
+        path.write_text(content)
+    rest = ["--model", "demo", "--output", tmp_path / "out.jsonl"]
+    data = write_lines(tmp_path / "questions.jsonl", save_pictures(tmp_path, 1))
+    assert message in error("predict", data, *rest, "--section", path)
+    assert "give one of them" in error("predict", data, *rest, "--section", path, "--preset", "paper")
