@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ class Scores:
     tokens: _Floats
 
     @classmethod
-    def of(cls, measured: dict[str, Sequence[Measurement]]) -> Scores:
+    def of(cls, measured: Mapping[str, Sequence[Measurement]]) -> Scores:
         """Scores of measurements by setting, all on the same questions."""
         rows = [[dataclasses.astuple(one) for one in measurements] for measurements in measured.values()]
         values = np.array(rows, dtype=float)
@@ -45,7 +46,8 @@ class Scores:
 
     def of_plan(self, plan: Plan, groups: Sequence[str]) -> Scores:
         """The scores (1, Q) of a plan, given each question's group."""
-        rows = np.array([self.names.index(plan.setting(group)) for group in groups])
+        row_of = {group: self.names.index(plan.setting(group)) for group in set(groups)}
+        rows = np.array([row_of[group] for group in groups])
         picked = (values[rows, np.arange(len(rows))][None] for values in (self.divergence, self.agrees, self.tokens))
         return Scores(("plan",), *picked)
 
@@ -54,6 +56,10 @@ class Scores:
         rows = [self.names.index(name) for name in names]
         values = (self.divergence[rows], self.agrees[rows], self.tokens[rows])
         return Scores(tuple(self.names[row] for row in rows), *values)
+
+    def questions(self, counted: npt.NDArray[np.bool_]) -> Scores:
+        """The scores of some of the questions, (Q,) bool."""
+        return Scores(self.names, *(value[:, counted] for value in (self.divergence, self.agrees, self.tokens)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,23 +84,11 @@ class Plan:
         return tuple(dict.fromkeys((self.common, *self.groups.values())))
 
 
-def common_plans(scores: Scores) -> list[Plan]:
-    """One setting for all questions: those that no setting beats with as few tokens, from the fewest tokens up."""
-    tokens, divergence = scores.tokens.mean(1), scores.divergence.mean(1)
-    plans: list[Plan] = []
-    best = np.inf
-    for row in np.lexsort((divergence, tokens)):
-        if divergence[row] < best:
-            best = divergence[row]
-            plans.append(Plan(scores.names[row]))
-    return plans
-
-
 def plans_by_group(scores: Scores, groups: Sequence[str]) -> list[Plan]:
-    """A setting for each group of questions, from the fewest mean tokens up.
+    """A setting for each group of questions, for each of 242 prices of a token, from no price up.
 
-    A group's mean divergence is shrunk toward the mean of all questions. Each plan is best at some price of a token:
-    then no other plan has both fewer tokens and a smaller divergence by these means.
+    A group's mean divergence is shrunk toward the mean of all questions. A plan is the best at its price, so no other
+    plan has both fewer tokens and a smaller divergence by these means.
 
     Args:
         scores: The measurements.
@@ -106,14 +100,13 @@ def plans_by_group(scores: Scores, groups: Sequence[str]) -> list[Plan]:
     means = {name: getattr(scores, name).mean(1) for name in ("divergence", "tokens")}
     shrunk = (scores.divergence @ members + SHRINKAGE * means["divergence"][:, None]) / (sizes + SHRINKAGE)
     tokens = scores.tokens @ members / sizes
-    plans: dict[tuple[Any, ...], Plan] = {}
+    plans = []
     for price in _PRICES:
         common = scores.names[int(np.argmin(means["divergence"] + price * means["tokens"]))]
         best = np.argmin(shrunk + price * tokens, axis=0)
         chosen = {str(key): scores.names[row] for key, row in zip(keys[large], best[large], strict=True)}
-        plan = Plan(common, {key: name for key, name in chosen.items() if name != common})
-        plans.setdefault((common, tuple(plan.groups.items())), plan)
-    return sorted(plans.values(), key=lambda plan: scores.of_plan(plan, groups).tokens.mean())
+        plans.append(Plan(common, {key: name for key, name in chosen.items() if name != common}))
+    return plans
 
 
 def closest(scores: Scores) -> Plan:
@@ -123,16 +116,40 @@ def closest(scores: Scores) -> Plan:
 
 def within(plans: Sequence[Plan], scores: Scores, groups: Sequence[str], tokens: float) -> Plan:
     """The plan with the smallest divergence among those of at most so many tokens on average, else the smallest."""
-    fitting = [plan for plan in plans if _mean(scores, plan, groups, "tokens") <= tokens + 1e-6] or plans[:1]
-    return min(fitting, key=lambda plan: _mean(scores, plan, groups, "divergence"))
+    means = [scores.of_plan(plan, groups).tokens.mean() for plan in plans]
+    least = max(tokens, min(means)) + 1e-6
+    fitting = [plan for plan, mean in zip(plans, means, strict=True) if mean <= least]
+    return min(fitting, key=lambda plan: scores.of_plan(plan, groups).divergence.mean())
 
 
-def cheapest(plans: Sequence[Plan], scores: Scores, groups: Sequence[str], agreement: float) -> Plan:
-    """The plan with the fewest tokens among those that keep a share of the answers, else the one that keeps most."""
-    fitting = [plan for plan in plans if _mean(scores, plan, groups, "agrees") >= agreement]
-    if not fitting:
-        return max(plans, key=lambda plan: _mean(scores, plan, groups, "agrees"))
-    return min(fitting, key=lambda plan: _mean(scores, plan, groups, "tokens"))
+def cheapest(
+    plans_of: Callable[[Scores, Sequence[str]], list[Plan]],
+    scores: Scores,
+    groups: Sequence[str],
+    folds: npt.NDArray[np.bool_],
+    agreement: float,
+) -> Plan:
+    """The plan with the fewest tokens among those that keep a share of the answers, else the one that keeps most.
+
+    The share is measured on questions on which the plan was not chosen: on each fold, with the plans of the other
+    one. On the questions of the choice itself the best of many looks better than it is.
+
+    Args:
+        plans_of: A function that makes plans from measurements, always the same number in the same order.
+        scores: The measurements.
+        groups: Each question's group.
+        folds: (Q,) bool, the questions of one fold.
+        agreement: The share of the answers.
+    """
+    kept: list[_Floats] = []
+    for fold in (folds, ~folds):
+        inside, outside = (list(itertools.compress(groups, part)) for part in (fold, ~fold))
+        plans, measured_on = plans_of(scores.questions(~fold), outside), scores.questions(fold)
+        kept.append(np.array([measured_on.of_plan(plan, inside).agrees.sum() for plan in plans]))
+    shares, plans = np.sum(kept, 0) / len(groups), plans_of(scores, groups)
+    least = min(agreement, shares.max())
+    fitting = [plan for plan, share in zip(plans, shares, strict=True) if share >= least]
+    return min(fitting, key=lambda plan: scores.of_plan(plan, groups).tokens.mean())
 
 
 def survivors(scores: Scores, families: Sequence[Any], least: int) -> list[str]:
@@ -152,10 +169,6 @@ def survivors(scores: Scores, families: Sequence[Any], least: int) -> list[str]:
     return [name for row, name in enumerate(scores.names) if row in kept]
 
 
-def _mean(scores: Scores, plan: Plan, groups: Sequence[str], field: str) -> float:
-    return float(getattr(scores.of_plan(plan, groups), field).mean())
-
-
 __all__ = [
     "SHRINKAGE",
     "SMALLEST_GROUP",
@@ -163,7 +176,6 @@ __all__ = [
     "Scores",
     "cheapest",
     "closest",
-    "common_plans",
     "plans_by_group",
     "survivors",
     "within",

@@ -6,9 +6,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from ...core.methods.registry import get_method
 from .candidates import budget_ladder
-from .choosing import Plan, Scores, cheapest, closest, common_plans, plans_by_group, within
+from .choosing import Plan, Scores, cheapest, closest, plans_by_group, within
 
 PRESENT, COMMON, RULES, DYNAMIC = "present section", "one for all", "by question", "dynamic count"
 DEFAULT_BUDGET = 0.1
@@ -69,44 +72,48 @@ class Goal:
         return dict(section.replace(fields).overridable())
 
     def contenders(
-        self, scores: Scores, groups: Sequence[str], budgets: Mapping[str, int | float], config: Any
+        self,
+        scores: Scores,
+        groups: Sequence[str],
+        folds: npt.NDArray[np.bool_],
+        budgets: Mapping[str, int | float],
+        config: Any,
     ) -> dict[str, Plan]:
         """The plans that meet the goal best, by what they are.
 
         Args:
             scores: Measurements of the candidates.
             groups: Each question's group.
+            folds: (Q,) bool, half of the questions; both halves have no image in common.
             budgets: Each candidate's budget.
             config: The model's config.
         """
-        if self.frontier:
-            return self._curve(scores, groups, budgets)
-        if self.agreement is None:
-            at_budget = [name for name in scores.names if budgets[name] == self.fixed(config)]
-            found = {COMMON: closest(scores.some(at_budget))}
-        else:
-            found = {COMMON: cheapest(common_plans(scores), scores, groups, self.agreement)}
-        if self.by_question:
-            plans = plans_by_group(scores, groups)
-            if self.agreement is None:
-                found[RULES] = within(plans, scores, groups, scores.of_plan(found[COMMON], groups).tokens.mean())
-            else:
-                found[RULES] = cheapest(plans, scores, groups, self.agreement)
-            if not found[RULES].groups:  # one setting for all is the best
-                del found[RULES]
-        return found
+        families: dict[int | float, list[str]] = {}
+        for name in scores.names:
+            families.setdefault(budgets[name], []).append(name)
 
-    def _curve(self, scores: Scores, groups: Sequence[str], budgets: Mapping[str, int | float]) -> dict[str, Plan]:
-        """The best plan of every budget, one for all and by question."""
-        found: dict[str, Plan] = {}
-        plans = plans_by_group(scores, groups) if self.by_question else []
-        for budget in dict.fromkeys(budgets.values()):
-            best = closest(scores.some([name for name in scores.names if budgets[name] == budget]))
-            found[f"{COMMON}, budget {budget}"] = best
-            if plans:
-                tokens = scores.of_plan(best, groups).tokens.mean()
-                found[f"{RULES}, budget {budget}"] = within(plans, scores, groups, tokens)
-        return found
+        def one_for_all(scores: Scores, _: Sequence[str]) -> list[Plan]:
+            return [closest(scores.some(names)) for names in families.values()]
+
+        if self.agreement is not None:
+            ways = {COMMON: one_for_all} | ({RULES: plans_by_group} if self.by_question else {})
+            found = {way: cheapest(make, scores, groups, folds, self.agreement) for way, make in ways.items()}
+        elif self.frontier:
+            found = {}
+            for budget, plan in zip(families, one_for_all(scores, groups), strict=True):
+                found[f"{COMMON}, budget {budget}"] = plan
+                if self.by_question:
+                    found[f"{RULES}, budget {budget}"] = _as_many_tokens(plan, scores, groups)
+        else:
+            found = {COMMON: closest(scores.some(families[self.fixed(config)]))}
+            if self.by_question:
+                found[RULES] = _as_many_tokens(found[COMMON], scores, groups)
+        return {name: plan for name, plan in found.items() if plan.groups or not name.startswith(RULES)}
+
+
+def _as_many_tokens(plan: Plan, scores: Scores, groups: Sequence[str]) -> Plan:
+    """The best plan by group with at most as many tokens on average as another plan."""
+    return within(plans_by_group(scores, groups), scores, groups, scores.of_plan(plan, groups).tokens.mean())
 
 
 __all__ = ["COMMON", "DEFAULT_BUDGET", "DYNAMIC", "PRESENT", "RULES", "Goal"]

@@ -107,7 +107,7 @@ def tune(
         else:
             scores = _choose(measured, batches[0], settings, budgets, halving=candidates == "many")
             groups = beginnings([sample.question for sample in choosing])
-            plans = goal.contenders(scores, groups, budgets, model.config)
+            plans = goal.contenders(scores, groups, halves(choosing), budgets, model.config)
         plans = {PRESENT: Plan(PRESENT), **plans}
         settings = {PRESENT: goal.present_fields(model.config), **settings}
         wanted = {name: settings[name] for plan in plans.values() for name in plan.settings}
@@ -145,6 +145,12 @@ def _split(samples: Sequence[Sample], seed: int) -> tuple[list[Sample], list[Sam
     for sample in samples:
         parts[sample.picture not in first].append(sample)
     return parts
+
+
+def halves(samples: Sequence[Sample]) -> Any:
+    """(Q,) bool, the questions on every other image."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(sample.picture, len(numbers)) % 2 == 0 for sample in samples])
 
 
 def _candidates(
@@ -220,4 +226,4 @@ def _join(results: Any) -> Scores:
     return Scores.of({name: [one for result in results for one in result[name]] for name in names})
 
 
-__all__ = ["DEFAULT_BATCH_SIZE", "DEFAULT_NEW_TOKENS", "tune"]
+__all__ = ["DEFAULT_BATCH_SIZE", "DEFAULT_NEW_TOKENS", "halves", "tune"]
