@@ -178,7 +178,7 @@ def shown_by(run, *command):
 def test_what_the_commands_show(folder, run):
     facts = shown_by(run, "info", folder)
     assert 'rule 0              "How many": budget 30' in facts
-    assert 'rule 1              "is there", "are there": method "trim", budget 5' in facts
+    assert 'rule 1              "is there", "are there": budget 5, method "trim"' in facts
     assert "144 become 12 (8%); by rule: 30, 5" in " ".join(facts.split())
     assert json.loads(shown_by(run, "info", folder, "--json"))["token_recovery"]["rules"] == RULES
     cost = shown_by(run, "cost", folder)
