@@ -42,7 +42,7 @@ def find_rule(rules: Sequence[Mapping[str, Any]], question: str | Sequence[str])
     text = question if isinstance(question, str) else (question[-1] if question else "")
     text = plain_question(text)
     for number, rule in enumerate(rules):
-        if any(_begins(text, plain_question(beginning)) for beginning in _beginnings(rule)):
+        if any(_begins(text, plain_question(beginning)) for beginning in beginnings(rule)):
             return number
     return NO_RULE
 
@@ -50,7 +50,7 @@ def find_rule(rules: Sequence[Mapping[str, Any]], question: str | Sequence[str])
 def rule_text(rule: Mapping[str, Any]) -> str:
     """A rule on one line: its beginnings, and the fields that it changes, as JSON values."""
     changed = [f"{name} {json.dumps(value)}" for name, value in rule.items() if name != BEGINS]
-    return f"{', '.join(map(json.dumps, _beginnings(rule)))}: {', '.join(changed)}"
+    return f"{', '.join(map(json.dumps, beginnings(rule)))}: {', '.join(changed)}"
 
 
 def check_rules(rules: Any) -> None:
@@ -73,7 +73,7 @@ def check_rules(rules: Any) -> None:
         if BEGINS not in rule:
             raise ValueError(f'{where} needs "begins", the beginnings of its questions, got {shown(rule)}.')
         _check_beginnings(f"{where}.{BEGINS}", rule[BEGINS])
-        count += len(_beginnings(rule))
+        count += len(beginnings(rule))
         if len(rule) == 1:
             raise ValueError(f'{where} changes no field: add one, for example "budget", or leave the rule out.')
         for name in rule:
@@ -133,7 +133,8 @@ def _check_name(where: str, name: Any) -> None:
         raise ValueError(f"Unknown field {name!r} in {where}; {hint}")
 
 
-def _beginnings(rule: Mapping[str, Any]) -> Sequence[str]:
+def beginnings(rule: Mapping[str, Any]) -> Sequence[str]:
+    """The beginnings of a rule's questions, at least one."""
     return [rule[BEGINS]] if isinstance(rule[BEGINS], str) else rule[BEGINS]
 
 
@@ -166,6 +167,7 @@ __all__ = [
     "BEGINS",
     "CHANGED_BY_RULES",
     "NO_RULE",
+    "beginnings",
     "check_rules",
     "find_rule",
     "plain_question",

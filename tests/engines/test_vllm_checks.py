@@ -16,6 +16,8 @@ from reccomp_hf.engines.vllm.budgets import (
     budget_from_tensor,
     budget_to_tensor,
     count_tokens,
+    longest_question,
+    question_budget,
     request_budget,
     request_section,
 )
@@ -219,3 +221,70 @@ def test_a_fused_attention_is_split():
     found, states = clip_tower(theirs).encoder.layers[-1], torch.randn(2, 5, 32)
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
         assert torch.equal(getattr(found.self_attn, name)(states), getattr(own, name)(states)), name
+
+
+# ---- rules ---------------------------------------------------------------------------------------------------------
+
+RULES = [{"begins": "how many", "budget": 40}, {"begins": "is", "method": "divprune", "budget": 0.08}]
+
+
+@pytest.mark.parametrize(
+    ("questions", "tokens", "method"),
+    [
+        (["How many cats?"], 40, "recoverable"),
+        (["How many cats?", "Is it red?"], 8, "divprune"),
+        (["What is it?"], 24, "recoverable"),
+        ([], 24, "recoverable"),
+    ],
+)
+def test_the_question_decides_which_settings_hold(questions, tokens, method):
+    config = config_of(budget=24, rules=RULES)
+    budget = question_budget(config.token_recovery, questions)
+    assert budget_from_tensor(budget_to_tensor(budget)) == budget
+    section = request_section(config.token_recovery, budget)
+    assert (count_tokens(config, budget, PICTURE), section.method, section.rules) == (tokens, method, [])
+
+
+def test_a_requests_budget_sets_rules_aside_and_may_reach_the_largest():
+    config = config_of(budget=24, rules=RULES)
+    for asked, wanted in ((24, 24), (40, 40), (5, 5)):
+        budget = request_budget(config.token_recovery, {"budget": asked})
+        assert count_tokens(config, budget, PICTURE) == wanted
+    with pytest.raises(ValueError, match=r"41 is 41 tokens of an image, more than the 40"):
+        count_tokens(config, request_budget(config.token_recovery, {"budget": 41}), PICTURE)
+
+
+@pytest.mark.parametrize(
+    ("rules", "tokens"),
+    [
+        (RULES, 40),
+        ([{"begins": "what", "budget": 3}], 24),
+        ([{"begins": ["is", "how"], "budget": 3}, {"begins": "how", "budget": 90}], 24),
+        ([], 24),
+    ],
+)
+def test_memory_is_profiled_with_the_question_that_gives_most_tokens(rules, tokens):
+    config = config_of(budget=24, rules=rules)
+    question = longest_question(config, PICTURE)
+    assert count_tokens(config, question_budget(config.token_recovery, [question]), PICTURE) == tokens
+
+
+def test_rules_of_a_model_that_is_off_are_not_read():
+    config = config_of(budget=24, rules=RULES, enabled=False)
+    check_servable(config)
+    assert question_budget(config.token_recovery, ["How many?"]) is None
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"budget": None}, r"^token_recovery\.rules\[1\]: token_recovery\.budget is null"),
+        ({"method": "pooling", "budget": 9}, r"^token_recovery\.rules\[1\]: Method 'pooling' gives whole cells"),
+        ({"method": "trim", "budget": None}, r"^token_recovery\.rules\[1\]: token_recovery\.budget is null"),
+        ({"budget": 101}, r"rules\[1\]\.budget is 101, but an image has only 100"),
+    ],
+)
+def test_a_rule_whose_count_is_not_known_is_refused(rule, message):
+    check_servable(config_of(budget=24, rules=RULES[:1]))
+    with pytest.raises(ValueError, match=message):
+        check_servable(config_of(budget=24, rules=[RULES[0], {"begins": "is", **rule}]))

@@ -1,4 +1,4 @@
-"""The budget of a request, and its form in vLLM's multimodal fields, which hold tensors: JSON text as bytes."""
+"""The budget or rule of a request, and its form in vLLM's multimodal fields, which hold tensors: JSON as bytes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from torch import Tensor
 
 from ...core.configuration import TokenRecoveryConfig
 from ...core.counting import fixed_tokens, picture_tokens
+from ...core.rules import NO_RULE, beginnings, find_rule
 from .checks import override
 
-Budget = int | float | None
-"""Tokens (int), a share of the image's tokens (float), or `None` for the budget of the checkpoint."""
+Budget = int | float | str | None
+"""Tokens (int), a share of the image's tokens (float), `"rule N"` for the settings of rule N of the checkpoint, or
+`None` for its common settings."""
+_RULE = "rule "
 
 
 def budget_to_tensor(budget: Budget) -> Tensor:
@@ -50,9 +53,24 @@ def request_budget(section: TokenRecoveryConfig, overrides: Any) -> Budget:
     return None if own else budget  # equal requests are then equal in a cache
 
 
+def question_budget(section: TokenRecoveryConfig, questions: list[str]) -> Budget:
+    """The budget of a request that sets none, by the rule that its question begins like."""
+    rule = find_rule(section.rules, questions) if section.enabled else NO_RULE
+    return None if rule == NO_RULE else f"{_RULE}{rule}"
+
+
 def request_section(section: TokenRecoveryConfig, budget: Budget) -> TokenRecoveryConfig:
-    """The section with the budget of a request."""
-    return section if budget is None else section.replace({"budget": budget})
+    """The settings of a request, without rules."""
+    if budget is None or isinstance(budget, str):
+        return section.of_rule(NO_RULE if budget is None else int(budget.removeprefix(_RULE)))
+    return section.replace({"budget": budget})
+
+
+def longest_question(config: Any, size: tuple[int, int]) -> str:
+    """A question for which an image has the most tokens, for profiling."""
+    section = config.token_recovery
+    texts = ["What is this?", "This?", *(f"{beginnings(rule)[0]}?" for rule in section.rules)]
+    return max(texts, key=lambda text: count_tokens(config, question_budget(section, [text]), size))
 
 
 def count_tokens(config: Any, budget: Budget, size: tuple[int, int]) -> int:
@@ -64,7 +82,7 @@ def count_tokens(config: Any, budget: Budget, size: tuple[int, int]) -> int:
         size: Width and height of the image in pixels.
 
     Raises:
-        ValueError: More tokens than under the checkpoint's own budget, with which memory was profiled.
+        ValueError: More tokens than under the checkpoint's own budgets, with which memory was profiled.
     """
     section = config.token_recovery
     _, patches, newlines = picture_tokens(config, size)
@@ -90,6 +108,8 @@ __all__ = [
     "budget_from_tensor",
     "budget_to_tensor",
     "count_tokens",
+    "longest_question",
+    "question_budget",
     "request_budget",
     "request_section",
 ]

@@ -11,6 +11,7 @@ from ...core.checks import check_supported, is_tiled
 from ...core.configuration import TokenRecoveryConfig
 from ...core.counting import fixed_tokens
 from ...core.methods.registry import get_method
+from ...core.rules import NO_RULE
 from ...core.settings import FIELDS
 
 REQUEST_KEYS = ("token_recovery", "recovery_text", "recovery_turns")
@@ -57,13 +58,16 @@ def check_servable(config: Any, *, pictures: bool = True, embeds: bool = False) 
         )
     if not pictures:
         return
-    if section.method == "pooling":
-        raise ValueError(
-            "Method 'pooling' gives whole cells, about as many as its budget, and vLLM must know the exact number of "
-            f"tokens before it encodes an image. Use another method: {override(method='recoverable')}."
-        )
-    if fixed_tokens(config, section) is None:
-        raise ValueError(_how_to_fix_the_count(section))
+    for rule, settings in enumerate(section.all_settings, start=NO_RULE):
+        where = "" if rule == NO_RULE else f"token_recovery.rules[{rule}]: "
+        if settings.method == "pooling":
+            raise ValueError(
+                f"{where}Method 'pooling' gives whole cells, about as many as its budget, and vLLM must know the "
+                "exact number of tokens before it encodes an image. Use another method: "
+                f"{override(method='recoverable')}."
+            )
+        if fixed_tokens(config, settings) is None:
+            raise ValueError(f"{where}{_how_to_fix_the_count(settings)}")
     if is_tiled(config) and section.newlines == "kept":
         raise ValueError(
             'token_recovery.newlines is "kept": the number of newline embeddings that stay depends on the image, and '

@@ -19,6 +19,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from ...core.checks import check_finite
 from ...core.counting import picture_tokens
 from ...core.layout import ImageLayout
+from ...core.methods.registry import get_method
 from ...core.modeling_llava_next import tiled_layout
 from ...core.picture_tokens import Question, choose_tokens, window_mask
 from ...core.text_encoder import TokenRecoveryModules
@@ -45,7 +46,7 @@ class _RequestImage:
     Args:
         tiles: (T, 3, H, W).
         size: Width and height in pixels.
-        budget: Budget of the request.
+        budget: Budget or rule of the request.
         question: (W, L) ids and mask; `None` where the question is not read.
     """
 
@@ -157,7 +158,7 @@ class RecoveryModelMixin:
         config, budget = self.config, images[0].budget
         section, layer = request_section(config.token_recovery, budget), config.vision_feature_layer
         tower, tiles = clip_tower(self.vision_tower.vision_model), torch.cat([image.tiles for image in images])
-        reads_question = images[0].question is not None
+        reads_question = images[0].question is not None and get_method(section.method).reads_question(section)
         states = vision_states(tower, tiles, needed_states(section, layer, len(tower.encoder.layers), reads_question))
         layout = self._layout(tiles, images)
         choice = choose_tokens(

@@ -23,7 +23,14 @@ from ...core.configuration import TokenRecoveryConfig
 from ...core.counting import picture_tokens
 from ...core.methods.registry import get_method
 from ...core.processing import LlavaNextRecCompProcessor, LlavaRecCompProcessor
-from .budgets import Budget, budget_to_tensor, count_tokens, request_budget
+from .budgets import (
+    Budget,
+    budget_to_tensor,
+    count_tokens,
+    longest_question,
+    question_budget,
+    request_budget,
+)
 from .checks import REQUEST_KEYS, check_request, check_servable, override
 
 QUESTIONS, BUDGET = "recovery_text", "recovery_budget"
@@ -51,16 +58,18 @@ class RecoveryInfoMixin:
     def reads_question(self) -> bool:
         """Whether the tokens of an image depend on the question."""
         section = self.section
-        has_text = section.enabled and section.text_encoder_config is not None
-        return has_text and get_method(section.method).reads_question(section)
+        reads = any(get_method(settings.method).reads_question(settings) for settings in section.all_settings)
+        return section.enabled and section.text_encoder_config is not None and reads
 
     def get_hf_processor(self, **kwargs: object) -> Any:
         """Our processor, without the arguments of a request that `RecoveryProcessorMixin` handles."""
         return self.ctx.get_hf_processor(self.processor_class, **_stock_arguments(kwargs))
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
-        """Tokens of an image under the checkpoint's budget, for placeholders, profiling and caches."""
-        return count_tokens(self.config, None, (image_width, image_height))
+        """Most tokens of an image under the checkpoint's budgets, for profiling and caches."""
+        size = (image_width, image_height)
+        most = longest_question(self.config, size)
+        return count_tokens(self.config, question_budget(self.section, [most]), size)
 
     def get_image_size_with_most_features(self) -> ImageSize:
         """The image size with the most tiles, and then the most patches, however few tokens it becomes."""
@@ -88,11 +97,12 @@ class RecoveryDummyInputsBuilder(LlavaDummyInputsBuilder[Any]):
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
         """The placeholders of the images and a question."""
-        return super().get_dummy_text(mm_counts) + "What is this?"
+        size = self.info.get_image_size_with_most_features()
+        return super().get_dummy_text(mm_counts) + longest_question(self.info.config, (size.width, size.height))
 
 
 class RecoveryProcessorMixin:
-    """Passes the question and the budget of a request to the model."""
+    """Passes the question and the budget or rule of a request to the model."""
 
     info: Any
 
@@ -143,13 +153,19 @@ class RecoveryProcessorMixin:
                 if not torch.as_tensor(items.get(index)).isfinite().all():
                     raise ValueError(f"image_embeds of image {index} hold NaN or infinity: embed it again.")
             return arguments
-        if (budget := request_budget(self.info.section, given.get("token_recovery"))) is not None:
-            arguments[BUDGET] = budget
-        if self.info.reads_question:
+        section, own = self.info.section, given.get("token_recovery")
+        budget = request_budget(section, own)
+        by_rule = bool(section.rules) and own is None
+        if self.info.reads_question or by_rule:
             prompt = self.info.get_tokenizer().decode(inputs.prompt, skip_special_tokens=False)
             text, turns = given.get("recovery_text"), given.get("recovery_turns")
             processor = self.info.get_hf_processor()
-            (arguments[QUESTIONS],) = processor.questions_of_prompts([prompt], None if text is None else [text], turns)
+            (questions,) = processor.questions_of_prompts([prompt], None if text is None else [text], turns)
+            budget = question_budget(section, questions) if by_rule else budget
+            if self.info.reads_question:
+                arguments[QUESTIONS] = questions
+        if budget is not None:
+            arguments[BUDGET] = budget
         return arguments
 
     def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
