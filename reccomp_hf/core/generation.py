@@ -74,8 +74,8 @@ class RecCompGenerationMixin(InnerModelMixin, RecCompMixin):
             past_key_values: The older name of `cache`; every version accepts both, and 5.24 warns of this one.
             labels: (R, L) int64 for the uncut sequence; cut along with it.
             logits_to_keep: Number of last logits, 0 for all; indices only without images. The last logits are those
-                of the last tokens as they were passed. All logits are those of the shortened sequence, whose last
-                columns differ in a batch padded on the right alone: there the rows begin in one column.
+                of the last tokens as they were passed. All logits are those of the shortened sequence; without labels
+                its last columns, too, are those that were passed.
             mm_encoder_outputs: As in the stock method of transformers 5, for the uncompressed model only.
             vision_feature_layer: As in the stock method; one layer below the last if images are compressed.
             vision_feature_select_strategy: As in the stock method; `"default"` if images are compressed.

@@ -57,7 +57,7 @@ class InnerModelMixin:
             return None
         question = tuple(inputs.pop(f"recovery_{name}", None) for name in ("input_ids", "attention_mask"))
         length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-        compressed = self._compress(inputs, question, section)
+        compressed = self._compress(inputs, question, section, keeps_last_columns=False)
         shortened = {name: value for name, value in compressed.inputs.items() if name != "input_ids"}
         _sources[shortened["inputs_embeds"]] = slots_before(compressed.source, length), compressed.image_features
         return (), shortened
