@@ -80,6 +80,15 @@ def check_ids(name: str, value: Any, dimensions: int | None) -> None:
         )
 
 
+def check_known_ids(name: str, ids: Tensor, vocabulary: int) -> None:
+    """Refuse ids that an embedding of some tokens does not have; reads the ids."""
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocabulary):
+        raise ValueError(
+            f"{name} must be ids from 0 to {vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}: use the "
+            "processor of this checkpoint, whose tokenizer fits its text encoder."
+        )
+
+
 def check_question(
     recovery_input_ids: Tensor | None, recovery_attention_mask: Tensor | None, rows: int, section: TokenRecoveryConfig
 ) -> None:
@@ -307,6 +316,7 @@ __all__ = [
     "check_feature_layer",
     "check_finite",
     "check_ids",
+    "check_known_ids",
     "check_labels",
     "check_logits_to_keep",
     "check_no_cut_logits",

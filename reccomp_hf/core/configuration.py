@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -16,7 +15,7 @@ from .compat import default_auto_map
 from .methods.contract import METHOD_FIELDS, check_int, check_share
 from .methods.registry import get_method
 from .remote_code import model_auto_map, write_sources
-from .settings import CHOICES, FIELDS, LARGEST, PRESETS, Settings, as_json, shown
+from .settings import CHOICES, FIELDS, LARGEST, PRESETS, Settings, as_json, did_you_mean, shown
 
 logger = logging.getLogger(__name__)
 
@@ -368,8 +367,7 @@ def overridden(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[
 
 def _refuse_unknown(fields: Iterable[Any]) -> None:
     for name in fields:
-        near = difflib.get_close_matches(str(name), FIELDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known fields are {', '.join(FIELDS)}."
+        hint = did_you_mean(name, FIELDS, f"known fields are {', '.join(FIELDS)}.")
         raise ValueError(f"Unknown token_recovery field {name!r}; {hint}")
 
 

@@ -225,9 +225,7 @@ class RecCompMixin(FrontMixin):
         placeholders, kept_logits = chosen.placeholders, check_logits_to_keep(inputs.get("logits_to_keep"))
         lengths = chosen.pictures.lengths.to(input_ids.device)
         keeps_last_columns &= labels is None and inputs.get("shift_labels") is None
-        splice = plan_splice(
-            placeholders, attention_mask, lengths, kept_logits, keeps_last_columns=keeps_last_columns
-        )
+        splice = plan_splice(placeholders, attention_mask, lengths, kept_logits, keeps_last_columns=keeps_last_columns)
         longest_before, longest_after, dropped_logits = chosen.sync_and_validate(splice)
         check_no_cut_logits(dropped_logits)
         # Padding that every row has stays, so that cutting nothing changes nothing.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 
@@ -112,4 +113,16 @@ def shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-__all__ = ["CHOICES", "FIELDS", "LARGEST", "PRESETS", "Settings", "as_json", "shown"]
+def did_you_mean(word: Any, known: Collection[str], otherwise: str = "") -> str:
+    """A question about the nearest of the known words for the end of an error message.
+
+    Args:
+        word: The unknown word.
+        known: The known ones.
+        otherwise: What is returned where no word is near.
+    """
+    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.7)
+    return f"did you mean {near[0]!r}?" if near else otherwise
+
+
+__all__ = ["CHOICES", "FIELDS", "LARGEST", "PRESETS", "Settings", "as_json", "did_you_mean", "shown"]
