@@ -19,6 +19,7 @@ from .checks import (
     check_encoder_outputs,
     check_reads_embeddings,
     is_continuation,
+    note_empty_answers,
 )
 from .compat import behind_cache, cache_of, default_max_length, extended_positions, is_prefill, stock_cache
 from .configuration import TokenRecoveryConfig
@@ -164,6 +165,8 @@ class RecCompGenerationMixin(InnerModelMixin, RecCompMixin):
         streamer = None if streamer is None else PromptStreamer(streamer, prompt)
         options = {**compressed.inputs, **lengths, **_prompt_callbacks(passed, kwargs)}
         output = stock(generation_config=generation_config, streamer=streamer, **options)
+        ids = output if isinstance(output, Tensor) else output.sequences
+        note_empty_answers(ids[:, width:], self._setting(generation_config, kwargs, "eos_token_id"))
         if isinstance(output, Tensor):
             return passed.whole(output)
         output.sequences = passed.whole(output.sequences)
