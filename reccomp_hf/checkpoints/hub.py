@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from ..core.remote_code import code_files
+from ..core.settings import did_you_mean
 from ..demo import CHECKPOINTS
 from .completeness import check_checkpoint, complete_folder, files_of
 from .weight_files import NO_WEIGHTS, PICKLES, SAFETENSORS, WeightFiles
@@ -82,9 +82,8 @@ def resolve(source: str | os.PathLike[str], *, weights: bool = True, progress: b
     repo, revision = split_revision(name)
     if _looks_like_a_path(repo):
         raise FileNotFoundError(f"{name} does not exist.")
-    near = [] if "/" in repo else difflib.get_close_matches(repo, CHECKPOINTS, n=1, cutoff=0.7)
-    if near:
-        raise FileNotFoundError(f"There is no folder {name}; did you mean {near[0]!r}, which comes with this package?")
+    if "/" not in repo and (hint := did_you_mean(repo, CHECKPOINTS)):
+        raise FileNotFoundError(f"There is no folder {name}; {hint} It comes with this package.")
     with _progress_bars(progress):
         folder = _download(name, repo, revision, [*DESCRIPTIONS, *(SAFETENSORS if weights else [])])
         if weights and not WeightFiles.find(folder).safetensors:

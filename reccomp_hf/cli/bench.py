@@ -28,8 +28,6 @@ from .options import (
 from .output import say, write_results
 
 DEFAULT_PRESET = "balanced"
-CPU_QUESTIONS, GPU_QUESTIONS = 4, 500
-"""Questions of a report whose answers by CUDA graphs are compared with the eager ones."""
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -70,23 +68,13 @@ def _report(arguments: argparse.Namespace) -> None:
 
     from ..checkpoints.loading import load
     from ..checkpoints.quiet import quiet
-    from ..measure.benchmark import Case, equal_answers, published_cases, scene_batch, speed_markdown, speed_report
+    from ..measure.benchmark import published_report, speed_markdown
 
     folder = Path(arguments.report)
     folder.mkdir(parents=True, exist_ok=True)
-    fields: dict[str, Any] = {"budget": 16}
     with quiet():
         model, processor = load("demo", {}, arguments.device, "float32")
-        device, on_gpu = model.device, model.device.type == "cuda"
-        same = equal_answers(model, processor, fields, GPU_QUESTIONS if on_gpu else CPU_QUESTIONS)
-        if on_gpu:
-            cases = published_cases(device, getattr(torch, arguments.dtype or "bfloat16"))
-            facts = speed_report(cases)
-        else:
-            build = functools.partial(tuple, (model, functools.partial(scene_batch, model, processor)))
-            case = Case("demo", "balanced", build, fields, (1, 2), (1, 2), (1,))
-            facts = speed_report([case], new_tokens=(2, 4), rounds=2)
-    facts = {**facts, "equal_answers": same}
+        facts = published_report(model, processor, getattr(torch, arguments.dtype or "bfloat16"))
     text = speed_markdown(facts)
     (folder / "speed.md").write_text(text, encoding="utf-8")
     (folder / "speed.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

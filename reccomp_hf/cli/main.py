@@ -11,8 +11,9 @@ import traceback
 from typing import NoReturn
 
 from .. import __version__, register
+from ..core.settings import did_you_mean
 from . import GROUPS
-from .output import did_you_mean, say
+from .output import say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +32,7 @@ def _main(argv: list[str] | None) -> int:
         options = re.findall(r"--[a-z][a-z-]*", arguments.format_help())
         known = sorted(set(options)) if unknown[0].startswith("--") else []
         hint = did_you_mean(unknown[0].partition("=")[0], known)
-        what = f"unrecognized arguments: {' '.join(unknown)}{hint}"
+        what = f"unrecognized arguments: {' '.join(unknown)}{hint and '; ' + hint}"
         parser.exit(2, f"reccomp-hf: error: {what} (see {arguments.prog} --help)\n")
     if arguments.run is None:
         say(parser.format_help().rstrip())
@@ -63,7 +64,7 @@ class _Parser(argparse.ArgumentParser):
         """Say what is wrong with the arguments and where help is; exit with 2."""
         choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
         hint = did_you_mean(choice[1], re.findall(r"[\w.-]+", choice[2])) if choice else ""
-        self.exit(2, f"reccomp-hf: error: {message}{hint} (see {self.prog} --help)\n")
+        self.exit(2, f"reccomp-hf: error: {message}{hint and '; ' + hint} (see {self.prog} --help)\n")
 
 
 def _parser() -> _Parser:

@@ -14,9 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..core.settings import FIELDS, PRESETS
+from ..core.settings import FIELDS, PRESETS, did_you_mean
 from .choices import CHECKPOINTS, DTYPES, DYNAMIC
-from .output import did_you_mean
 
 IMAGE_ENDINGS = (".png", ".pdf", ".svg", ".jpg", ".webp")
 
@@ -153,8 +152,8 @@ def setting(text: str) -> tuple[str, Any]:
     if not name or not equals:
         raise argparse.ArgumentTypeError(f"expected field=value, got {text!r}")
     if name not in FIELDS:
-        hint = did_you_mean(name, FIELDS) or f"; known fields are {', '.join(FIELDS)}"
-        raise argparse.ArgumentTypeError(f"unknown token_recovery field {name!r}{hint}")
+        hint = did_you_mean(name, FIELDS, f"known fields are {', '.join(FIELDS)}")
+        raise argparse.ArgumentTypeError(f"unknown token_recovery field {name!r}; {hint}")
     with contextlib.suppress(json.JSONDecodeError):
         return name, json.loads(value)
     return name, value

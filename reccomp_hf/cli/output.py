@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,6 @@ def line(name: str, value: str) -> str:
     text = f"  {name.replace('_', ' '):<20}{value}"
     # A path stays in one piece, to be copied.
     return textwrap.fill(text, 100, subsequent_indent=" " * 22, break_on_hyphens=False, break_long_words=False)
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """The nearest of the known words as the end of an error, or nothing where none is near."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def section_lines(facts: dict[str, Any]) -> list[str]:
@@ -66,4 +59,4 @@ def write_results(
         say("", f"Wrote {' and '.join(written)}.")
 
 
-__all__ = ["did_you_mean", "line", "say", "section_lines", "write_results"]
+__all__ = ["line", "say", "section_lines", "write_results"]

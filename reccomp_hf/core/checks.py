@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from .choosing import check_budget
 from .compat import CACHE, cache_of
 from .configuration import TokenRecoveryConfig
 from .methods.registry import get_method
 
+logger = logging.get_logger(__name__)
+
+NO_QUESTION = "Text recovery needs the question: recovery_input_ids is None."
 _WITHOUT_VIRTUAL_TOKENS = (
     "with images use another adapter, such as LoRA, or token_recovery={'enabled': False} to read them uncompressed."
 )
@@ -82,14 +86,23 @@ def check_ids(name: str, value: Any, dimensions: int | None) -> None:
         )
 
 
+def check_known_ids(name: str, ids: Tensor, vocabulary: int) -> None:
+    """Refuse ids that an embedding of some tokens does not have; reads the ids."""
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocabulary):
+        raise ValueError(
+            f"{name} must be ids from 0 to {vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}: use the "
+            "processor of this checkpoint, whose tokenizer fits its text encoder."
+        )
+
+
 def check_question(
     recovery_input_ids: Tensor | None, recovery_attention_mask: Tensor | None, rows: int, section: TokenRecoveryConfig
 ) -> None:
     """Refuse a call without a question if the method reads one, and a question that does not fit the call."""
     if recovery_input_ids is None:
         raise ValueError(
-            "Text recovery needs the question: recovery_input_ids is None. The processor of this checkpoint "
-            f"writes it (AutoProcessor.from_pretrained); {no_question_hint(section)}"
+            f"{NO_QUESTION} The processor of this checkpoint writes it (AutoProcessor.from_pretrained); "
+            f"{no_question_hint(section)}"
         )
     check_ids("recovery_input_ids", recovery_input_ids, None)
     check_tensor("recovery_attention_mask", recovery_attention_mask)
@@ -216,6 +229,22 @@ def check_no_cut_logits(dropped: int) -> None:
         )
 
 
+def note_empty_answers(new_ids: Tensor, ends: int | list[int] | None) -> None:
+    """Log a hint, once per process, where the model has ended every answer with its first token.
+
+    Args:
+        new_ids: (R, M) int64 generated ids; they are read from the device only if M is 1.
+        ends: Ids that end an answer.
+    """
+    ends = [ends] if isinstance(ends, int) else ends or []
+    if new_ids.shape[1] == 1 and all(end in ends for end in new_ids[:, 0].tolist()):
+        logger.warning_once(
+            "The answer is empty: its first token ends it. If the prompt is text of your own, write it with the turns "
+            "that the model was trained on: processor.apply_chat_template(messages, add_generation_prompt=True), or "
+            "for LLaVA-1.5 'USER: <image>\\nQuestion? ASSISTANT:'."
+        )
+
+
 def cache_length(cache: Any) -> int:
     """Number of tokens in a cache; `None` counts as empty."""
     return 0 if cache is None else int(cache.get_seq_length())
@@ -302,6 +331,7 @@ def is_tiled(config: Any) -> bool:
 
 
 __all__ = [
+    "NO_QUESTION",
     "cache_length",
     "check_call",
     "check_continuation",
@@ -309,6 +339,7 @@ __all__ = [
     "check_feature_layer",
     "check_finite",
     "check_ids",
+    "check_known_ids",
     "check_labels",
     "check_logits_to_keep",
     "check_no_cut_logits",
@@ -319,4 +350,5 @@ __all__ = [
     "is_continuation",
     "is_tiled",
     "no_question_hint",
+    "note_empty_answers",
 ]

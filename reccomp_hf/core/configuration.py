@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ from .settings import (
     PRESETS,
     Settings,
     as_json,
+    did_you_mean,
     is_budget,
     is_int,
     is_number,
@@ -392,8 +392,7 @@ def overridden(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[
 
 def _refuse_unknown(fields: Iterable[Any]) -> None:
     for name in fields:
-        near = difflib.get_close_matches(str(name), FIELDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known fields are {', '.join(FIELDS)}."
+        hint = did_you_mean(name, FIELDS, f"known fields are {', '.join(FIELDS)}.")
         raise ValueError(f"Unknown token_recovery field {name!r}; {hint}")
 
 

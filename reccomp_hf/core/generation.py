@@ -19,6 +19,7 @@ from .checks import (
     check_encoder_outputs,
     check_reads_embeddings,
     is_continuation,
+    note_empty_answers,
 )
 from .compat import behind_cache, cache_of, default_max_length, extended_positions, is_prefill, stock_cache
 from .configuration import TokenRecoveryConfig
@@ -77,8 +78,8 @@ class RecCompGenerationMixin(InnerModelMixin, RecCompMixin):
             recovery_rule: (R,) int64, the rule of each row as the processor writes it, -1 for none; read with `rules`.
             labels: (R, L) int64 for the uncut sequence; cut along with it.
             logits_to_keep: Number of last logits, 0 for all; indices only without images. The last logits are those
-                of the last tokens as they were passed. All logits are those of the shortened sequence, whose last
-                columns differ in a batch padded on the right alone: there the rows begin in one column.
+                of the last tokens as they were passed. All logits are those of the shortened sequence; without labels
+                its last columns, too, are those that were passed.
             mm_encoder_outputs: As in the stock method of transformers 5, for the uncompressed model only.
             vision_feature_layer: As in the stock method; one layer below the last if images are compressed.
             vision_feature_select_strategy: As in the stock method; `"default"` if images are compressed.
@@ -170,6 +171,8 @@ class RecCompGenerationMixin(InnerModelMixin, RecCompMixin):
         streamer = None if streamer is None else PromptStreamer(streamer, prompt)
         options = {**compressed.inputs, **lengths, **_prompt_callbacks(passed, kwargs)}
         output = stock(generation_config=generation_config, streamer=streamer, **options)
+        ids = output if isinstance(output, Tensor) else output.sequences
+        note_empty_answers(ids[:, width:], self._setting(generation_config, kwargs, "eos_token_id"))
         if isinstance(output, Tensor):
             return passed.whole(output)
         output.sequences = passed.whole(output.sequences)

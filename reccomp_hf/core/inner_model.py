@@ -17,9 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .checks import NO_QUESTION
 from .compat import CACHE
 from .front import QuestionIds
 
+_TRAINERS = (
+    "TRL's GRPOTrainer and RLOOTrainer lose it between sampling and scoring: put the mixin in front, class MyTrainer("
+    "reccomp_hf.CompressedTrainerMixin, GRPOTrainer). For other callers the processor of this checkpoint writes it "
+    "(AutoProcessor.from_pretrained)."
+)
 _stock: contextvars.ContextVar[bool] = contextvars.ContextVar("reccomp_stock", default=False)
 _sources: Any = WeakTensorKeyDictionary()  # embeddings of a shortened sequence -> where its slots come from
 
@@ -39,6 +45,7 @@ class InnerModelMixin:
 
     _modules: dict[str, Any]
     _section: Any
+    _reads_question: Any
     _compress: Any
     model: Any
 
@@ -57,8 +64,10 @@ class InnerModelMixin:
         if "pixel_values" not in inputs or _stock.get() or not (section := self._section(None)).enabled:
             return None
         question = QuestionIds(*(inputs.pop(f"recovery_{name}", None) for name in QuestionIds._fields))
+        if question[0] is None and self._reads_question(section):
+            raise ValueError(f"{NO_QUESTION} {_TRAINERS}")
         length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-        compressed = self._compress(inputs, question, section)
+        compressed = self._compress(inputs, question, section, keeps_last_columns=False)
         shortened = {name: value for name, value in compressed.inputs.items() if name != "input_ids"}
         _sources[shortened["inputs_embeds"]] = slots_before(compressed.source, length), compressed.image_features
         return (), shortened

@@ -195,7 +195,9 @@ class RecCompMixin(FrontMixin):
             input_ids: (R, L) int64 with the placeholders of every image.
             attention_mask: (R, L), 0 for padding; `None` for no padding.
             position_ids: (R, L) int64 positions of the uncut sequence, `None` for the usual ones.
-            labels: (R, L) int64, cut with the prompt.
+            labels: (R, L) int64, cut with the prompt. Without labels each row keeps its right padding, so that the
+                last columns of the batch stay the last ones; with them a batch that is padded on the right alone
+                becomes as short as its longest row.
             pixel_values: Images of all rows in reading order, from the processor or `encode_images`.
             recovery_input_ids: (R, W, T) int64, the questions as the text encoder's tokens.
             recovery_attention_mask: (R, W, T), 0 for padding.
@@ -226,8 +228,15 @@ class RecCompMixin(FrontMixin):
         compressed = self._compress(inputs, question, section)
         return compressed.inputs, compressed.record
 
-    def _compress(self, inputs: dict[str, Any], question: QuestionIds, section: TokenRecoveryConfig) -> _Compressed:
-        """Shorten a batch that has images, see [`RecCompMixin.compress_inputs`]."""
+    def _compress(
+        self,
+        inputs: dict[str, Any],
+        question: QuestionIds,
+        section: TokenRecoveryConfig,
+        *,
+        keeps_last_columns: bool = True,
+    ) -> _Compressed:
+        """Shorten a batch that has images, see [`RecCompMixin.compress_inputs`] and [`plan_splice`]."""
         inputs = dict(inputs)
         check_call(self.config, section, inputs)
         input_ids, labels, position_ids = (inputs.pop(name, None) for name in ("input_ids", "labels", "position_ids"))
@@ -238,7 +247,8 @@ class RecCompMixin(FrontMixin):
         chosen = self._read_pictures(input_ids, pixel_values, sizes, question, section, layer)
         placeholders, kept_logits = chosen.placeholders, check_logits_to_keep(inputs.get("logits_to_keep"))
         lengths = chosen.pictures.lengths.to(input_ids.device)
-        splice = plan_splice(placeholders, attention_mask, lengths, kept_logits)
+        keeps_last_columns &= labels is None and inputs.get("shift_labels") is None
+        splice = plan_splice(placeholders, attention_mask, lengths, kept_logits, keeps_last_columns=keeps_last_columns)
         longest_before, longest_after, dropped_logits = chosen.sync_and_validate(splice)
         check_no_cut_logits(dropped_logits)
         # Padding that every row has stays, so that cutting nothing changes nothing.

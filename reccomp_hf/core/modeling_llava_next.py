@@ -22,6 +22,7 @@ from .generation import RecCompGenerationMixin
 from .layout import NEWLINE, ImageLayout
 from .modeling import RecCompMixin
 from .outputs import CompressedFields
+from .settings import shown
 from .tensors import constant
 
 
@@ -95,6 +96,31 @@ def _packed_index(*arguments: Any) -> Tensor:
     return torch.stack([layout.slots, layout.rows])
 
 
+def _pairs(image_sizes: Any) -> list[list[int]]:
+    """`image_sizes` of a call as numbers.
+
+    Raises:
+        ValueError: Anything but pairs of whole, positive numbers of pixels.
+    """
+    values = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
+    try:
+        pairs = [[int(number) for number in size] for size in values]
+        fits = (
+            bool(pairs)
+            and pairs == [list(size) for size in values]
+            and all(len(size) == 2 and min(size) > 0 for size in pairs)
+        )
+    except (TypeError, ValueError, OverflowError):
+        fits = False
+    if fits:
+        return pairs
+    of_shape = f" of shape {tuple(image_sizes.shape)}" if isinstance(image_sizes, Tensor) else ""
+    raise ValueError(
+        "image_sizes must be the height and width in pixels of every image, (images, 2) whole and positive numbers "
+        f"as the processor returns them, got {type(image_sizes).__name__}{of_shape}: {shown(values)}."
+    )
+
+
 class _TiledMixin:
     """The layout of images that are cut into tiles."""
 
@@ -105,10 +131,7 @@ class _TiledMixin:
         """
         if image_sizes is None:
             raise ValueError("LLaVA-NeXT needs image_sizes with pixel_values; the processor returns both.")
-        sizes = (
-            image_sizes.tolist() if isinstance(image_sizes, Tensor) else [[*map(int, size)] for size in image_sizes]
-        )
-        return tiled_layout(self.config, pixel_values, sizes)  # type: ignore[attr-defined]
+        return tiled_layout(self.config, pixel_values, _pairs(image_sizes))  # type: ignore[attr-defined]
 
 
 class LlavaNextRecCompModel(_TiledMixin, RecCompMixin, LlavaNextModel):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 
@@ -155,6 +156,18 @@ def is_budget(value: Any) -> bool:
     return 1 <= value <= LARGEST if is_int(value) else isinstance(value, float) and 0 < value <= 1
 
 
+def did_you_mean(word: Any, known: Collection[str], otherwise: str = "") -> str:
+    """A question about the nearest of the known words for the end of an error message.
+
+    Args:
+        word: The unknown word.
+        known: The known ones.
+        otherwise: What is returned where no word is near.
+    """
+    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.7)
+    return f"did you mean {near[0]!r}?" if near else otherwise
+
+
 __all__ = [
     "CHOICES",
     "FIELDS",
@@ -162,6 +175,7 @@ __all__ = [
     "PRESETS",
     "Settings",
     "as_json",
+    "did_you_mean",
     "is_budget",
     "is_int",
     "is_number",

@@ -113,20 +113,25 @@ class Splice:
 
 
 def plan_splice(
-    placeholders: PlaceholderMap, attention_mask: Tensor, counts: Tensor, logits_to_keep: int = 0
+    placeholders: PlaceholderMap,
+    attention_mask: Tensor,
+    counts: Tensor,
+    logits_to_keep: int = 0,
+    *,
+    keeps_last_columns: bool = True,
 ) -> Splice:
     """Keep the first `counts[i]` placeholders of image i and everything that is neither placeholder nor padding.
 
-    Padding stays on its side. If any row is padded on the left, or none is padded, rows are filled up on the left, as
-    generation needs it, and each keeps its right padding: the last columns stay the last columns. A batch that is
-    padded on the right alone is filled up there, unless the caller reads its last columns: rows that lose different
-    numbers of placeholders can be aligned at one end only.
+    Rows are filled up on the left, as generation needs it, and each keeps its right padding: the last columns stay
+    the last columns. Rows that lose different numbers of placeholders can be aligned at one end only. Where nobody
+    reads columns, a batch that is padded on the right alone is filled up there and is as short as its longest row.
 
     Args:
         placeholders: From `map_placeholders`.
         attention_mask: (R, L), 0 for padding.
         counts: (I,) int64, tokens of each image after compression.
         logits_to_keep: Number of last columns that the caller reads, 0 for all.
+        keeps_last_columns: Whether the caller reads columns of the result.
     """
     attended = attention_mask != 0
     before = attended.cumsum(-1) == 0
@@ -136,7 +141,7 @@ def plan_splice(
     keeps = inside & ~drops
     drops = drops & inside
     new_lengths = keeps.sum(-1)
-    left = before.any() | ~after.any() | (logits_to_keep > 0)
+    left = before.any() | ~after.any() | (keeps_last_columns or logits_to_keep > 0)
     right_padding = torch.where(left, (after & ~before).sum(-1), 0)
     lengths = [(inside.sum(-1) + right_padding).max(), (new_lengths + right_padding).max()]
     sizes = torch.stack([*lengths, drops[:, -logits_to_keep:].sum() if logits_to_keep else drops.new_zeros(()).long()])

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from .checks import check_supported
+from .checks import check_known_ids, check_supported
 from .compat import key_options, rename_vision_key
 from .questions import LARGEST_IS_END
 from .tensors import reads_are_free
@@ -46,10 +46,14 @@ class TokenRecoveryModules(nn.Module):
 
         The text encoder is causal, so padding after the end-of-text token needs no mask. On a CPU it reads equal texts
         once, and no further than the last end of text; on a GPU finding those would cost more than it saves.
+
+        Raises:
+            ValueError: On a CPU, ids that the text encoder does not have.
         """
         flat = input_ids.flatten(0, 1)
         if reads_are_free(flat):
             flat, inverse = flat.unique(dim=0, return_inverse=True)
+            check_known_ids("recovery_input_ids", flat, self.text_encoder.config.vocab_size)
             embeds = self.text_encoder(input_ids=flat[:, : self._read_length(flat)]).text_embeds[inverse]
         else:
             embeds = self.text_encoder(input_ids=flat).text_embeds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -27,6 +28,7 @@ def open_picture(file: Any, formats: tuple[str, ...] = FORMATS, most_pixels: int
         FileNotFoundError: The file does not exist.
         OSError: The file cannot be read as an image; the message contains the reason alone.
     """
+    _check_regular(file)
     try:
         with Image.open(file, formats=formats) as opened:
             if most_pixels is not None and opened.width * opened.height > most_pixels:
@@ -37,7 +39,8 @@ def open_picture(file: Any, formats: tuple[str, ...] = FORMATS, most_pixels: int
     except UnidentifiedImageError as error:
         raise OSError(f"cannot identify image file, the formats that are read are {', '.join(formats)}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(" ".join(str(error).split())) from error
+        reason = getattr(error, "strerror", None) or str(error)  # without the file's absolute path
+        raise OSError(" ".join(reason.split())) from error
 
 
 def picture_size(file: Any) -> tuple[int, int]:
@@ -47,6 +50,7 @@ def picture_size(file: Any) -> tuple[int, int]:
         ValueError: The proportions exceed the limit.
         OSError: The header cannot be read.
     """
+    _check_regular(file)
     with Image.open(file, formats=FORMATS) as image:
         _check_proportions(image)
         return image.size
@@ -70,6 +74,12 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     if min(rgb.size) < _SMALLEST_SIDE:
         rgb = rgb.resize((max(rgb.width, _SMALLEST_SIDE), max(rgb.height, _SMALLEST_SIDE)))
     return rgb
+
+
+def _check_regular(file: Any) -> None:
+    """Refuse folders, and pipes and devices, from which reading might never end."""
+    if isinstance(file, str | os.PathLike) and os.path.exists(file) and not os.path.isfile(file):
+        raise OSError("it is a folder" if os.path.isdir(file) else "it is not a regular file")
 
 
 def _check_proportions(image: Image.Image) -> None:

@@ -11,15 +11,20 @@ import hashlib
 import io
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from .pictures import open_picture, picture_size
+from .tables import read_folder, read_parquet
 
 _PARQUET = b"PAR1"  # magic bytes
 _LONGEST_PREVIEW = 80  # characters of a value in a message
+_LONGEST_PATH = 4096  # characters, as on Linux
+_LONGEST_QUESTION = 200_000  # characters, several times as many as the positions of any LLaVA hold
+_URL = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 class Rows(abc.ABC):
@@ -73,7 +78,7 @@ class _Lines(Rows):
     """A file of JSON lines; blank lines are skipped."""
 
     def __init__(self, path: Path, limit: int | None) -> None:
-        self.name, self.base = path.name, path.parent
+        self.name, self.base = _printable(path.name), path.parent
         lines = enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1)
         self._lines = [entry for entry in lines if entry[1].strip()][:limit]
 
@@ -107,7 +112,7 @@ class _Table(Rows):
     """A data set as Arrow stores it: images are decoded here, so that the error for a broken one names its row."""
 
     def __init__(self, data: Any, path: Path, limit: int | None) -> None:
-        self.name, self.base = path.name, path if path.is_dir() else path.parent
+        self.name, self.base = _printable(path.name), path if path.is_dir() else path.parent
         self._data = data.with_format("arrow")
         self._count = len(data) if limit is None else min(limit, len(data))
         self.columns = tuple(data.column_names)
@@ -116,7 +121,10 @@ class _Table(Rows):
         return self._count
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        return self._data[number].to_pylist()[0]
+        try:
+            return self._data[number].to_pylist()[0]
+        except Exception as error:  # a time that Python has no date for, for example
+            raise ValueError(f"the row cannot be read ({' '.join(str(error).split())}).") from error
 
     def where(self, number: int) -> str:
         return f"{self.name}, row {number}"
@@ -131,26 +139,46 @@ def open_rows(source: str | Path, limit: int | None = None) -> Rows:
         limit: Number of rows to read from the start; `None` for all.
 
     Raises:
-        ValueError: There are no rows or several splits, a Parquet file is not valid, or `source` is an image.
+        ValueError: There are no rows or several splits, `datasets` cannot read the data, or `source` is an image, a
+            pipe or a device.
         OSError: A file cannot be read.
         ImportError: `source` is a folder or a Parquet file, and `datasets` is not installed.
     """
-    path = Path(source)
+    path = existing_path(source)
     if path.is_dir():
-        rows: Rows = _Table(_folder(path), path, limit)
+        rows: Rows = _Table(read_folder(path), path, limit)
     elif not path.is_file():
-        raise FileNotFoundError(f"{source}: no such file or folder.")
+        raise ValueError(f"{source} is neither a regular file nor a folder; write the rows to a file first.")
     elif _is_picture(path):
         raise ValueError(
             f"{source} is a picture, expected questions: a file of JSON lines, a Parquet file or a folder of pictures."
         )
     elif _starts_with(path, _PARQUET):
-        rows = _Table(_parquet(path), path, limit)
+        rows = _Table(read_parquet(path), path, limit)
     else:
         rows = _Lines(path, limit)
     if not len(rows):
         raise ValueError(f"{source} holds no rows.")
     return rows
+
+
+def existing_path(source: str | Path) -> Path:
+    """The path of a file or folder.
+
+    Raises:
+        ValueError: The name is empty or cannot be one.
+        OSError: There is no such file or folder, or it cannot be reached.
+    """
+    if not str(source):
+        raise ValueError("The name of the data is empty: name a file or folder.")
+    try:
+        Path(source).stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"{source}: no such file or folder.") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{preview(str(source))} cannot be opened: {reason}.") from error
+    return Path(source)
 
 
 def _is_picture(path: Path) -> bool:
@@ -164,35 +192,6 @@ def _is_picture(path: Path) -> bool:
 def _starts_with(path: Path, start: bytes) -> bool:
     with path.open("rb") as file:
         return file.read(len(start)) == start
-
-
-def _datasets(what: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(f"{what} needs the `datasets` library: pip install 'reccomp_hf[data]'.") from error
-    return datasets
-
-
-def _parquet(path: Path) -> Any:
-    datasets = _datasets("A Parquet file")
-    try:
-        return datasets.load_dataset("parquet", data_files=str(path), split="train")
-    except (ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{path} cannot be read as a Parquet file: {' '.join(str(error).split())}") from error
-
-
-def _folder(path: Path) -> Any:
-    datasets = _datasets("A folder of data")
-    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        data = datasets.load_from_disk(str(path))
-    else:
-        data = datasets.load_dataset("imagefolder", data_dir=str(path))
-    if isinstance(data, datasets.DatasetDict):
-        if len(data) != 1:
-            raise ValueError(f"{path} holds the splits {', '.join(data)}; name the folder of one of them.")
-        data = next(iter(data.values()))
-    return data
 
 
 # ---- images --------------------------------------------------------------------------------------------------------
@@ -270,8 +269,12 @@ def picture_of(value: Any, base: Path) -> Picture:
         path = str(Path(path).relative_to(base.absolute()))  # `datasets` stores absolute paths
     if isinstance(data, bytes) and data:
         return Picture(data, path)
-    if path is None:
+    if path is None or not _is_unicode(path):
         raise ValueError(f"image must be the path of a picture, got {preview(value)}.")
+    if _URL.match(path):
+        raise ValueError(f"image must be the path of a picture, got a URL, which is not opened: {preview(path)}.")
+    if len(path) > _LONGEST_PATH:
+        raise ValueError(f"image must be the path of a picture, got {len(path):,} characters: {preview(path)}.")
     return Picture(base / path, path)
 
 
@@ -279,10 +282,14 @@ def question_of(value: Any) -> str:
     """Check a row's question, and strip white space around it.
 
     Raises:
-        ValueError: It is not a non-empty string of valid Unicode.
+        ValueError: It is not a non-empty string of valid Unicode, or is too long for any model.
     """
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"the question is missing or empty, got {preview(value)}.")
+    if len(value) > _LONGEST_QUESTION:
+        raise ValueError(
+            f"the question may have {_LONGEST_QUESTION:,} characters, got {len(value):,}: {preview(value)}."
+        )
     if not _is_unicode(value):
         raise ValueError(f"the question is not valid Unicode, got {preview(value)}.")
     return value.strip()
@@ -315,6 +322,11 @@ def check_unique_id(row_id: str | int, number: int, first: dict[str | int, int],
         raise ValueError(f"the id {preview(row_id)} is already the id of {rows.where(earlier)}.")
 
 
+def _printable(name: str) -> str:
+    """A file's name for messages: the system allows bytes in it that are not text."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def _is_unicode(text: str) -> bool:
     """Whether the text can be encoded: a JSON string may contain half a surrogate pair."""
     try:
@@ -330,4 +342,14 @@ def preview(value: Any) -> str:
     return text if len(text) <= _LONGEST_PREVIEW else f"{text[:_LONGEST_PREVIEW]}..."
 
 
-__all__ = ["Picture", "Rows", "check_unique_id", "id_of", "open_rows", "picture_of", "preview", "question_of"]
+__all__ = [
+    "Picture",
+    "Rows",
+    "check_unique_id",
+    "existing_path",
+    "id_of",
+    "open_rows",
+    "picture_of",
+    "preview",
+    "question_of",
+]

@@ -254,9 +254,7 @@ def test_an_unknown_option_points_at_the_help_of_its_command(capsys):
 
 def test_a_misspelt_shipped_checkpoint_is_not_looked_for_on_the_hub(error):
     for command in (("info",), ("cost",), ("eval",), ("card", "--stdout")):
-        assert "There is no folder dmeo; did you mean 'demo', which comes with this package?" in error(
-            *command, "dmeo"
-        )
+        assert "There is no folder dmeo; did you mean 'demo'? It comes with this package." in error(*command, "dmeo")
     assert "did you mean 'demo-global'" in error("info", "demo-globl")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from architectures import MODEL_SETTINGS, ROWS, each_architecture, each_side, single_runs
+from architectures import MODEL_SETTINGS, ROWS, each_architecture, each_side, labels_of, single_runs
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 ANSWERS = ([40, 41, 42, 43, 44, 45], [50, 51, 52], [60], [70, 71, 72, 73, 74])
@@ -57,19 +57,25 @@ def test_the_last_logits_of_rows_padded_on_the_right(architecture, setting):
     assert len({row["input_ids"].shape[1] - len(logits) for row, logits in zip(rows, alone, strict=True)}) > 2
     last = model(**batch, logits_to_keep=LONGEST, token_recovery=setting).logits
     assert last.shape[1] == LONGEST
-    for logits, single, pad in zip(last, alone, padding, strict=True):
+    everything = model(**batch, token_recovery=setting).logits[:, -LONGEST:]
+    for logits, sliced, single, pad in zip(last, everything, alone, padding, strict=True):
         torch.testing.assert_close(logits[: LONGEST - pad], single[pad - LONGEST :], **CLOSE)
+        torch.testing.assert_close(sliced[: LONGEST - pad], single[pad - LONGEST :], **CLOSE)
 
 
 @torch.no_grad()
 @each_architecture
 @each_side
 def test_padding_stays_on_its_side(architecture, side):
-    """A batch that is padded on one side stays so, one that is padded on both keeps each row's right padding."""
+    """Each row keeps its right padding; with labels a batch padded on the right alone begins in one column."""
     model, batch = architecture.compressed(), architecture.encode(side=side)
     short, _ = model.compress_inputs(**batch)
+    right = [(values["attention_mask"].flip(-1).cumsum(-1) == 0).sum(-1).tolist() for values in (batch, short)]
+    assert right[0] == right[1] and any(right[0]) == (side == "right")
+    trained, _ = model.compress_inputs(**batch, labels=labels_of(model, batch))
     edge = 0 if side == "right" else -1
-    assert short["attention_mask"][:, edge].all()
+    assert trained["attention_mask"][:, edge].all()
+    assert trained["input_ids"].shape[1] == int(trained["attention_mask"].sum(-1).max())
     if side == "left":
         both = with_answers(batch, ANSWERS)
         short, _ = model.compress_inputs(**both)

@@ -13,8 +13,12 @@ from architectures import (
     labels_of,
     stock_inputs,
 )
+from demo_model import demo_model
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, TaskType, get_peft_model
 from transformers import SynthIDTextWatermarkingConfig
+
+from reccomp_hf.core import checks
+from reccomp_hf.demo import draw_scene
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 OFF = {"enabled": False}
@@ -176,3 +180,20 @@ def test_settings_of_from_pretrained_stay_out_of_the_generation_config(architect
         tmp_path, token_recovery={"budget": 9}, output_loading_info=True
     )
     assert not info["missing_keys"] and "token_recovery" not in model.generation_config.to_dict()
+
+
+@torch.no_grad()
+def test_an_empty_answer_to_text_of_ones_own_gets_a_hint_once(caplog):
+    """A prompt without turns is no prompt that the demo model was trained on: it ends its answer at once."""
+    model, processor = demo_model()
+    checks.logger.warning_once.cache_clear()
+    image, said = draw_scene(8).image, []
+    for text in ("USER: <image>\n{} ASSISTANT:", "<image>\n{}", "<image>\n{}"):
+        inputs = processor(images=image, text=text.format("What color is the triangle?"), return_tensors="pt")
+        for options in ({}, {"return_dict_in_generate": True}, {"num_beams": 2}):
+            new = generate(model, inputs, **options)
+            new = getattr(new, "sequences", new)[:, inputs["input_ids"].shape[1] :]
+            assert bool(processor.decode(new[0], skip_special_tokens=True)) == text.startswith("USER")
+        said.append(caplog.text.count("The answer is empty"))
+    assert said == [0, 1, 1]
+    assert "processor.apply_chat_template(messages, add_generation_prompt=True)" in caplog.text

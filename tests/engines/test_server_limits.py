@@ -70,6 +70,24 @@ def test_of_a_long_text_only_what_fits_is_tokenized(service, monkeypatch):
     assert 100_000 <= sum(lengths) < 110_000  # of 900,000 characters: each token takes two
 
 
+def test_only_a_prompt_that_may_be_too_long_is_tokenized_before_its_images_are_read(service, monkeypatch):
+    tokenizer, lengths = service.processor.tokenizer, []
+    works = type(tokenizer).__call__
+
+    def call(called, text, **settings):
+        if called is tokenizer:
+            lengths.append(len(text))
+        return works(called, text, **settings)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", call)
+    for words in (1, 200):
+        service.check(read_request({"messages": chat("a " * words)}, ("demo",), ImageReader()))
+    assert service._positions == 512 and not lengths
+    service.check(read_request({"messages": chat("a " * 255)}, ("demo",), ImageReader()))
+    (length,) = lengths
+    assert length >= 512
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

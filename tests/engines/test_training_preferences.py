@@ -157,6 +157,34 @@ def test_log_probabilities_of_pairs_are_those_of_single_rows(budget):
     torch.testing.assert_close(found, torch.tensor(singles), rtol=1e-4, atol=1e-4)
 
 
+def test_log_probabilities_of_labelled_rows_are_those_of_single_rows():
+    """Those of the policy and of the reference, for the row's completion and for the one of the divergence."""
+    policy, reference = fresh(), fresh()
+    reference.lm_head.weight.data.mul_(0.5)
+    trainer, calls = kto(policy, reference), []
+
+    def see(module, args, kwargs, output):
+        calls.append((module, kwargs, output.log_probs.detach().sum(-1)))
+
+    hooks = [model.eval().register_forward_hook(see, with_kwargs=True) for model in (policy, reference)]
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer._compute_loss(policy, batch, False)
+    for hook in hooks:
+        hook.remove()
+    assert [module for module, _, _ in calls] == [policy, policy, reference, reference]
+    assert len({seed_of(pixels) for pixels in batch["pixel_values"]}) > 1
+    for module, given, found in calls:
+        singles = []
+        for ids, attended, labels, pixels in zip(
+            given["input_ids"], given["attention_mask"].bool(), given["labels"], given["pixel_values"], strict=True
+        ):
+            kept = labels != -100
+            singles.append(log_probability(module, pixels, ids[attended & ~kept], ids[kept]))
+        torch.testing.assert_close(found, torch.tensor(singles), rtol=1e-4, atol=1e-4)
+    by_call = [found for _, _, found in calls]
+    assert not torch.allclose(by_call[0], by_call[1]) and not torch.allclose(by_call[1], by_call[3])
+
+
 def test_the_reference_of_an_adapter_is_the_model_without_it():
     model = fresh()
     watch = Watch(model)
@@ -277,5 +305,5 @@ def test_without_the_mixin_scoring_without_the_question_is_an_error():
         train_dataset=rows("prompts"),
         processing_class=demo_model()[1],
     )
-    with pytest.raises((ValueError, TypeError), match="recovery_input_ids"):
+    with pytest.raises((ValueError, TypeError), match=r"recovery_input_ids.*CompressedTrainerMixin, GRPOTrainer"):
         trainer.train()

@@ -27,7 +27,7 @@ def error(run):
     def call(*arguments):
         code, out, err = run(*arguments)
         assert (code, out) == (2, "")
-        assert err.startswith("reccomp-hf: error: ") and err.count("\n") == 1 and err.endswith("\n")
+        assert err.startswith("reccomp-hf: error: ") and err.count("\n") == 1 and err.endswith("\n"), err
         return err.removeprefix("reccomp-hf: error: ").strip()
 
     return call

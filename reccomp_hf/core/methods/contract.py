@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 
 from ..features import MergedTokens, TokenSelection, VisualFeatures
-from ..settings import LARGEST, Settings, shown
+from ..settings import LARGEST, Settings, did_you_mean, shown
 
 RELEVANCE = ("text_relevance", "text_relevance_sign")
 SALIENCY = ("visual_layer", "visual_heads")
@@ -100,8 +99,7 @@ class RecoveryMethod:
         known = [] if self.options is None else [field.name for field in dataclasses.fields(self.options)]
         for option in values:
             if option not in known:
-                near = difflib.get_close_matches(str(option), known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'no options'}."
+                hint = did_you_mean(option, known, f"it has {', '.join(known) or 'no options'}.")
                 raise ValueError(f"Unknown token_recovery.method_options {option!r} of method {name!r}; {hint}")
         try:
             return None if self.options is None else self.options(**values)

@@ -18,7 +18,7 @@ from ...data.fingerprint import data_digest, images_digest, model_digest, proces
 from ...data.parts import Parts
 from ...data.progress import progress_bar
 from ...data.prompts import add_instruction, build_prompt, count_visual_tokens, encode_rows
-from ...data.rows import Rows, open_rows
+from ...data.rows import Rows, existing_path, open_rows
 from .batching import Batch, check_length, plan_batches, position_limit
 from .defaults import DEFAULT_BATCH_SIZE, DEFAULT_NEW_TOKENS
 from .processes import broadcast, process_state
@@ -292,7 +292,7 @@ def open_data(
     for name, value in (("limit", limit), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    source, target = Path(data).resolve(), Path(output).resolve()
+    source, target = existing_path(data).resolve(), Path(output).resolve()
     if target.is_dir() or not target.parent.is_dir():
         raise ValueError(f"{output} must be a file in a folder that exists.")
     if source == target:

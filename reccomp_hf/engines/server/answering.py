@@ -216,7 +216,8 @@ class Service:
             prompt = self.processor.apply_chat_template(request.messages, add_generation_prompt=True)
         except (ValueError, TemplateError) as error:
             raise RequestError(" ".join(str(error).split())) from error
-        _check_length(len(self.processor.tokenizer(prompt)["input_ids"]) - request.images, self._positions)
+        if len(prompt.encode()) >= self._positions:  # a token stands for one byte at least
+            _check_length(len(self.processor.tokenizer(prompt)["input_ids"]) - request.images, self._positions)
 
     def _check_texts(self, texts: Sequence[str]) -> None:
         """Refuse long texts; of one that is too long, little more than what fits is tokenized."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +11,7 @@ from ...core.configuration import TokenRecoveryConfig
 from ...core.counting import fixed_tokens
 from ...core.methods.registry import get_method
 from ...core.rules import NO_RULE
-from ...core.settings import FIELDS
+from ...core.settings import FIELDS, did_you_mean
 
 REQUEST_KEYS = ("token_recovery", "recovery_text", "recovery_turns")
 """Keys of a request's `mm_processor_kwargs` that this plug-in handles."""
@@ -90,8 +89,7 @@ def check_request(given: Mapping[str, Any], server: Mapping[str, Any]) -> None:
         if name in server and server[name] == value:
             continue
         if name not in REQUEST_KEYS:
-            near = difflib.get_close_matches(name, REQUEST_KEYS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"a request may set {', '.join(REQUEST_KEYS)}."
+            hint = did_you_mean(name, REQUEST_KEYS, f"a request may set {', '.join(REQUEST_KEYS)}.")
             if name in FIELDS:
                 hint = f"write {{'token_recovery': {{{name!r}: {value!r}}}}}."
             raise ValueError(f"Unknown field {name!r} in mm_processor_kwargs; {hint}")

@@ -9,7 +9,7 @@ from .comparing import BATCH_SIZES, BUDGETS, DYNAMIC, compare
 from .models import CONFIGS, named_config, random_model, sharpen
 from .plotting import plot_comparison
 from .reporting import comparison_text
-from .speed import Case, equal_answers, published_cases, speed_report
+from .speed import Case, equal_answers, published_cases, published_report, speed_report
 from .speed_text import speed_markdown
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "noise_batch",
     "plot_comparison",
     "published_cases",
+    "published_report",
     "random_model",
     "scene_batch",
     "sharpen",

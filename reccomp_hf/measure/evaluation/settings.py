@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterable
 from typing import Any
 
 from ...core.configuration import TokenRecoveryConfig, overridden
 from ...core.methods.registry import get_method, method_names
-from ...core.settings import PRESETS
+from ...core.settings import PRESETS, did_you_mean
 
 _STAGES = {"merged_tokens": 0}
 NAMES: dict[str, dict[str, Any]] = {
@@ -80,8 +79,7 @@ def parse_setting(text: str) -> Setting:
     name, colon, budget = head.partition(":")
     known = named_settings()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"write one of {', '.join(known)}."
+        hint = did_you_mean(name, known, f"write one of {', '.join(known)}.")
         raise ValueError(f"Unknown setting {name!r} in {text!r}; {hint}")
     fields: dict[str, Any] = {}
     if colon:
