@@ -115,7 +115,8 @@ class _Turn:
         arguments = self.features[rows].arguments()
         width = arguments[0].shape[-1]
         heads = width // HEAD if width % HEAD == 0 else 1
-        found = VisualFeatures(*arguments, num_heads=heads, projected=self.projected[rows])
+        projected = self.projected[rows]
+        found = VisualFeatures(*arguments, num_heads=heads, projected=projected, class_state=arguments[1])
         found.received = found.saliency("mean").unsqueeze(1).expand(-1, 2, -1)  # made by the tower, not timed here
         return found
 
