@@ -319,7 +319,7 @@ def question_similarity(
         raise ValueError("This checkpoint is visual-only: token_recovery.text_encoder_config is null.")
     projection = modules.visual_projection
     with record_function("reccomp::text_encoder"):
-        text = modules.embed_question(question.input_ids)
+        text = modules.embed_question(question.input_ids, getattr(section.options, "pooling", "end"))
     rows = question.rows.to(patch_states.device)
     with record_function("reccomp::relevance"):
         patches = patch_embeddings(

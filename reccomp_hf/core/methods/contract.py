@@ -57,7 +57,8 @@ class RecoveryMethod:
         source: The method's name and its paper with arXiv number, for model cards; empty for a baseline.
         options: A frozen dataclass of the method's own settings, all with defaults, whose `__post_init__` raises
             ValueError for a bad value; `settings.options` is an instance made from `method_options`. An option
-            `similarity` of value `"dot"` leaves the lengths of patches and question in `text_similarity`.
+            `similarity` of value `"dot"` leaves the lengths of patches and question in `text_similarity`; an option
+            `pooling` of value `"last"` embeds the question by its last place, padding included.
 
     Raises:
         ValueError: A default of another field, an unknown use of text or budget, or options that are not a dataclass.
