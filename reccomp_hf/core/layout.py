@@ -148,7 +148,8 @@ class ImageLayout:
             first, end = record.kept_mask.sum(-1, keepdim=True), record.counts.unsqueeze(-1)
             if leading is not None:
                 leads = leading.unsqueeze(-1)
-                parts.insert(0, self._merged(record, start, 0, leads, sizes.most_merged, place))
+                none = torch.zeros_like(leads)
+                parts.insert(0, self._merged(record, start, none, leads, sizes.most_merged, place))
                 first = first + leads
             parts.append(self._merged(record, start, first, end, sizes.most_merged, place))
         keeps, index, place = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
@@ -157,17 +158,16 @@ class ImageLayout:
         return empty.scatter(1, column, index)[:, :length], empty.scatter(1, column, place)[:, :length]
 
     def _merged(
-        self, record: TokenRecoveryOutput, start: Tensor, first: Tensor | int, end: Tensor, most: int, place: Tensor
+        self, record: TokenRecoveryOutput, start: Tensor, first: Tensor, end: Tensor, most: int, place: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens from `first` to before `end` of an image's tiles in one row, at most `most` of a tile.
+        """Tokens from `first` to before `end`, both (T, 1), of an image's tiles in one row; at most `most` of a tile.
 
         Returns:
             Existence, index and placeholder, each (I, S * M).
         """
         slot_of = self.slots.new_zeros(len(record.counts) * self.patches + 1)
         slot_of[self.slots.clamp(min=-1).flatten()] = place.flatten()
-        token = torch.arange(most, device=start.device) + first  # (T, M)
-        token = token.expand(len(start), -1)
+        token = first + torch.arange(most, device=start.device)  # (T, M)
         exists = token < end
         centre = record.places.gather(1, token.clamp(max=record.places.shape[1] - 1))  # -1 where it has no place
         tile = torch.arange(len(start), device=start.device).unsqueeze(-1)
