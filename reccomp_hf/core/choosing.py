@@ -30,6 +30,7 @@ def recover_tokens(
     tiles: list[int] | None = None,
     projected: Tensor | None = None,
     received: Tensor | None = None,
+    class_state: Tensor | None = None,
 ) -> TokenRecoveryOutput:
     """Choose, recover and merge the visual tokens of a batch of images.
 
@@ -47,6 +48,8 @@ def recover_tokens(
             `None` means that every row is an image. An image with fewer patches than an int budget keeps all of them.
         projected: (B, N, D), LLaVA's projected features of all patches, for a method that `reads_projected`.
         received: (B, 2, N), the attention that patches receive in two blocks, for a method with an `object_block`.
+        class_state: (B, C), the class token as LLaVA's projector would read it, for a method that
+            `reads_class_token`.
 
     Returns:
         A [`TokenRecoveryOutput`]; kept and merged tokens are differentiable in `hidden_states`, the choice is not.
@@ -54,7 +57,7 @@ def recover_tokens(
 
     Raises:
         ValueError: Shapes that do not fit, a budget above the number of patches, a method without its question,
-            its projected features or the attention that patches receive.
+            its projected features, the attention that patches receive or the class token.
     """
     features = VisualFeatures(
         hidden_states,
@@ -67,6 +70,7 @@ def recover_tokens(
         tiles,  # type: ignore[arg-type]
         projected,
         received,
+        class_state,
     )
     covers_by_place = config.budget is not None and config.coverage_share > 0 and config.coverage_by == "place"
     if grid is None and covers_by_place and math.isqrt(hidden_states.shape[1]) ** 2 != hidden_states.shape[1]:
@@ -94,6 +98,8 @@ def check_features(features: VisualFeatures, config: TokenRecoveryConfig) -> Non
         raise ValueError(f"Method {config.method!r} reads LLaVA's projected features: projected is None.")
     if features.received is None and method.object_block is not None:
         raise ValueError(f"Method {config.method!r} reads the attention that patches receive: received is None.")
+    if features.class_state is None and method.reads_class_token:
+        raise ValueError(f"Method {config.method!r} reads the class token: class_state is None.")
 
 
 def check_budget(config: TokenRecoveryConfig, patches: int, name: str = "token_recovery") -> None:
@@ -133,9 +139,14 @@ def assemble_tokens(
     kept_counts, counts = kept.sum(-1, keepdim=True), selection.counts.unsqueeze(-1)  # (B, 1)
     slot = torch.arange(sizes.longest, device=kept.device).expand(kept.shape[0], -1)  # (B, K)
     kept_places = nonzero_first(kept, sizes.longest)
-    tokens, places, after = gather_rows(features.hidden_states, kept_places), kept_places, slot - kept_counts
+    merged_cluster, kept_cluster, after = kept_counts + merged.cluster, kept.cumsum(-1) - 1, slot - kept_counts
+    if selection.leading_counts is not None:
+        leading = selection.leading_counts.unsqueeze(-1)
+        kept_places, kept_cluster = kept_places.gather(1, (slot - leading).clamp(min=0)), kept_cluster + leading
+        after = torch.where(slot < leading, slot, torch.where(after < leading, -1, after))
+    tokens, places = gather_rows(features.hidden_states, kept_places), kept_places
     if sizes.most_merged:
-        # After the kept tokens: the merged ones, then zeros.
+        # Where no kept token stands: the merged ones, then zeros.
         which = after.clamp(min=0, max=sizes.most_merged - 1)
         padded = torch.nn.functional.pad(merged.tokens, (0, 0, 0, 1))  # (B, M + 1, C)
         merged_tokens = gather_rows(padded, torch.where(slot < counts, which, sizes.most_merged))
@@ -144,8 +155,8 @@ def assemble_tokens(
     else:
         tokens = tokens.masked_fill((after >= 0).unsqueeze(-1), 0)
     places = places.masked_fill(slot >= counts, -1)
-    cluster = torch.where(merged.cluster >= 0, kept_counts + merged.cluster, merged.cluster)
-    cluster = torch.where(kept, kept.cumsum(-1) - 1, cluster)
+    cluster = torch.where(merged.cluster >= 0, merged_cluster, merged.cluster)
+    cluster = torch.where(kept, kept_cluster, cluster)
     return TokenRecoveryOutput(
         tokens=tokens,
         counts=selection.counts,

@@ -76,7 +76,16 @@ def blank_selection(section: TokenRecoveryConfig, tiles: int, side: int) -> Toke
     keys, similarity = torch.zeros(tiles, side * side + 1, 1), torch.zeros(tiles, side * side)
     states = keys[:, 1:]
     received = similarity.unsqueeze(1).expand(-1, 2, -1)
-    features = VisualFeatures(states, keys[:, 0], keys, similarity, tiles=[tiles], projected=states, received=received)
+    features = VisualFeatures(
+        states,
+        keys[:, 0],
+        keys,
+        similarity,
+        tiles=[tiles],
+        projected=states,
+        received=received,
+        class_state=keys[:, 0],
+    )
     check_features(features, section)
     return select_tokens(features, section)
 

@@ -20,7 +20,8 @@ class TokenRecoveryOutput:
     For LLaVA-NeXT a row is a tile, and an image's tiles are consecutive rows.
 
     Args:
-        tokens: (B, K, C), the kept patches in raster order, then the merged tokens; right-padded with zeros.
+        tokens: (B, K, C), the kept patches in raster order, then the merged tokens; right-padded with zeros. The
+            class token, which `visionzip` keeps, stands first and counts as a merged token.
         counts: (B,) int64, number of tokens of each image.
         visual_mask: (B, N) bool, patches kept for their saliency; for `random` and `base_tile` all that are kept; and
             for most methods all patches of a tile whose budget is that large.
@@ -111,6 +112,8 @@ class VisualFeatures:
         received: (B, 2, N) float32, the attention that patches receive in the method's `object_block` and in that of
             `visual_layer`, see [`received_attention`]; computed for a method with an `object_block`, otherwise it may
             be `None`.
+        class_state: (B, C), the class token as LLaVA's projector would read it; given to a method that
+            `reads_class_token`, otherwise it may be `None`.
 
     Raises:
         ValueError: Shapes that do not fit each other.
@@ -126,6 +129,7 @@ class VisualFeatures:
     tiles: list[int] = None  # type: ignore[assignment]
     projected: Tensor | None = None
     received: Tensor | None = None
+    class_state: Tensor | None = None
 
     all_valid: bool = dataclasses.field(init=False)
     """Whether `valid` is known, without reading the device, to be all true."""
@@ -164,6 +168,7 @@ class VisualFeatures:
             ("text_similarity", self.text_similarity, (batch, patches)),
             ("valid", self.valid, (batch, patches)),
             ("received", self.received, (batch, 2, patches)),
+            ("class_state", self.class_state, (batch, width)),
         ):
             if tensor is not None and tuple(tensor.shape) != needed:
                 states = tuple(self.hidden_states.shape)
@@ -197,6 +202,7 @@ class VisualFeatures:
         known_sizes: Sizes | None = None,
         extra: Tensor | None = None,
         most_merged: int | None = None,
+        leading_counts: Tensor | None = None,
     ) -> TokenSelection:
         """The selection of a method that keeps these patches; a mask that is left out is empty.
 
@@ -210,6 +216,7 @@ class VisualFeatures:
             known_sizes: The selection's sizes if they follow from a fixed budget; `None` means they must be read.
             extra: (B, N) bool, see [`TokenSelection`].
             most_merged: See [`TokenSelection`].
+            leading_counts: (B,) int64, see [`TokenSelection`].
         """
         empty = torch.zeros_like(self.valid)
         visual, text, coverage, centres = (
@@ -218,7 +225,16 @@ class VisualFeatures:
         merged_counts = empty.sum(-1) if merged_counts is None else merged_counts
         saliency = self.saliency() if saliency is None else saliency
         return TokenSelection(
-            visual, text, coverage, centres, merged_counts, saliency, known_sizes, extra, most_merged
+            visual,
+            text,
+            coverage,
+            centres,
+            merged_counts,
+            saliency,
+            known_sizes,
+            extra,
+            most_merged,
+            leading_counts,
         )
 
     def per_image(self, values: Tensor, fill: float) -> Tensor:
@@ -244,12 +260,13 @@ class VisualFeatures:
 
 @dataclasses.dataclass
 class TokenSelection:
-    """A method's choice, still on the device: masks (B, N), and the number of merged tokens that follow the kept ones.
+    """A method's choice, still on the device: masks (B, N), and the number of merged tokens beside the kept ones.
 
     [`VisualFeatures.keep`] makes one. `known_sizes` holds the values of `sizes` if they follow from a fixed budget;
     `None` means that they must be read. `extra_mask` marks, among the centres, the place of a token that is not made
     around it, for the method's own merge. `most_merged` is a number of merged tokens that no row exceeds, given by a
-    method that spends a fixed budget exactly; otherwise `None`.
+    method that spends a fixed budget exactly; otherwise `None`. `leading_counts` (B,) is the number of merged tokens
+    that stand before the kept ones; `None` means that none do.
     """
 
     visual_mask: Tensor
@@ -261,6 +278,7 @@ class TokenSelection:
     known_sizes: Sizes | None = None
     extra_mask: Tensor | None = None
     most_merged: int | None = None
+    leading_counts: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Accept three ints as sizes."""

@@ -140,13 +140,16 @@ class ImageLayout:
         merged = merged.index_add(0, self.image_of_tile(merged), merged_counts)
         return kept.sum(-1) + merged, newlines.sum(-1)
 
-    def sequence(self, record: TokenRecoveryOutput, sizes: Sizes, length: int) -> tuple[Tensor, Tensor]:
-        """The order in which an image's tokens enter the prompt: kept ones and newlines, then merged ones.
+    def sequence(
+        self, record: TokenRecoveryOutput, sizes: Sizes, length: int, leading: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The order in which an image's tokens enter the prompt: leading ones, kept ones and newlines, merged ones.
 
         Args:
             record: The chosen tokens, one row per tile.
             sizes: The sizes of the choice, as read.
             length: Tokens of the longest image, newlines included.
+            leading: (T,) int64, number of merged tokens that stand before the kept ones; `None` means none.
 
         Returns:
             (I, length) int64 index into the packed tokens of all tiles, where `sizes.total` means a newline; and (I,
@@ -159,21 +162,30 @@ class ImageLayout:
         place = torch.arange(self.slots.shape[1], device=index.device).expand_as(index)
         parts = [(kept | newlines, index, place)]
         if sizes.most_merged:
-            parts.append(self._merged(record, start, sizes.most_merged, place))
+            first, end = record.kept_mask.sum(-1, keepdim=True), record.counts.unsqueeze(-1)
+            if leading is not None:
+                leads = leading.unsqueeze(-1)
+                none = torch.zeros_like(leads)
+                parts.insert(0, self._merged(record, start, none, leads, sizes.most_merged, place))
+                first = first + leads
+            parts.append(self._merged(record, start, first, end, sizes.most_merged, place))
         keeps, index, place = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         column = torch.where(keeps, keeps.cumsum(-1) - 1, length)
         empty = index.new_zeros((index.shape[0], length + 1))
         return empty.scatter(1, column, index)[:, :length], empty.scatter(1, column, place)[:, :length]
 
     def _merged(
-        self, record: TokenRecoveryOutput, start: Tensor, most: int, place: Tensor
+        self, record: TokenRecoveryOutput, start: Tensor, first: Tensor, end: Tensor, most: int, place: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Merged tokens of an image's tiles in one row: existence, index and placeholder, each (I, S * M)."""
+        """Tokens from `first` to before `end`, both (T, 1), of an image's tiles in one row; at most `most` of a tile.
+
+        Returns:
+            Existence, index and placeholder, each (I, S * M).
+        """
         slot_of = self.slots.new_zeros(len(record.counts) * self.patches + 1)
         slot_of[self.slots.clamp(min=-1).flatten()] = place.flatten()
-        seat, kept = torch.arange(most, device=start.device), record.kept_mask.sum(-1, keepdim=True)
-        token = kept + seat  # (T, M)
-        exists = token < record.counts.unsqueeze(-1)
+        token = first + torch.arange(most, device=start.device)  # (T, M)
+        exists = token < end
         centre = record.places.gather(1, token.clamp(max=record.places.shape[1] - 1))  # -1 where it has no place
         tile = torch.arange(len(start), device=start.device).unsqueeze(-1)
         placed = torch.where(centre >= 0, slot_of[(tile * self.patches + centre).clamp(min=0)], 0)

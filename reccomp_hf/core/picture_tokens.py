@@ -143,7 +143,8 @@ class Choice:
             features = projector(pack_rows(record.tokens, record.counts, self.sizes.total))
             if newline is not None:
                 features = torch.cat([features, newline.to(features).unsqueeze(0)])
-            order, places = self.layout.sequence(record, self.sizes, self.longest_image)
+            leading = self.selection.leading_counts
+            order, places = self.layout.sequence(record, self.sizes, self.longest_image, leading)
             features = features[order.to(features.device)]
         counts = (self.token_counts, self.newline_counts)
         return PictureTokens(features, places, *counts, self.non_finite, record, self.image_lengths)
@@ -294,6 +295,7 @@ def visual_features(
         tiles=encoded.layout.tiles,
         projected=projected,
         received=received,
+        class_state=states[indices.projector][:, 0] if method.reads_class_token else None,
     )
     check_features(features, section)
     return features
@@ -321,7 +323,7 @@ def question_similarity(
         raise ValueError("This checkpoint is visual-only: token_recovery.text_encoder_config is null.")
     projection = modules.visual_projection
     with record_function("reccomp::text_encoder"):
-        text = modules.embed_question(question.input_ids)
+        text = modules.embed_question(question.input_ids, getattr(section.options, "pooling", "end"))
     rows = question.rows.to(patch_states.device)
     with record_function("reccomp::relevance"):
         patches = patch_embeddings(

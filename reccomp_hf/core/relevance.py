@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from .tensors import full_precision
+from .tensors import full_precision, reads_are_free
 
 
 def class_saliency(class_query: Tensor, keys: Tensor, num_heads: int, heads: str, valid: Tensor) -> Tensor:
@@ -30,7 +30,11 @@ def class_saliency(class_query: Tensor, keys: Tensor, num_heads: int, heads: str
     batch, length, width = keys.shape
     query = class_query.float().reshape(batch, groups, 1, width // groups)
     split = keys.float().reshape(batch, length, groups, width // groups).transpose(1, 2)  # (B, H, N + 1, C / H)
-    logits = (query @ split.transpose(-1, -2)).squeeze(2) / (width // groups) ** 0.5  # (B, H, N + 1)
+    split = split.transpose(-1, -2)  # (B, H, C / H, N + 1)
+    # A product of a whole batch of heads would copy the keys: on a CPU that takes longer than an image at a time.
+    alone = groups > 1 and batch > 1 and reads_are_free(keys)
+    products = torch.cat([one @ other for one, other in zip(query, split, strict=True)]) if alone else query @ split
+    logits = products.view(batch, groups, length) / (width // groups) ** 0.5  # (B, H, N + 1)
     exists = torch.cat([torch.ones_like(valid[:, :1]), valid], dim=1).unsqueeze(1)
     attention = logits.masked_fill(~exists, -torch.inf).softmax(-1)
     return attention.mean(1)[:, 1:]

@@ -6,13 +6,12 @@ A rule compares plain beginnings, so that no text can make it slow. The processo
 
 from __future__ import annotations
 
-import difflib
 import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .settings import FIELDS, shown
+from .settings import FIELDS, did_you_mean, shown
 
 NO_RULE = -1
 """The `recovery_rule` of a row that no rule fits."""
@@ -128,8 +127,7 @@ def _check_name(where: str, name: Any) -> None:
         raise ValueError(f"{where}.{name} cannot be set by a rule: it holds for all rows. Set token_recovery.{name}.")
     if name != BEGINS and name not in CHANGED_BY_RULES:
         known = sorted({BEGINS, *CHANGED_BY_RULES}, key=lambda known: FIELDS.index(known) if known in FIELDS else -1)
-        near = difflib.get_close_matches(str(name), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"a rule may have {', '.join(known)}."
+        hint = did_you_mean(name, known, f"a rule may have {', '.join(known)}.")
         raise ValueError(f"Unknown field {name!r} in {where}; {hint}")
 
 

@@ -15,7 +15,7 @@ _PRODUCTS_AT_ONCE = 5
 """Ratio of the speeds of a matrix product and of single rows' products on one CPU thread, rounded up."""
 _LARGEST_TABLE = 1024
 """Patches of an image of which all products with each other are kept elsewhere."""
-_BLOCK_BYTES = 10 * 2**20
+_BLOCK_BYTES = 4 * 2**20
 """Features that a greedy loop reads in every step on a CPU: more would not stay in its cache."""
 
 _USED: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar("_USED", default=None)
@@ -248,18 +248,21 @@ def _herd(units: Tensor, members: Tensor, candidates: Tensor, counts: Tensor, st
     return first_picks(picks, counts, candidates)
 
 
-def in_blocks(choose: Callable[..., Tensor], arguments: tuple[Tensor, ...], steps: int) -> Tensor:
+def in_blocks(
+    choose: Callable[..., Tensor], arguments: tuple[Tensor, ...], steps: int, row_bytes: int | None = None
+) -> Tensor:
     """Run a greedy loop for all rows at once; on a CPU for as many as fit into its cache, and no longer than needed.
 
     Args:
         choose: `choose(*arguments, steps)` chooses patches in `steps` steps: (B, N) bool.
         arguments: Tensors of B rows each, the features first and the numbers of patches to choose, (B,), last.
         steps: No number is larger.
+        row_bytes: What a step reads of a row; by default its features.
     """
     features, counts = arguments[0], arguments[-1]
     if not reads_are_free(features) or not len(features):
         return choose(*arguments, steps)
-    rows = max(1, _BLOCK_BYTES // max(1, features[0].nbytes))
+    rows = max(1, _BLOCK_BYTES // max(1, features[0].nbytes if row_bytes is None else row_bytes))
     blocks = [torch.split(argument, rows) for argument in arguments]
     # The largest count by the length of a histogram, not by item(): tests refuse reads, with a CPU in place of a GPU.
     longest = [len(block.bincount()) - 1 for block in counts.split(rows)]

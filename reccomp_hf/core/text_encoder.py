@@ -41,23 +41,33 @@ class TokenRecoveryModules(nn.Module):
                 memo.add(self)
             yield prefix, self
 
-    def embed_question(self, input_ids: Tensor) -> Tensor:
-        """Embeddings pooled at the end-of-text token: (rows, windows, length) int64 -> (rows, windows, P).
+    def embed_question(self, input_ids: Tensor, pooling: str = "end") -> Tensor:
+        """Embeddings of questions in CLIP's joint space.
 
         The text encoder is causal, so padding after the end-of-text token needs no mask. On a CPU it reads equal texts
         once, and no further than the last end of text; on a GPU finding those would cost more than it saves.
 
+        Args:
+            input_ids: (rows, windows, length) int64.
+            pooling: `"end"`: at the end-of-text token, as CLIP was trained; `"last"`: at the last place, which holds
+                padding unless a window is full.
+
+        Returns:
+            (rows, windows, P).
+
         Raises:
             ValueError: On a CPU, ids that the text encoder does not have.
         """
-        flat = input_ids.flatten(0, 1)
+        flat, inverse = input_ids.flatten(0, 1), None
         if reads_are_free(flat):
             flat, inverse = flat.unique(dim=0, return_inverse=True)
             check_known_ids("recovery_input_ids", flat, self.text_encoder.config.vocab_size)
-            embeds = self.text_encoder(input_ids=flat[:, : self._read_length(flat)]).text_embeds[inverse]
-        else:
-            embeds = self.text_encoder(input_ids=flat).text_embeds
-        return embeds.unflatten(0, input_ids.shape[:2])
+            flat = flat[:, : self._read_length(flat)] if pooling == "end" else flat
+        outputs = self.text_encoder(input_ids=flat)
+        embeds = outputs.text_embeds
+        if pooling == "last":
+            embeds = self.text_encoder.text_projection(outputs.last_hidden_state[:, -1])
+        return (embeds if inverse is None else embeds[inverse]).unflatten(0, input_ids.shape[:2])
 
     def _read_length(self, input_ids: Tensor) -> int:
         """Tokens up to the last end of text, where CLIP pools: the first one of every row, of ids (texts, length)."""

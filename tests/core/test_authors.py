@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import each_architecture
+from architectures import ROWS, each_architecture
 from golden import GOLDEN, load
 from torch import Tensor
 
 from reccomp_hf.core.choosing import recover_tokens
+from reccomp_hf.core.compat import clip_vision_model
 from reccomp_hf.core.configuration import TokenRecoveryConfig
 from reccomp_hf.core.features import TokenRecoveryOutput
 
@@ -85,9 +86,44 @@ def test_authors_batched_equals_single(width: int) -> None:
 
 @torch.no_grad()
 @each_architecture
+def test_authors_pools_the_question_at_the_last_padded_place(architecture: Any) -> None:
+    """As `CLIPTextModelWithProjection` of transformers gives it for a text padded to the longest length."""
+    model, batch = architecture.compressed(), architecture.encode(ROWS[:2])
+    encoder, ids = model.token_recovery.text_encoder, batch["recovery_input_ids"]
+    assert ids.shape[1:] == (1, encoder.config.max_position_embeddings)
+    states = encoder(input_ids=ids.squeeze(1)).last_hidden_state
+    width = model.token_recovery.visual_projection.out_features
+    at_end = (ids.squeeze(1) == encoder.config.eos_token_id).int().argmax(-1)
+    assert (at_end < ids.shape[-1] - 1).all()
+    for pooling, places in (("last", torch.full_like(at_end, -1)), ("end", at_end)):
+        text = encoder.text_projection(states[torch.arange(len(places)), places])
+        section = {"method": "authors", "method_options": {"pooling": pooling}}
+        encoded = model.encode_images(batch["pixel_values"], batch.get("image_sizes"), token_recovery=section)
+        blocks = clip_vision_model(model.model.vision_tower).encoder.layers
+        patches = model.token_recovery.visual_projection(encoded.states[len(blocks)][:, 1:])
+        cosines = torch.nn.functional.cosine_similarity(patches.unsqueeze(2), text, dim=-1)  # (T, N, questions)
+        found, tile = model.recover(**batch, token_recovery=section), 0
+        for record, question in zip(found, (0, 1, 1), strict=True):
+            wanted = cosines[tile : tile + len(record.counts), :, question] / width**0.5
+            torch.testing.assert_close(record.text_similarity, wanted, rtol=1e-4, atol=1e-6)
+            tile += len(record.counts)
+    default = model.recover(**batch, token_recovery={"method": "authors"})
+    section = {"method": "authors", "method_options": {"pooling": "last"}}
+    for one, other in zip(default, model.recover(**batch, token_recovery=section), strict=True):
+        assert one.text_similarity.equal(other.text_similarity)
+
+
+@torch.no_grad()
+@each_architecture
 def test_authors_scales_the_similarity_by_the_width_of_the_joint_space(architecture: Any) -> None:
     model, batch = architecture.compressed(), architecture.encode()
     width = model.token_recovery.visual_projection.out_features
-    scaled, plain = (model.recover(**batch, token_recovery={"method": name}) for name in ("authors", "recoverable"))
+    section = {"method": "authors", "method_options": {"pooling": "end"}}
+    scaled, plain = (model.recover(**batch, token_recovery=one) for one in (section, {"method": "recoverable"}))
     for one, other in zip(scaled, plain, strict=True):
         torch.testing.assert_close(one.text_similarity * width**0.5, other.text_similarity)
+
+
+def test_another_pooling_is_refused() -> None:
+    with pytest.raises(ValueError, match="pooling must be 'last' or 'end', got 'mean'"):
+        TokenRecoveryConfig(method="authors", method_options={"pooling": "mean"})

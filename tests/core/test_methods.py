@@ -26,7 +26,8 @@ def test_every_budget(method, n, dtype):
         output = check(method, drawn, budget=budget)
         assert output.counts.tolist() == [budget] * 3
         assert output.tokens.shape[1] == budget
-        assert (output.places >= 0).all()
+        class_tokens = int(method == "visionzip" and budget < n)  # has no place
+        assert (output.places < 0).sum(-1).tolist() == [class_tokens] * 3
         assert all(len(set(row)) == budget for row in output.places.tolist())
 
 
@@ -130,6 +131,8 @@ def test_tiles_share_a_budget(method, budget, dtype):
         ("visionzip", {"contextual_share": 0.0}),
         ("visionzip", {"contextual_share": 0.57}),
         ("visionzip", {"contextual_share": 1}),
+        ("visionzip", {"class_token": False}),
+        ("visionzip", {"class_token": False, "contextual_share": 0.57}),
         ("vispruner", {"important_share": 0.0}),
         ("vispruner", {"important_share": 1.0}),
         ("vispruner", {"important_share": 0.29, "step": 1}),
@@ -260,6 +263,11 @@ def test_inputs_that_a_method_reads_are_required(method):
             case.recover(config)
         with pytest.raises(ValueError, match="projected"):
             case.recover(config, projected=projected[:, :8])
+    elif method == "visionzip":
+        with pytest.raises(ValueError, match="class_state is None"):
+            case.recover(config, class_state=None)
+        with pytest.raises(ValueError, match="class_state must have shape"):
+            case.recover(config, class_state=case.class_state[:, :8])
     elif method == "hiprune":
         with pytest.raises(ValueError, match="received"):
             case.recover(config, received=None)
@@ -278,6 +286,7 @@ def test_inputs_that_a_method_reads_are_required(method):
         ("prumerge", {"neighbours": 3}, "neighbors"),  # what was meant
         ("prumerge_plus", {"uniform_share": 1.1}, "uniform_share"),
         ("visionzip", {"contextual_share": -0.1}, "contextual_share"),
+        ("visionzip", {"class_token": 1}, "class_token must be true or false, got 1"),
         ("vispruner", {"important_share": True}, "important_share"),
         ("vispruner", {"step": 0}, "step"),
         ("holov", {"crops": 0}, "crops"),

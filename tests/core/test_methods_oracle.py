@@ -12,8 +12,9 @@ def tile(a, keys=None, h=None, p=None, s=None, heads=1, **options):
     """One tile for the oracle, its features one-hot if they are not given."""
     n = len(a)
     h = np.eye(n) if h is None else h
-    received, columns = options.pop("received", None), options.pop("columns", n)
-    return Tile(h, np.array(keys or np.eye(n)), np.array(a), s, p, received, columns, list(range(n)), heads, options)
+    received, columns, compact = options.pop("received", None), options.pop("columns", n), options.pop("compact", True)
+    keys, patches = np.array(keys or np.eye(n)), list(range(n))
+    return Tile(h, keys, np.array(a), s, p, received, columns, patches, heads, options, compact, np.full(len(h[0]), 7))
 
 
 def on_circle(*degrees):
@@ -62,13 +63,21 @@ def test_oracle_prumerge_plus_by_hand():
 
 def test_oracle_visionzip_by_hand():
     keys = [[9, 9], [9, 9], [1, 0], [0, 2], [0, 1], [1, 3]]
-    choice = choose("visionzip", tile([6, 5, 4, 3, 2, 1], keys, contextual_share=0.5), 4)
-    assert choice.visual == [0, 1]
+    a, plain = [6, 5, 4, 3, 2, 1], {"contextual_share": 0.5, "class_token": False}
+    choice = choose("visionzip", tile(a, keys, **plain), 4)
+    assert (choice.visual, choice.leading) == ([0, 1], [])
     assert [members for _, _, members in choice.merged] == [[2], [4, 3, 5]]
     np.testing.assert_allclose([token for _, token, _ in choice.merged], [np.eye(6)[2], [0, 0, 0, 0.5, 1, 0.5]])
     # With two heads, keys are compared by their mean: all the same here, so the first target takes everything.
-    choice = choose("visionzip", tile([6, 5, 4, 3, 2, 1], keys, contextual_share=0.5, heads=2), 4)
+    choice = choose("visionzip", tile(a, keys, heads=2, **plain), 4)
     assert [members for _, _, members in choice.merged] == [[2, 3, 5], [4]]
+    # The class token takes the place of a patch: 1 is no longer kept, and a target.
+    choice = choose("visionzip", tile(a, keys, contextual_share=0.5, class_token=True), 4)
+    assert choice.visual == [0]
+    assert [token.tolist() for token in choice.leading] == [[7] * 6]
+    assert [members for _, _, members in choice.merged] == [[1, 2], [3, 4, 5]]
+    choice = choose("visionzip", tile(a, keys, contextual_share=0.5, class_token=True, compact=False), 4)
+    assert (choice.visual, choice.leading) == ([0, 1], [])
 
 
 def test_oracle_vispruner_by_hand():

@@ -52,6 +52,20 @@ def test_questions_are_read_once_and_to_their_end(end, written, padding):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("padding", [LARGEST, 0])
+def test_questions_are_pooled_at_their_last_place_on_request(padding):
+    text, ids = modules(LARGEST), padded(TEXTS, LARGEST, padding)
+    states = text.text_encoder(input_ids=ids.flatten(0, 1)).last_hidden_state
+    wanted = states[:, LENGTH - 1] @ text.text_encoder.text_projection.weight.T
+    found = text.embed_question(ids, "last").squeeze(1)
+    torch.testing.assert_close(found, wanted)
+    alone = torch.cat([text.embed_question(ids[row : row + 1], "last").squeeze(1) for row in range(len(ids))])
+    torch.testing.assert_close(found, alone)
+    assert found[0].equal(found[1])
+    assert not torch.isclose(found, text.embed_question(ids).squeeze(1)).any(-1).all()
+
+
+@torch.no_grad()
 def test_windows_of_full_length_are_read_whole():
     text = modules(LARGEST)
     ids = padded([list(range(4, 4 + LENGTH - 2)), [5]], LARGEST, LARGEST).view(1, 2, LENGTH)

@@ -29,14 +29,19 @@ class Case:
     text_similarity: Tensor | None
 
     def recover(self, config: TokenRecoveryConfig, **named: Any) -> TokenRecoveryOutput:
-        """Call the package, with made-up attention between patches if none is given."""
-        named = {"received": self.received, **named}
+        """Call the package, with made-up attention between patches and class features if none are given."""
+        named = {"received": self.received, "class_state": self.class_state, **named}
         return recover_tokens(self.hidden_states, self.class_query, self.keys, self.text_similarity, config, **named)
 
     @property
     def received(self) -> Tensor:
         """(B, 2, N) float32, some attention of patches in two blocks, from their keys alone."""
         return self.keys[:, 1:, :2].float().transpose(1, 2).softmax(-1)
+
+    @property
+    def class_state(self) -> Tensor:
+        """(B, C), some features of the class token, the mean of the patches'."""
+        return self.hidden_states.mean(1)
 
     def row(self, b: int) -> Case:
         """Image `b` alone."""

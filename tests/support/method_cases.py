@@ -44,6 +44,7 @@ def check(method, drawn, own_saliency=False, valid=None, tiles=None, **fields):
     s = case.text_similarity.float().numpy()
     received = case.received.double().numpy()
     named = {"num_heads": HEADS, "valid": exists, "tiles": tiles, "projected": p, "received": received}
+    named["class_state"] = case.class_state.double().numpy()
     for b, row in enumerate(method_oracles(h, keys, saliency, s, config, **named)):
         assert row["gap"] > 1e-6, "these numbers are too near to each other to compare: draw others"
         count = row["counts"]
@@ -53,8 +54,9 @@ def check(method, drawn, own_saliency=False, valid=None, tiles=None, **fields):
         assert output.cluster[b].tolist() == row["cluster"]
         assert output.places[b].tolist() == row["places"] + [-1] * (output.places.shape[1] - count)
         assert not output.tokens[b, count:].any()
-        kept = int(output.kept_mask[b].sum())
-        assert torch.equal(output.tokens[b, :kept], case.hidden_states[b, row["places"][:kept]])
+        kept = slice(row["leading"], row["leading"] + int(output.kept_mask[b].sum()))
+        assert torch.equal(output.tokens[b, kept], case.hidden_states[b, row["places"][kept]])
+        assert not row["leading"] or torch.equal(output.tokens[b, 0], case.class_state[b])
         tokens = torch.from_numpy(row["tokens"])
         torch.testing.assert_close(output.tokens[b, :count].double(), tokens, **TOLERANCE[output.tokens.dtype])
     return output

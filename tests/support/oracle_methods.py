@@ -20,7 +20,7 @@ Array = np.ndarray
 OPTIONS: dict[str, dict[str, Any]] = {
     "prumerge": {"neighbors": 32},
     "prumerge_plus": {"neighbors": 32, "uniform_share": 0.5},
-    "visionzip": {"contextual_share": 10 / 64},
+    "visionzip": {"contextual_share": 10 / 64, "class_token": True},
     "trim": {"similarity": "dot"},
     "vispruner": {"important_share": 0.5, "step": 8},
     "holov": {"crops": 16},
@@ -43,7 +43,8 @@ class Tile:
     patches: list[int]
     num_heads: int
     options: dict[str, Any]
-    falling: bool = True  # whether PruMerge's tokens come in falling attention, not in raster order
+    compact: bool = True  # PruMerge's tokens come in falling attention, not in raster order; VisionZip's class token
+    class_state: Array | None = None  # (C,)
     gaps: list[float] = dataclasses.field(default_factory=list)
 
     def note(self, left: float, right: float, scale: float = 1.0) -> None:
@@ -67,6 +68,7 @@ class Choice:
     text: list[int] = dataclasses.field(default_factory=list)
     coverage: list[int] = dataclasses.field(default_factory=list)
     merged: list[tuple[int, Array, list[int]]] = dataclasses.field(default_factory=list)
+    leading: list[Array] = dataclasses.field(default_factory=list)  # tokens before all others, of no place
 
 
 # ---- budgets -------------------------------------------------------------------------------------------------------
@@ -130,7 +132,7 @@ def centres_of_prumerge_plus(tile: Tile, k: int | None) -> list[int]:
 def merge_around(tile: Tile, centres: list[int], k: int | None) -> Choice:
     """PruMerge's tokens: each centre with its neighbours added, and every other patch in one more token."""
     merged = []
-    for i in centres if tile.falling else sorted(centres):
+    for i in centres if tile.compact else sorted(centres):
         others = [j for j in tile.patches if j != i]
         near = {j: cosine(tile.keys[i], tile.keys[j]) for j in others}
         token = tile.h[i].copy()
@@ -145,10 +147,11 @@ def merge_around(tile: Tile, centres: list[int], k: int | None) -> Choice:
 
 
 def visionzip(tile: Tile, k: int | None) -> Choice:
-    """VisionZip: salient patches, and contextual tokens around evenly placed targets among the rest."""
+    """VisionZip: class token, salient patches, and contextual tokens around evenly placed targets among the rest."""
     assert k is not None
     contextual = min(math.floor(tile.options["contextual_share"] * k), k - 1)
-    dominant = top(tile.patches, tile.a, k - contextual)
+    leading = [tile.class_state] if tile.options["class_token"] and tile.compact else []
+    dominant = top(tile.patches, tile.a, k - contextual - len(leading))
     rest = [j for j in tile.patches if j not in dominant]
     step = max(1, len(rest) // contextual) if contextual else 1
     targets = [rest[i * step] for i in range(contextual)]
@@ -164,7 +167,7 @@ def visionzip(tile: Tile, k: int | None) -> Choice:
         if joined[target]:
             token += np.mean([tile.h[j] for j in joined[target]], axis=0)
         merged.append((target, token, [target, *joined[target]]))
-    return Choice(visual=dominant, merged=merged)
+    return Choice(visual=dominant, merged=merged, leading=leading)
 
 
 def vispruner(tile: Tile, k: int | None) -> Choice:
@@ -337,14 +340,14 @@ def as_output(tile: Tile, choice: Choice) -> dict[str, Any]:
     """The fields of `TokenRecoveryOutput` for one row, unpadded."""
     n, kept = len(tile.h), sorted(choice.visual + choice.text + choice.coverage)
     assert len(set(kept)) == len(kept)
-    cluster = [-1] * n
+    cluster, leads = [-1] * n, len(choice.leading)
     for place, j in enumerate(kept):
-        cluster[j] = place
+        cluster[j] = leads + place
     for slot, (_, _, members) in enumerate(choice.merged):
         for j in members:
-            cluster[j] = len(kept) + slot
-    places = kept + [place for place, _, _ in choice.merged]
-    tokens = [tile.h[j] for j in kept] + [token for _, token, _ in choice.merged]
+            cluster[j] = leads + len(kept) + slot
+    places = [-1] * leads + kept + [place for place, _, _ in choice.merged]
+    tokens = [*choice.leading, *(tile.h[j] for j in kept), *(token for _, token, _ in choice.merged)]
 
     def mask(members: Sequence[int]) -> list[bool]:
         return [j in members for j in range(n)]
@@ -358,6 +361,7 @@ def as_output(tile: Tile, choice: Choice) -> dict[str, Any]:
         "centre_mask": mask([place for place, _, _ in choice.merged]),
         "cluster": cluster,
         "places": places,
+        "leading": leads,
         "gap": min(tile.gaps, default=math.inf),
     }
 
@@ -374,6 +378,7 @@ def method_oracles(
     tiles: Sequence[int] | None = None,
     projected: Array | None = None,
     received: Array | None = None,
+    class_state: Array | None = None,
 ) -> list[dict[str, Any]]:
     """Every row's output: `h` (B, N, C), `keys` (B, N + 1, C), `saliency` and `s` (B, N), and so on."""
     rows, n = h.shape[:2]
@@ -394,7 +399,8 @@ def method_oracles(
                 patches=[j for j in range(n) if valid[row, j]],
                 num_heads=num_heads,
                 options={**OPTIONS.get(config.method, {}), **config.method_options},
-                falling=config.position_ids != "original",
+                compact=config.position_ids != "original",
+                class_state=None if class_state is None else class_state[row],
             )
             outputs.append(as_output(tile, choose(config.method, tile, k)))
     return outputs

@@ -30,6 +30,7 @@ def features_elsewhere(tiles: list[int] | None) -> VisualFeatures:
         tiles=tiles,
         projected=made(BATCH, PATCHES, PROJECTED),
         received=made(BATCH, 2, PATCHES),
+        class_state=made(BATCH, WIDTH),
     )
 
 

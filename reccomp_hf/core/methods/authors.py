@@ -2,9 +2,16 @@
 
 Written from a description of what that code computes (github.com/banjiuyufen/Recoverable-Compression), including what
 looks like slips in it, each named at its line. No other method uses anything here.
+
+The text is padded to the length of the text encoder and embedded by its last place, which holds padding.
+
+Deviation: the text is the question, in windows if it is long; the released code reads the first line of the prompt,
+which in LLaVA-1.5's prompts ends before the question, up to the length of the text encoder.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 from torch import Tensor
@@ -12,12 +19,30 @@ from torch.nn.functional import normalize
 
 from ..features import MergedTokens, TokenSelection, VisualFeatures
 from ..outliers import local_outlier_factor
-from ..settings import Settings
+from ..settings import Settings, shown
 from ..tensors import nonzero_first, top_mask
 from .contract import RecoveryMethod
 
 NEIGHBORS_MERGED = 32
 TEXT_WEIGHT = 50
+POOLINGS = ("last", "end")
+
+
+@dataclasses.dataclass(frozen=True)
+class AuthorsOptions:
+    """Options of `authors`.
+
+    Args:
+        pooling: Where the text is pooled: `"last"`, at the last place, as in the released code; or `"end"`, at the
+            end-of-text token, as CLIP was trained.
+    """
+
+    pooling: str = "last"
+
+    def __post_init__(self) -> None:
+        """Check the name."""
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling must be 'last' or 'end', got {shown(self.pooling)}.")
 
 
 def _select(features: VisualFeatures, settings: Settings) -> TokenSelection:
@@ -110,6 +135,7 @@ AUTHORS = RecoveryMethod(
     budget="none",
     shares_patches=True,
     compact_only=True,  # its extra token has no place
+    options=AuthorsOptions,
     source="Recoverable Compression as its authors' code computes it (Chen et al., AAAI 2025, arXiv 2409.01179)",
 )
 

@@ -44,6 +44,7 @@ class RecoveryMethod:
         object_block: `object_block(settings, blocks)` is the index, from 0, of a block of the vision tower whose
             attention the choice reads besides that of `visual_layer` (`VisualFeatures.received`); `None` if it reads
             neither. It raises ValueError for an index that the settings ask for and the tower lacks.
+        reads_class_token: Whether it reads the class token's features (`VisualFeatures.class_state`).
         scales_similarity: Whether the text similarity is divided by the root of the projection width.
         budget: Whether `budget` may be given (`"optional"`), must be (`"required"`), or must not (`"none"`).
         compact_only: Whether a token may have no place in the image, so that `position_ids` must be `"compact"`.
@@ -55,7 +56,8 @@ class RecoveryMethod:
         source: The method's name and its paper with arXiv number, for model cards; empty for a baseline.
         options: A frozen dataclass of the method's own settings, all with defaults, whose `__post_init__` raises
             ValueError for a bad value; `settings.options` is an instance made from `method_options`. An option
-            `similarity` of value `"dot"` leaves the lengths of patches and question in `text_similarity`.
+            `similarity` of value `"dot"` leaves the lengths of patches and question in `text_similarity`; an option
+            `pooling` of value `"last"` embeds the question by its last place, padding included.
 
     Raises:
         ValueError: A default of another field, an unknown use of text or budget, or options that are not a dataclass.
@@ -66,6 +68,7 @@ class RecoveryMethod:
     text: TextUse = "unused"
     reads_projected: bool = False
     object_block: Callable[[Settings, int], int] | None = None
+    reads_class_token: bool = False
     scales_similarity: bool = False
     budget: BudgetUse = "optional"
     compact_only: bool = False

@@ -1,7 +1,9 @@
 """Method `divprune`: patches as far from each other as possible, whatever they show.
 
 DivPrune (Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025, arXiv
-2503.02175): the max-min diversity problem over cosine distances of LLaVA's projected features, solved greedily.
+2503.02175): the max-min diversity problem over cosine distances of LLaVA's projected features, solved greedily. The
+published default, a share of .098, keeps 56 of 576 patches. Published runs in half precision repeat their own choice
+in 23 to 40 % of images only. Here distances are in float32.
 """
 
 from __future__ import annotations

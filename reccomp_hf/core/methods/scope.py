@@ -15,38 +15,47 @@ from torch.nn.functional import normalize
 
 from ..features import TokenSelection, VisualFeatures
 from ..settings import Settings
-from ..tensors import gather_rows, highest_precision
+from ..tensors import first_picks, highest_precision, in_blocks, take_row
 from .budgets import spend
 from .contract import SALIENCY, RecoveryMethod
+
+_READS = 2
+"""Tables of float64 that a step of the greedy choice goes over."""
 
 
 def _select(features: VisualFeatures, settings: Settings) -> TokenSelection:
     saliency, spending = features.saliency(settings.visual_heads), spend(features, settings)
+    arguments = features.hidden_states.detach(), saliency, features.valid, spending.counts
+    row_bytes = _READS * 8 * features.valid.shape[1] ** 2
     return features.keep(
         saliency=saliency,
         visual=spending.whole,
-        coverage=_covering_patches(
-            features.hidden_states.detach(), saliency, features.valid, spending.counts, spending.most
-        ),
+        coverage=in_blocks(_covering_patches, arguments, spending.most, row_bytes),
         known_sizes=spending.sizes(),
     )
 
 
 def _covering_patches(states: Tensor, saliency: Tensor, valid: Tensor, counts: Tensor, steps: int) -> Tensor:
-    """(B, N) bool: the greedy choice of `counts` patches, no more than `steps`; the first among equal ones."""
-    chosen = torch.zeros_like(valid)
+    """(B, N) bool: the greedy choice of `counts` patches, no more than `steps`; the first among equal ones.
+
+    Gains are in float64, and so are cosines of features that have few dimensions.
+    """
     if steps == 0:
-        return chosen
-    unit = normalize(highest_precision(states), dim=-1)
-    cosine = (unit @ unit.transpose(1, 2)).masked_fill(~valid.unsqueeze(1), -torch.inf)  # (B, N, N), symmetric
-    weight = highest_precision(saliency)
-    covered = torch.zeros_like(weight)
-    for step in range(steps):
-        gain = (cosine - covered.unsqueeze(1)).clamp_(min=0).sum(-1)  # (B, N), of every patch as the next one
-        pick = (gain * weight).masked_fill(chosen | ~valid, -torch.inf).argmax(-1, keepdim=True)  # (B, 1)
-        chosen = chosen.scatter(-1, pick, (step < counts).unsqueeze(-1) | chosen.gather(-1, pick))
-        covered = torch.maximum(covered, gather_rows(cosine, pick).squeeze(1))
-    return chosen & valid
+        return torch.zeros_like(valid)
+    few = states.shape[-1] <= states.shape[1]
+    precise = highest_precision(states) if few else states.to(torch.promote_types(states.dtype, torch.float32))
+    unit, weight = normalize(precise, dim=-1), highest_precision(saliency)
+    cosine = (unit @ unit.transpose(1, 2)).to(weight.dtype)
+    cosine.masked_fill_(~valid.unsqueeze(1), -torch.inf)  # (B, N, N), symmetric
+    covered, added = torch.zeros_like(weight).unsqueeze(1), torch.empty_like(cosine)
+    picks, taken = [], ~valid
+    for _ in range(steps):
+        gain = torch.sub(cosine, covered, out=added).clamp_(min=0).sum(-1)  # (B, N), of every patch as the next one
+        pick = (gain * weight).masked_fill(taken, -torch.inf).argmax(-1, keepdim=True)  # (B, 1)
+        taken = taken.scatter(1, pick, True)
+        picks.append(pick.unsqueeze(-1))
+        covered = torch.maximum(covered, take_row(cosine, picks[-1]))
+    return first_picks(picks, counts, valid)
 
 
 SCOPE = RecoveryMethod(

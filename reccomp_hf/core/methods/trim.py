@@ -3,6 +3,9 @@
 TRIM (Song et al., "Less is More: A Simple yet Effective Token Reduction Method for Efficient Multi-modal LLMs", arXiv
 2409.10994). The number of patches follows from the box plot's fence over the softmax of the products, or from a
 budget.
+
+Deviation: patches are ordered by their products; the published code orders by the softmax, which is 0 in float32 for a
+product 104 below the largest, and takes any of those.
 """
 
 from __future__ import annotations

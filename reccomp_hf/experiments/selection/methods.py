@@ -29,9 +29,9 @@ _BATCH = 8
 def time_methods(
     features: Features, rounds: int, stopwatch: Stopwatch, update: Callable[[], object], seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Time the registered methods that take a budget, and one preset, one image at a time and in turns.
+    """Time the registered methods that take a budget, and one preset, one image at a time, in batches and in turns.
 
-    Methods that have a published loop in published.py are timed in batches too, and so is the loop.
+    The loops of published.py are timed along with them.
 
     Args:
         features: Features of images, of which a round takes the next one. Projected features are drawn at random.
@@ -42,8 +42,8 @@ def time_methods(
 
     Returns:
         A row for each method: `"method"`, `"budget"`, mean `"tokens"`, and the seconds per image of `"choosing"` (the
-        method's `select`) and of `"all"` (with gathering and merging); for a method with a published loop also the
-        seconds per image of `"batch"`, as `"choosing"` for `"batch_size"` images at once, and of its `"loop"`.
+        method's `select`) and of `"all"` (with gathering and merging), of `"batch"`, as `"choosing"` for
+        `"batch_size"` images at once, and of the `"loop"` of a method that has a published one.
 
     Raises:
         RuntimeError: A published loop chooses other patches.
@@ -55,7 +55,7 @@ def time_methods(
     configs = {name: TokenRecoveryConfig(method=name, budget=budget) for name in _names()}
     configs[PRESET] = TokenRecoveryConfig.from_preset(PRESET, budget=budget)
     turns = {name: _Turn(config, features, projected, stopwatch) for name, config in configs.items()}
-    batches = {name: _Turn(configs[name], features, projected, stopwatch, _BATCH) for name in PUBLISHED_LOOPS}
+    batches = {name: _Turn(config, features, projected, stopwatch, _BATCH) for name, config in configs.items()}
     loops = {name: _LoopTurn(loop, turns[name], budget) for name, loop in PUBLISHED_LOOPS.items()}
     every: dict[str, Callable[[], Measures]] = dict(turns)
     every |= {f"{name} batch": turn for name, turn in batches.items()}
@@ -66,17 +66,15 @@ def time_methods(
         turn()
     taken = interleave(every, rounds, update)
 
-    def beside(name: str) -> dict[str, Any]:
-        batch, loop = taken[f"{name} batch"]["choosing"], taken[f"{name} loop"]["seconds"]
-        return {"batch_size": batches[name].size, "batch": batch.to_dict(), "loop": loop.to_dict()}
-
     return [
         {
             "method": name,
             "budget": budget,
             "tokens": turn.tokens / turn.images,
             **{measure: taken[name][measure].to_dict() for measure in ("choosing", "all")},
-            **(beside(name) if name in PUBLISHED_LOOPS else {}),
+            "batch_size": batches[name].size,
+            "batch": taken[f"{name} batch"]["choosing"].to_dict(),
+            **({"loop": taken[f"{name} loop"]["seconds"].to_dict()} if name in loops else {}),
         }
         for name, turn in turns.items()
     ]
@@ -84,7 +82,7 @@ def time_methods(
 
 def count_methods() -> int:
     """Number of turns of a round of `time_methods`."""
-    return len(_names()) + 1 + 2 * len(PUBLISHED_LOOPS)
+    return 2 * (len(_names()) + 1) + len(PUBLISHED_LOOPS)
 
 
 def _names() -> list[str]:
@@ -115,7 +113,8 @@ class _Turn:
         arguments = self.features[rows].arguments()
         width = arguments[0].shape[-1]
         heads = width // HEAD if width % HEAD == 0 else 1
-        found = VisualFeatures(*arguments, num_heads=heads, projected=self.projected[rows])
+        projected = self.projected[rows]
+        found = VisualFeatures(*arguments, num_heads=heads, projected=projected, class_state=arguments[1])
         found.received = found.saliency("mean").unsqueeze(1).expand(-1, 2, -1)  # made by the tower, not timed here
         return found
 
@@ -134,7 +133,7 @@ class _LoopTurn:
 
     def choose(self, image: int) -> Tensor:
         """The loop's patches of an image."""
-        return self.loop(self.turn.projected[image], self.turn.features.text_similarity[image], self.budget)
+        return self.loop(self.turn.rows(slice(image, image + 1)), self.budget)
 
     def check(self) -> None:
         """Refuse a loop that chooses other patches of the first image than the method."""

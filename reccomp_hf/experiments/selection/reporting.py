@@ -39,19 +39,18 @@ def choosing_text(facts: Mapping[str, Any]) -> str:
 
 
 def _method_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Table of every method's time for one budget, and one of those that have a published loop."""
+    """Table of every method's time for one budget, and of the published loop where there is one."""
+    names, size = ("all", "choosing", "batch", "loop"), found[0]["batch_size"]
     rows = [
-        [row["method"], f"{row['tokens']:.1f}", format_milliseconds(row["choosing"]), format_milliseconds(row["all"])]
+        [
+            row["method"],
+            f"{row['tokens']:.1f}",
+            *(format_milliseconds(row[name]) if name in row else "" for name in names),
+        ]
         for row in found
     ]
-    budget = f"budget {found[0]['budget']}"
-    lines = plain_table([[f"{budget}, batch 1", "tokens", "ms to choose", "ms with merging"], *rows])
-    timed = [row for row in found if "loop" in row]
-    head = [f"{budget}, ms to choose", "batch 1", f"batch {timed[0]['batch_size']}, per image", "published loop"]
-    rows = [
-        [row["method"], *(format_milliseconds(row[name]) for name in ("choosing", "batch", "loop"))] for row in timed
-    ]
-    return [*lines, "", *plain_table([head, *rows])]
+    head = ["tokens", "ms in all", "ms to choose", f"batch {size}, per image", "published loop"]
+    return plain_table([[f"budget {found[0]['budget']}, batch 1", *head], *rows])
 
 
 def scaling_text(facts: Mapping[str, Any]) -> str:
