@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 from .choices import APP_NEW_TOKENS
@@ -16,6 +17,11 @@ from .output import say
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
     _check_packages()
+    if arguments.space is not None:
+        _write_space(arguments)
+        return
+    if arguments.package is not None:
+        raise ValueError("--package belongs to --space DIR: it names what a Space installs.")
     from ..checkpoints.loading import load
     from ..checkpoints.quiet import quiet
     from ..engines.app.running import open_page
@@ -39,6 +45,21 @@ def _check_packages() -> None:
         raise ImportError("reccomp-hf app needs gradio: pip install 'reccomp_hf[app]'.")
 
 
+def _write_space(arguments: argparse.Namespace) -> None:
+    from ..checkpoints.info import describe, folder_of
+    from ..engines.app.space import write_space
+
+    folder = Path(arguments.space)
+    describe(folder_of(arguments.model), arguments.model)  # that the Space will find a compressed model
+    written = write_space(folder, arguments.model, arguments.package)
+    say(
+        f"Wrote {', '.join(written)} to {folder}.",
+        f"  Try it here: python {folder / 'app.py'}",
+        "",
+        f"Next: reccomp-hf push {folder} OWNER/NAME --space",
+    )
+
+
 def register(commands: Any) -> None:
     """Declare the command."""
     command = add_command(
@@ -49,6 +70,7 @@ def register(commands: Any) -> None:
         "answers of two settings with their tokens and times. Needs pip install 'reccomp_hf[app]'.",
         " demo",
         " ./llava-reccomp --port 8080",
+        " me/llava-reccomp --space ./my-space",
     )
     add_checkpoint(command)
     command.add_argument(
@@ -65,6 +87,15 @@ def register(commands: Any) -> None:
     )
     command.add_argument(
         "--max-new-tokens", type=count, default=APP_NEW_TOKENS, metavar="N", help="tokens of the longest answer"
+    )
+    command.add_argument(
+        "--space", metavar="DIR", help="write a Space of the Hugging Face Hub that shows the page, and open no page"
+    )
+    command.add_argument(
+        "--package",
+        metavar="LINE",
+        help="line of the Space's requirements.txt that installs this package, 'reccomp_hf[app]==0.1.0' or "
+        "'reccomp_hf[app] @ git+https://...' (default: the Space gets a copy of the package)",
     )
     add_device(command)
     add_dtype(command)

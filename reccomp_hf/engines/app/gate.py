@@ -89,7 +89,7 @@ class Gate:
         length = headers.get("content-length", "")
         most = MAX_BYTES + _ROOM if path in _UPLOADS else _MAX_REQUEST
         if not length.isdecimal() or int(length) > most:
-            return (413, f"A request may have {most:,} bytes; a picture may have {MAX_BYTES / 1e6:.0f} MB."), receive
+            return (413, f"A request may have {most:,} bytes; a picture may have {MAX_BYTES >> 20} MB."), receive
         if path in _UPLOADS:
             return None, receive
         body, receive = await _read(receive)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ...data.pictures import WEB_FORMATS, open_picture
 
-MAX_BYTES = 10_000_000
+MAX_BYTES = 10 * 2**20
 """Bytes of a picture's file."""
 MAX_PIXELS = 50_000_000
 LONGEST_SIDE = 2048
@@ -35,7 +35,7 @@ def read_picture(path: str) -> Image.Image:
     """
     size = os.path.getsize(path)
     if size > MAX_BYTES:
-        raise Refused(f"This file has {size / 1e6:.1f} MB; a picture may have {MAX_BYTES / 1e6:.0f} MB.")
+        raise Refused(f"This file has {size / 2**20:.1f} MB; a picture may have {MAX_BYTES >> 20} MB.")
     try:
         image = open_picture(path, WEB_FORMATS, MAX_PIXELS)
     except OSError as error:
