@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .choices import APP_NEW_TOKENS
-from .options import add_checkpoint, add_command, add_device, add_dtype, count
+from .options import add_checkpoint, add_command, add_cuda_graph, add_device, add_dtype, count
 from .output import say
 
 
@@ -31,7 +31,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     listen(arguments.host, arguments.port).close()  # before anything is loaded
     with quiet(progress_bars=sys.stderr.isatty()):
-        model, processor = load(arguments.model, {}, arguments.device, arguments.dtype)
+        model, processor = load(
+            arguments.model, {}, arguments.device, arguments.dtype, cuda_graph=arguments.cuda_graph
+        )
         talks = Talks(model, processor, arguments.max_new_tokens)
         talks.warm_up()
         name = names_of(arguments.model)[0]
@@ -99,6 +101,7 @@ def register(commands: Any) -> None:
     )
     add_device(command)
     add_dtype(command)
+    add_cuda_graph(command)
 
 
 __all__ = ["register", "run"]
