@@ -84,7 +84,7 @@ def resolve(source: str | os.PathLike[str], *, weights: bool = True, progress: b
         raise FileNotFoundError(f"{name} does not exist.")
     if "/" not in repo and (hint := did_you_mean(repo, CHECKPOINTS)):
         raise FileNotFoundError(f"There is no folder {name}; {hint} It comes with this package.")
-    with _progress_bars(progress):
+    with progress_bars(progress):
         folder = _download(name, repo, revision, [*DESCRIPTIONS, *(SAFETENSORS if weights else [])])
         if weights and not WeightFiles.find(folder).safetensors:
             folder = _download(name, repo, revision, [*DESCRIPTIONS, *PICKLES])
@@ -129,8 +129,8 @@ def push(
     complete_folder(path, repo if "/" in repo else None)  # without an owner the full id is not known yet
     files, branch = files_of(path), revision or constants.DEFAULT_REVISION
     api = HfApi(library_name="reccomp_hf")
-    with _progress_bars(progress):
-        with _before_sending(repo):
+    with progress_bars(progress):
+        with before_sending(repo):
             address = api.create_repo(repo, private=private, exist_ok=True)
             target = address.repo_id
             exposed = private and not api.model_info(target).private
@@ -139,8 +139,8 @@ def push(
                 f"{target} exists and is public; private=True (--private) would not hide it. Make it private on the "
                 "Hub first, or leave the option out."
             )
-        with _before_sending(repo):
-            _make_branch(api, target, branch)
+        with before_sending(repo):
+            make_branch(api, target, branch)
             before = api.model_info(target, revision=branch)
             stale = _stale_code(target, before, files)
         _check_nothing_shadows(path, before, f"{target}@{branch}")
@@ -163,7 +163,7 @@ def _looks_like_a_path(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def _progress_bars(wanted: bool) -> Iterator[None]:
+def progress_bars(wanted: bool) -> Iterator[None]:
     """Leave the client's progress bars as they are if wanted, else turn them off."""
     if wanted or are_progress_bars_disabled():
         yield
@@ -183,7 +183,7 @@ def _download(name: str, repo: str, revision: str | None, patterns: list[str]) -
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, library_name="reccomp_hf"))
     except Exception as error:  # the Hub's client raises errors of many libraries
-        raise OSError(f"{name} is not a folder, and {_reason(error)}.") from error
+        raise OSError(f"{name} is not a folder, and {reason_of(error)}.") from error
 
 
 def _check_weights(name: str, folder: Path) -> None:
@@ -205,20 +205,22 @@ def _in_the_cache() -> str:
 
 
 @contextlib.contextmanager
-def _before_sending(repo: str) -> Iterator[None]:
+def before_sending(repo: str) -> Iterator[None]:
     """Turn errors of the client's into an OSError that says that nothing was sent."""
     try:
         yield
     except Exception as error:
         unreachable = NOT_REACHED.format(constants.ENDPOINT)
-        reason = _reason(error, writing=True).replace("the upload was interrupted", unreachable)
+        reason = reason_of(error, writing=True).replace("the upload was interrupted", unreachable)
         raise OSError(f"Nothing was sent to {repo}: {reason}.") from error
 
 
-def _make_branch(api: HfApi, repo: str, branch: str) -> None:
-    if branch.startswith("refs/") or branch in [ref.name for ref in api.list_repo_refs(repo).branches]:
+def make_branch(api: HfApi, repo: str, branch: str, repo_type: str = "model") -> None:
+    """Create a branch unless it exists."""
+    branches = api.list_repo_refs(repo, repo_type=repo_type).branches
+    if branch.startswith("refs/") or branch in [ref.name for ref in branches]:
         return
-    api.create_branch(repo, branch=branch, exist_ok=True)
+    api.create_branch(repo, branch=branch, repo_type=repo_type, exist_ok=True)
 
 
 def _files_in(before: Any) -> set[str]:
@@ -234,7 +236,7 @@ def _stale_code(repo: str, before: Any, files: list[str]) -> list[str]:
     modules = sorted(name for name in _files_in(before) if name.endswith(".py") and "/" not in name)
     if set(modules) <= set(files):
         return []
-    with _progress_bars(wanted=False):
+    with progress_bars(wanted=False):
         snapshot = snapshot_download(repo, revision=before.sha, allow_patterns=modules, library_name="reccomp_hf")
     return sorted({file.name for file in code_files(Path(snapshot))} - set(files))
 
@@ -250,7 +252,7 @@ def _check_nothing_shadows(folder: Path, before: Any, target: str) -> None:
 
 def _aftermath(api: HfApi, folder: Path, before: Any, repo: str, branch: str, error: Exception) -> str:
     """The message for a failed commit, with the state of the branch as the Hub reports it."""
-    failure = f"The push to {repo} failed: {_reason(error, writing=True)}"
+    failure = f"The push to {repo} failed: {reason_of(error, writing=True)}"
     option = "" if branch == constants.DEFAULT_REVISION else f" --revision {branch}"
     again = f"`reccomp-hf push {folder} {repo}{option}` tries again, without the files that the storage already has"
     try:
@@ -268,7 +270,7 @@ def _aftermath(api: HfApi, folder: Path, before: Any, repo: str, branch: str, er
 # ---- the client's errors ---------------------------------------------------------------------------------
 
 
-def _reason(error: BaseException, writing: bool = False) -> str:
+def reason_of(error: BaseException, writing: bool = False) -> str:
     """One sentence, without its full stop, for an error of the Hub's client."""
     chain = list(_chain(error))
     answer = next((link for link in chain if _status(link) is not None), None)
@@ -316,4 +318,13 @@ def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no details")[:200]
 
 
-__all__ = ["Pushed", "push", "resolve", "split_revision"]
+__all__ = [
+    "Pushed",
+    "before_sending",
+    "make_branch",
+    "progress_bars",
+    "push",
+    "reason_of",
+    "resolve",
+    "split_revision",
+]

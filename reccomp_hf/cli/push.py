@@ -15,10 +15,11 @@ from .output import say
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
     from ..checkpoints.hub import push
+    from ..checkpoints.hub_space import push_space
     from ..checkpoints.quiet import quiet
 
     with quiet(progress_bars=sys.stderr.isatty()):
-        pushed = push(
+        pushed = (push_space if arguments.space else push)(
             arguments.folder,
             arguments.repo,
             private=True if arguments.private else None,
@@ -35,7 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
         else "nothing has changed, so there is no new commit"
     )
     source = pushed.repo if arguments.revision is None else f"{pushed.repo}@{pushed.branch}"
-    say(f"Pushed {arguments.folder}: {done}.", f"  {pushed.url}", "", f"Next: reccomp-hf info {source}")
+    after = f"Next: reccomp-hf info {source}" if not arguments.space else "The Hub builds the Space in a few minutes."
+    say(f"Pushed {arguments.folder}: {done}.", f"  {pushed.url}", "", after)
 
 
 def register(commands: Any) -> None:
@@ -50,9 +52,13 @@ def register(commands: Any) -> None:
         "on the Hub is deleted.",
         " ./llava-reccomp me/llava-reccomp",
         " ./llava-reccomp me/llava-reccomp --private --revision budget-64",
+        " ./my-space me/my-space --space",
     )
-    command.add_argument("folder", metavar="FOLDER", help="a folder that `reccomp-hf convert` wrote")
+    command.add_argument("folder", metavar="FOLDER", help="a folder that `reccomp-hf convert` wrote, or a Space")
     command.add_argument("repo", metavar="REPO", help="owner/name on the Hub; created if it does not exist")
+    command.add_argument(
+        "--space", action="store_true", help="the folder is a Space that `reccomp-hf app MODEL --space` wrote"
+    )
     command.add_argument("--private", action="store_true", help="make a new repository private")
     command.add_argument(
         "--revision", metavar="BRANCH", help="branch to commit to; created if it does not exist (default: main)"

@@ -93,7 +93,7 @@ def plot_recovery(
     titles = _one_per_record("questions", questions, len(records))
     replies = _one_per_record("answers", answers, len(records))
     regions = regions_of(image.convert("RGB"), records, processor)
-    plain = _canvas(regions, None)
+    plain = draw_regions(regions)
     panels = 1 + len(records)
     # A tiled image is wide and gets a row of its own.
     across = _columns(panels) if plain.width < 1.6 * plain.height else 1
@@ -107,9 +107,11 @@ def plot_recovery(
         tokens = int(one.counts.sum())
         lines = [f"answer: {textwrap.shorten(reply, 60)}"] if reply else []
         _show(
-            axis, _canvas(regions, one), [question, *lines, f"reads {tokens} of {total} tokens ({tokens / total:.0%})"]
+            axis,
+            draw_regions(regions, one),
+            [question, *lines, f"reads {tokens} of {total} tokens ({tokens / total:.0%})"],
         )
-        _legend(axis, one, _counts(one, total), method)
+        _legend(axis, one, total, method)
     _show(axes[-1], plain, ["The picture as the model sees it", f"{total} patches, a token each"])
     place: tuple[Any, float] = (axes[-1], -0.02)
     if panels < down * across:
@@ -148,8 +150,8 @@ def _one_per_record(name: str, texts: str | Sequence[str] | None, count: int) ->
 # ---- drawing -------------------------------------------------------------------------------------------------------
 
 
-def _canvas(regions: Sequence[Region], record: TokenRecoveryOutput | None) -> Image.Image:
-    """All regions side by side, marked if a record is given."""
+def draw_regions(regions: Sequence[Region], record: TokenRecoveryOutput | None = None) -> Image.Image:
+    """All regions of an image side by side, see [`regions_of`], with the marks of a record if one is given."""
     cell = _cell_size(regions)
     parts = [_mark_region(region, record, cell) for region in regions]
     width = sum(part.width for part in parts) + cell * (len(parts) - 1)
@@ -266,9 +268,30 @@ def _draw_grid(picture: Image.Image, rows: int, columns: int, cell: int) -> Imag
 # ---- texts ---------------------------------------------------------------------------------------------------------
 
 
-def _counts(record: TokenRecoveryOutput, total: int) -> dict[str, int]:
-    """Kept tokens by reason, merged tokens, and patches that belong to neither."""
-    return {**record.stage_counts(), "dropped": total - int((record.cluster >= 0).sum())}
+def legend_lines(record: TokenRecoveryOutput, total: int, method: str) -> list[tuple[str, str]]:
+    """The marks of a record that occur, in plain words with their counts.
+
+    Args:
+        record: The record of an image.
+        total: Number of the image's patches, padding excluded.
+        method: `token_recovery.method`.
+
+    Returns:
+        Pairs of a mark and its line; a mark is `"visual"`, `"text"`, `"coverage"`, `"merged"` or `"dropped"`, and `""`
+        for a remark.
+    """
+    counts = {**record.stage_counts(), "dropped": total - int((record.cluster >= 0).sum())}
+    lines = []
+    if record.text_similarity is not None and counts["coverage"] and not counts["text"]:
+        lines.append(("", "no patch stands out for the question"))
+    for name, count in counts.items():
+        if not count:
+            continue
+        words = _WORDS[name][count != 1]
+        words = _VISUAL_WORDS.get(method, words) if name == "visual" else words
+        words = _SHARED if name == "dropped" and get_method(method).shares_patches else words
+        lines.append((name, f"{count} {words}"))
+    return lines
 
 
 def _show(axis: Any, canvas: Image.Image, title: Sequence[str]) -> None:
@@ -294,7 +317,7 @@ def _drawable(text: str) -> str:
     return "(a text whose script the font of this plot lacks)"
 
 
-def _legend(axis: Any, record: TokenRecoveryOutput, counts: dict[str, int], method: str) -> None:
+def _legend(axis: Any, record: TokenRecoveryOutput, total: int, method: str) -> None:
     """Explain the marks in plain words with their counts; marks that do not occur are left out."""
     from matplotlib.lines import Line2D
     from matplotlib.path import Path
@@ -303,14 +326,10 @@ def _legend(axis: Any, record: TokenRecoveryOutput, counts: dict[str, int], meth
     corners = Path(_CORNERS, [1, 2, 2] * 4)
     markers: dict[str, Any] = {"visual": double, "text": "s", "coverage": corners}
     handles = []
-    if record.text_similarity is not None and counts["coverage"] and not counts["text"]:
-        handles.append(Line2D([], [], linestyle="none", label="no patch stands out for the question"))
-    for name, count in counts.items():
-        if not count:
+    for name, label in legend_lines(record, total, method):
+        if not name:
+            handles.append(Line2D([], [], linestyle="none", label=label))
             continue
-        words = _WORDS[name][count != 1]
-        words = _VISUAL_WORDS.get(method, words) if name == "visual" else words
-        words = _SHARED if name == "dropped" and get_method(method).shares_patches else words
         look: dict[str, Any] = {"marker": markers.get(name, "s"), "markersize": 9, "markerfacecolor": "none"}
         if name == "merged":
             look |= {"marker": "o", "markerfacecolor": _unit(COLORS["centre"]), "markeredgewidth": 0}
@@ -318,7 +337,7 @@ def _legend(axis: Any, record: TokenRecoveryOutput, counts: dict[str, int], meth
             look |= {"markerfacecolor": "#6e6e6e", "markeredgecolor": "#6e6e6e"}
         else:
             look |= {"markeredgecolor": _unit(COLORS[name]), "markeredgewidth": 1.4 if name == "visual" else 2.2}
-        handles.append(Line2D([], [], linestyle="none", label=f"{count} {words}", **look))
+        handles.append(Line2D([], [], linestyle="none", label=label, **look))
     axis.legend(
         handles=handles,
         loc="upper left",
@@ -344,4 +363,4 @@ def _name_regions(axis: Any, regions: Sequence[Region]) -> None:
         left += (region.patches.shape[1] + 1) * cell
 
 
-__all__ = ["COLORS", "plot_recovery"]
+__all__ = ["COLORS", "draw_regions", "legend_lines", "plot_recovery"]

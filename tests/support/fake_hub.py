@@ -20,6 +20,7 @@ from fake_hub_store import Blob, Refusal, Store
 
 REVISION = "(?P<revision>[^/]+)"
 REPO = "(?P<repo>[^/]+/[^/]+)"
+API = "/api/(?:models|spaces)"
 
 
 class FakeHub(Store):
@@ -69,6 +70,7 @@ class Handler(BaseHTTPRequestHandler):
                 return self.hang_up(path)
             if self.fault and self.fault.status:
                 raise Refusal(self.fault.status, "The server is broken on purpose")
+            self.check_kind(path)
             for method, pattern, function in self.routes:
                 match = re.fullmatch(pattern, path)
                 if match and self.command in method.split():
@@ -91,6 +93,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send(path, status, headers, data)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer
+
+    def check_kind(self, path):
+        """A Space is found among Spaces alone, a model among models."""
+        found = re.match(f"/api/(models|spaces)/{REPO}", path)
+        repo = self.hub.repos.get(found["repo"]) if found else None
+        if repo and (repo.sdk is not None) != (found[1] == "spaces"):
+            raise Refusal(404, "Repository not found", "RepoNotFound")
 
     def take_fault(self, path):
         with self.hub.lock:
@@ -177,14 +186,16 @@ def create_repo(request):
     if user is None:
         raise Refusal(401, "Invalid username or password.")
     repo_id = f"{values.get('organization') or user}/{values['name']}"
-    address = {"url": f"{request.hub.url}/{repo_id}", "name": repo_id}
+    is_space = values.get("type") == "space"
+    address = {"url": f"{request.hub.url}/{'spaces/' if is_space else ''}{repo_id}", "name": repo_id}
     if not request.hub.may_write(repo_id, user):
         raise Refusal(
             403, f"You don't have the rights to create a model under the namespace {repo_id.split('/')[0]!r}"
         )
     if repo_id in request.hub.repos:
         return reply({"error": "You already created this model repo", **address}, 409)
-    request.hub.make(repo_id, private=bool(values.get("private")) or values.get("visibility") == "private")
+    private = bool(values.get("private")) or values.get("visibility") == "private"
+    request.hub.make(repo_id, private=private, sdk=values["sdk"] if is_space else None)
     return reply(address)
 
 
@@ -207,7 +218,7 @@ def list_models(request):
     return reply([{"id": repo.id, "private": repo.private} for repo in mine])
 
 
-@route("GET", f"/api/models/{REPO}(/revision/{REVISION})?")
+@route("GET", f"{API}/{REPO}(/revision/{REVISION})?")
 def model_info(request, repo, revision="main"):
     found = request.hub.readable(repo, request.user)
     commit = found.at(revision)
@@ -218,7 +229,7 @@ def model_info(request, repo, revision="main"):
     return reply({"id": repo, "sha": commit.sha, "private": found.private, "gated": gated, "siblings": siblings})
 
 
-@route("GET", f"/api/models/{REPO}/tree/{REVISION}(/(?P<folder>.+))?")
+@route("GET", f"{API}/{REPO}/tree/{REVISION}(/(?P<folder>.+))?")
 def list_tree(request, repo, revision, folder=""):
     commit = request.hub.readable(repo, request.user).at(revision)
     prefix = f"{folder}/" if folder else ""
@@ -237,14 +248,14 @@ def list_tree(request, repo, revision, folder=""):
     )
 
 
-@route("GET", f"/api/models/{REPO}/refs")
+@route("GET", f"{API}/{REPO}/refs")
 def list_refs(request, repo):
     branches = request.hub.readable(repo, request.user).branches
     heads = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": sha} for name, sha in branches.items()]
     return reply({"branches": heads, "converts": [], "tags": []})
 
 
-@route("GET", f"/api/models/{REPO}/commits/{REVISION}")
+@route("GET", f"{API}/{REPO}/commits/{REVISION}")
 def list_commits(request, repo, revision):
     date = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.000Z")
     history = request.hub.readable(repo, request.user).history(revision)
@@ -253,7 +264,7 @@ def list_commits(request, repo, revision):
     )
 
 
-@route("POST", f"/api/models/{REPO}/branch/(?P<branch>[^/]+)")
+@route("POST", f"{API}/{REPO}/branch/(?P<branch>[^/]+)")
 def create_branch(request, repo, branch):
     found = request.hub.writable(repo, request.user)
     if branch in found.branches:
@@ -262,7 +273,7 @@ def create_branch(request, repo, branch):
     return reply({})
 
 
-@route("POST", f"/api/models/{REPO}/preupload/{REVISION}")
+@route("POST", f"{API}/{REPO}/preupload/{REVISION}")
 def preupload(request, repo, revision):
     tree = request.hub.writable(repo, request.user).at(revision).tree
     files = [
@@ -277,7 +288,7 @@ def preupload(request, repo, revision):
     return reply({"files": files})
 
 
-@route("POST", f"/{REPO}[.]git/info/lfs/objects/batch")
+@route("POST", f"(?:/spaces)?/{REPO}[.]git/info/lfs/objects/batch")
 def large_batch(request, repo):
     request.hub.writable(repo, request.user)
     return reply(
@@ -329,7 +340,7 @@ def verify_large(request, oid):
     return reply({})
 
 
-@route("POST", f"/api/models/{REPO}/commit/{REVISION}")
+@route("POST", f"{API}/{REPO}/commit/{REVISION}")
 def commit(request, repo, revision):
     found = request.hub.writable(repo, request.user)
     if revision not in found.branches:

@@ -41,10 +41,11 @@ class Commit:
 
 @dataclasses.dataclass
 class Repo:
-    """A repository with its history; `readers` are who accepted the terms of a gated one."""
+    """A repository with its history; `readers` are who accepted the terms of a gated one, `sdk` is a Space's."""
 
     id: str
     private: bool = False
+    sdk: str | None = None
     gated: bool = False
     readers: set = dataclasses.field(default_factory=set)
     commits: dict = dataclasses.field(default_factory=dict)

@@ -33,6 +33,16 @@ def allowed_hosts(address: str, names: Iterable[str]) -> frozenset[str] | None:
     return frozenset([*LOOPBACK, address, *given])
 
 
+def foreign_name(headers: Headers, hosts: frozenset[str] | None) -> str | None:
+    """The refusal of a request to another host or of another site; `None` for one that is allowed."""
+    host, origin = headers.get("host", ""), headers.get("origin")
+    if hosts is not None and _name(f"//{host}") not in hosts:
+        return f"This server does not answer to the host {host[:80]!r}: start it with --allow-host NAME."
+    if hosts is not None and origin is not None and _name(origin) not in hosts:
+        return f"Pages of {origin[:80]!r} may not use this server: start it with --allow-host NAME."
+    return None
+
+
 class Guard:
     """Refuses requests to another host or of another site, without the key, or of another content type.
 
@@ -59,11 +69,9 @@ class Guard:
 
     def _refusal(self, scope: Any) -> tuple[int, str] | None:
         headers = Headers(scope=scope)
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if self._hosts is not None and _name(f"//{host}") not in self._hosts:
-            return 403, f"This server does not answer to the host {host[:80]!r}: start it with --allow-host NAME."
-        if self._hosts is not None and origin is not None and _name(origin) not in self._hosts:
-            return 403, f"Pages of {origin[:80]!r} may not use this server: start it with --allow-host NAME."
+        foreign = foreign_name(headers, self._hosts)
+        if foreign is not None:
+            return 403, foreign
         if self._key is not None and scope["path"] != "/health":
             given = headers.get("authorization", "").removeprefix("Bearer ").encode()
             if not hmac.compare_digest(given, self._key.encode()):
@@ -81,4 +89,4 @@ def _name(url: str) -> str | None:
         return None
 
 
-__all__ = ["LOOPBACK", "Guard", "allowed_hosts"]
+__all__ = ["LOOPBACK", "Guard", "allowed_hosts", "foreign_name"]
