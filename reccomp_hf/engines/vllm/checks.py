@@ -20,7 +20,7 @@ REQUEST_KEYS = ("token_recovery", "recovery_text", "recovery_turns")
 def override(**fields: Any) -> str:
     """The option that starts vLLM with other fields of the section; `{...}` without any."""
     section = json.dumps(fields) if fields else "{...}"
-    return f"--hf-overrides '{{\"token_recovery\": {section}}}' (hf_overrides= in Python)"
+    return f"--hf-overrides '{{\"token_recovery\": {section}}}' (hf_overrides= in Python, --set in reccomp-hf)"
 
 
 def keeps_places(config: Any) -> bool:
@@ -96,8 +96,10 @@ def check_request(given: Mapping[str, Any], server: Mapping[str, Any]) -> None:
             if name in FIELDS:
                 hint = f"write {{'token_recovery': {{{name!r}: {value!r}}}}}."
             raise ValueError(f"Unknown field {name!r} in mm_processor_kwargs; {hint}")
-        if name != "token_recovery" and value is not None and not isinstance(value, str):
-            raise ValueError(f"{name} in mm_processor_kwargs must be a string, got {type(value).__name__}.")
+        texts = value if name == "recovery_text" and isinstance(value, list | tuple) else [value]
+        if name != "token_recovery" and not all(text is None or isinstance(text, str) for text in texts):
+            several = " or a list of strings" if name == "recovery_text" else ""
+            raise ValueError(f"{name} in mm_processor_kwargs must be a string{several}, got {value!r:.80}.")
 
 
 def _how_to_fix_the_count(section: TokenRecoveryConfig) -> str:
