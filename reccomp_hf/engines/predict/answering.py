@@ -1,4 +1,4 @@
-"""What answers the questions of a run: a model of transformers, or another engine with the same methods."""
+"""Engines that answer the questions of a run: a model of transformers, or another with the same methods."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ...checkpoints.weight_files import WeightFiles, open_shard
 from ...data.rows import Picture
 
 _BLOCK = 1 << 20
@@ -41,6 +42,29 @@ def model_digest(model: Any) -> str:
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         if type(parameter) is nn.Parameter and not parameter.is_meta:  # neither quantised nor offloaded
             digest.update(parameter.detach().flatten()[:4].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def checkpoint_digest(folder: str | Path) -> str:
+    """Digest of a checkpoint's config, and of its weights' names, shapes and first values, as [`model_digest`].
+
+    Raises:
+        ValueError: There are no safetensors files, or one is damaged.
+    """
+    source = Path(folder)
+    files = [file for name in ("config.json", "generation_config.json") if (file := source / name).is_file()]
+    configs = [_digested_fields(json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    digest = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
+    weights = WeightFiles.find(source)
+    if not (weights.complete and weights.safetensors):
+        raise ValueError(f"{folder} has no safetensors files, or not all of them: save or download it again.")
+    for path in weights.present:
+        with open_shard(path) as file:
+            for name in sorted(file.keys()):
+                part = file.get_slice(name)
+                digest.update(f"{name} {part.get_shape()}".encode())
+                value = part[:1] if part.get_shape() else file.get_tensor(name)
+                digest.update(value.flatten()[:4].float().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -80,4 +104,4 @@ def _digested_fields(value: Any) -> Any:
     return value
 
 
-__all__ = ["data_digest", "images_digest", "model_digest", "processor_digest"]
+__all__ = ["checkpoint_digest", "data_digest", "images_digest", "model_digest", "processor_digest"]
