@@ -64,7 +64,7 @@ def test_the_method_of_ones_own_runs_on_another_device(own_method, tiles):
 def test_the_commands_about_many_questions_are_understood(guides):
     text = guides["reccomp_hf/engines/predict/README.md"]
     commands = re.findall(r"^(?:reccomp-hf|accelerate .* -m reccomp_hf) (predict .*)$", text, flags=re.MULTILINE)
-    assert len(commands) == 3
+    assert len(commands) == 4
     for command in commands:
         assert cli._parser().parse_args(shlex.split(command)).output.endswith(".jsonl")
 

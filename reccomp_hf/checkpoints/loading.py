@@ -68,7 +68,7 @@ def _load(
     cuda_graph: bool,
     options: dict[str, Any],
 ) -> tuple[Any, Any]:
-    folder = _folder_with_weights(name)
+    folder = folder_with_weights(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
     dtype = dtype or ("float32" if torch.device(device).type == "cpu" else "auto")
@@ -80,7 +80,7 @@ def _load(
     return model.eval(), processor
 
 
-def _folder_with_weights(name: str) -> Path:
+def folder_with_weights(name: str) -> Path:
     """The folder of a checkpoint, which is described first: that finds errors before weights are downloaded."""
     folder = folder_of(name)
     describe(folder, name)
@@ -100,4 +100,4 @@ def _check_device(device: str) -> None:
         raise ValueError(f"Device {device!r} cannot be used here ({reason}). Use --device cpu.") from error
 
 
-__all__ = ["DTYPES", "load", "load_encoder", "load_image_encoder"]
+__all__ = ["DTYPES", "folder_with_weights", "load", "load_encoder", "load_image_encoder"]

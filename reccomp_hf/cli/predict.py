@@ -27,20 +27,20 @@ if TYPE_CHECKING:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
-    from ..checkpoints.loading import load
     from ..checkpoints.quiet import quiet
-    from ..engines.predict import Columns, open_data, predict, process_state
+    from ..engines.predict import Columns, open_data, process_state
 
-    state = process_state(arguments.device)
+    with_vllm = arguments.engine == "vllm"
+    if with_vllm:
+        _check_vllm_options(arguments)
+    state = process_state("cpu" if with_vllm else arguments.device)
     columns = Columns(arguments.image_column, arguments.question_column, arguments.id_column, arguments.question)
     options = {name: getattr(arguments, name) for name in ("limit", "overwrite", "batch_size", "max_new_tokens")}
     open_data(arguments.data, arguments.output, columns, **options)
     with quiet():
-        source = (arguments.model, section_fields(arguments), _device(state, arguments), arguments.dtype)
-        model, processor = load(*source, cuda_graph=arguments.cuda_graph)
-        what = (model, processor, arguments.data, arguments.output)
+        options |= {"columns": columns, "instruction": arguments.instruction}
         try:
-            done = predict(*what, columns=columns, instruction=arguments.instruction, **options)
+            done = _by_vllm(arguments, options) if with_vllm else _by_transformers(arguments, state, options)
         except KeyboardInterrupt:
             if state.is_main_process:
                 kept = f"{arguments.output}.parts keeps the answers so far; the same command resumes."
@@ -54,6 +54,42 @@ def run(arguments: argparse.Namespace) -> None:
         say(json.dumps(dataclasses.asdict(done), indent=2) if arguments.json else _text(done))
         if done.errors:
             sys.stderr.write(f"reccomp-hf: warning: {note}\n")
+
+
+def _by_transformers(arguments: argparse.Namespace, state: Any, options: dict[str, Any]) -> Prediction:
+    from ..checkpoints.loading import load
+    from ..engines.predict import predict
+
+    source = (arguments.model, section_fields(arguments), _device(state, arguments), arguments.dtype)
+    model, processor = load(*source, cuda_graph=arguments.cuda_graph)
+    return predict(model, processor, arguments.data, arguments.output, **options)
+
+
+def _by_vllm(arguments: argparse.Namespace, options: dict[str, Any]) -> Prediction:
+    from ..checkpoints.loading import folder_with_weights
+    from ..engines.vllm.prediction import predict_with_vllm, start_engine
+
+    batch_size, folder = options.pop("batch_size"), folder_with_weights(arguments.model)
+    llm = start_engine(folder, section_fields(arguments), arguments.dtype, batch_size)
+    try:
+        return predict_with_vllm(llm, arguments.data, arguments.output, **options)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def _check_vllm_options(arguments: argparse.Namespace) -> None:
+    """Refuse options that vLLM does not have.
+
+    Raises:
+        ValueError: One is given.
+    """
+    for name, given in (("--device", arguments.device is not None), ("--cuda-graph", arguments.cuda_graph)):
+        if given:
+            raise ValueError(
+                f"{name} is an option of the engine transformers: vLLM chooses its device and records CUDA graphs by "
+                "itself. With --engine vllm these fit: --preset, --budget, --set, --dtype, --batch-size, "
+                "--max-new-tokens, --instruction, and those about the data and the output."
+            )
 
 
 def _device(state: Any, arguments: argparse.Namespace) -> str | None:
@@ -95,6 +131,7 @@ def register(commands: Any) -> None:
         "Answers are kept in OUTPUT.parts until all are complete. After a kill the same command resumes from there,\n"
         "with any --batch-size and number of processes; it refuses to resume with other data, model or settings.",
         " questions.jsonl --model ./llava-reccomp --output answers.jsonl",
+        " questions.jsonl --model me/llava-reccomp --engine vllm --batch-size 128 --output answers.jsonl",
         ' photos/ --question "What is shown?" --model demo --budget 0.1 --output answers.jsonl',
     )
     command.epilog += (
@@ -108,6 +145,13 @@ def register(commands: Any) -> None:
         "images are relative to it",
     )
     add_checkpoint(command, "--model", required=True)
+    command.add_argument(
+        "--engine",
+        choices=("transformers", "vllm"),
+        default="transformers",
+        help="what answers; vllm needs a fixed budget and must be installed, and --batch-size is then the number of "
+        "questions in one step",
+    )
     command.add_argument("--output", required=True, type=output_file, metavar="FILE", help="file for the answers")
     command.add_argument("--overwrite", action="store_true", help="start over: remove the output, finished or not")
     command.add_argument("--question", metavar="TEXT", help="ask every row this question, in place of a column")

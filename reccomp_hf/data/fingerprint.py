@@ -35,7 +35,7 @@ def model_digest(model: Any) -> str:
 
     Reading all values would take as long as loading them, and training changes nearly every first value too.
     """
-    configs = [_digested_fields(config.to_dict()) for config in (model.config, model.generation_config)]
+    configs = [digested_fields(config.to_dict()) for config in (model.config, model.generation_config)]
     digest = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
@@ -48,7 +48,7 @@ def processor_digest(processor: Any) -> str:
     """Digest of a processor's settings, those of its image processor, and its tokenizers."""
     parts = [processor.to_dict(), processor.image_processor.to_dict(), processor.chat_template]
     tokenizers = [tokenizer for tokenizer in (processor.tokenizer, processor.recovery_tokenizer) if tokenizer]
-    described = [_digested_fields(part) for part in parts] + [_tokenizer_rules(tokenizer) for tokenizer in tokenizers]
+    described = [digested_fields(part) for part in parts] + [_tokenizer_rules(tokenizer) for tokenizer in tokenizers]
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -73,11 +73,11 @@ def _add_content(digest: Any, path: Path) -> None:
             digest.update(block)
 
 
-def _digested_fields(value: Any) -> Any:
-    """A config's values without the ignored fields, at every depth."""
+def digested_fields(value: Any) -> Any:
+    """A config's values without those that runs may override or that say nothing about weights, at every depth."""
     if isinstance(value, dict):
-        return {str(name): _digested_fields(inner) for name, inner in value.items() if name not in _IGNORED_FIELDS}
+        return {str(name): digested_fields(inner) for name, inner in value.items() if name not in _IGNORED_FIELDS}
     return value
 
 
-__all__ = ["data_digest", "images_digest", "model_digest", "processor_digest"]
+__all__ = ["data_digest", "digested_fields", "images_digest", "model_digest", "processor_digest"]

@@ -92,7 +92,7 @@ def test_batches_are_of_similar_length_and_the_longest_come_first(architecture, 
     rows.append({"image": ["0.png"] * 3, "question": "cat"})
     processor, model = architecture.processor(), architecture.build(budget=0.5)
     questions = Questions(open_rows(write_lines(tmp_path / "data.jsonl", rows)), Columns(), processor)
-    plan = plan_batches(questions, model, model.config.token_recovery, processor, 3)
+    plan = plan_batches(questions, model.config, model.config.token_recovery, processor, 3)
     assert not plan.bad_rows
     assert [len(batch) for batch in plan.batches] == [3, 3, 2]
     inputs = [_alone(processor, tmp_path, row) for row in rows]

@@ -14,7 +14,7 @@ from demo_model import demo_model
 from predictions import COUNT, NEW_TOKENS, ask, killed, launched, left, left_files, save_pictures, write_lines
 
 from reccomp_hf.data import parts
-from reccomp_hf.engines.predict import Columns, predict, running
+from reccomp_hf.engines.predict import Columns, answering, predict
 
 pytest_plugins = ("prediction_runs",)
 
@@ -58,13 +58,13 @@ def test_only_what_is_missing_is_written(data, tmp_path, monkeypatch):
 def test_a_batch_that_lacks_a_row_is_read_whole(data, tmp_path, monkeypatch):
     """So that in half precision too its answers are the same."""
     output, seen = tmp_path / "out.jsonl", []
-    answer = running._Answerer.answer
+    answer = answering.ModelAnswerer.answer
 
     def watched(self, questions, inputs):
         seen.append([question.row for question in questions])
         return answer(self, questions, inputs)
 
-    monkeypatch.setattr(running._Answerer, "answer", watched)
+    monkeypatch.setattr(answering.ModelAnswerer, "answer", watched)
     ask(data, tmp_path / "whole.jsonl")
     whole = list(seen)
     seen.clear()
@@ -172,7 +172,7 @@ def test_a_run_does_not_resume_with_another_processor_or_version(data, tmp_path,
         with pytest.raises(ValueError, match=r"which differs in processor \("):
             predict(model, other, data, output, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(running, "__version__", "0.0.1")
+        patch.setattr(answering, "__version__", "0.0.1")
         with pytest.raises(ValueError, match=r"which differs in reccomp_hf \('.*' there, '0\.0\.1' here\)"):
             ask(data, output)
     assert predict(model, copy.deepcopy(processor), data, output, **options).new < COUNT
@@ -209,14 +209,14 @@ def test_a_damaged_folder_is_reported(data, tmp_path):
 
 
 def test_rows_that_vanish_are_reported(data, tmp_path, monkeypatch):
-    output, prefetch = tmp_path / "out.jsonl", running._prefetch
+    output, prefetch = tmp_path / "out.jsonl", answering.prefetch
 
     def vanishing(items, prepare):
         yield from prefetch(items, prepare)
         for file in left_files(output):
             file.unlink()
 
-    monkeypatch.setattr(running, "_prefetch", vanishing)
+    monkeypatch.setattr(answering, "prefetch", vanishing)
     with pytest.raises(RuntimeError, match=f"{COUNT} of {COUNT} rows are not in .*Run the same command again"):
         ask(data, output)
     assert not output.exists()

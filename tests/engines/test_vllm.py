@@ -140,8 +140,9 @@ def test_a_request_may_have_a_smaller_budget(llm, expected, budget, tokens):
         ({"size": {"height": 4096, "width": 4096}}, r"Unknown field 'size'.*a request may set token_recovery"),
         ({"crop_size": 4096}, r"Unknown field 'crop_size'"),
         ({"return_tensors": "np"}, r"Unknown field 'return_tensors'"),
-        ({"recovery_text": ["a", "b"]}, r"recovery_text in mm_processor_kwargs must be a string, got list"),
-        ({"recovery_turns": 3}, r"recovery_turns in mm_processor_kwargs must be a string, got int"),
+        ({"recovery_text": 3}, r"recovery_text in mm_processor_kwargs must be a string or a list of strings, got 3"),
+        ({"recovery_text": ["a", 3]}, r"must be a string or a list of strings, got \['a', 3\]"),
+        ({"recovery_turns": 3}, r"recovery_turns in mm_processor_kwargs must be a string, got 3"),
         ({"recovery_text": " "}, r"Row 0 has an image but no question"),
     ],
 )
@@ -155,6 +156,9 @@ def test_the_question_may_be_given_apart_from_the_prompt(llm, expected):
     text, (first, second) = user("Answer briefly."), QUESTIONS[:2]
     got = ask(llm, [prompt(text, scene(SCENES[0]), recovery_text=question) for question in (first, second)])
     assert got == [expected(text, SCENES[:1], recovery_text=question) for question in (first, second)]
+    assert ask(llm, [prompt(text, scene(SCENES[0]), recovery_text=[first, second])]) == [
+        expected(text, SCENES[:1], recovery_text=((first, second),))
+    ]
     dialogue = f"{user(first)} N</s>USER: {second} ASSISTANT:"
     got = ask(llm, [prompt(dialogue, scene(SCENES[0]), recovery_turns=turns) for turns in ("last", "all")])
     assert got == [expected(dialogue, SCENES[:1], recovery_turns=turns) for turns in ("last", "all")]

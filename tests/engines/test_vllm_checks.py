@@ -38,11 +38,16 @@ def config_of(architecture=LLAVA, **fields):
 
 def test_registering_names_the_classes_alone(monkeypatch):
     """By name, so that nothing of an engine is imported: vLLM does that in its own time."""
-    registered = {}
+    registered, settings = {}, {}
     registry = types.SimpleNamespace(register_model=registered.__setitem__)
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(ModelRegistry=registry))
+    config = types.SimpleNamespace(MODELS_CONFIG_MAP=settings)
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.models.config", config)
+    ours = types.SimpleNamespace(RecoverySettings=object())
+    monkeypatch.setitem(sys.modules, "reccomp_hf.engines.vllm.settings", ours)
     plugin.register()
     plugin.register()
+    assert settings == dict.fromkeys(plugin.ARCHITECTURES, ours.RecoverySettings)
     assert registered == {name: f"reccomp_hf.engines.vllm.models:{name}" for name in plugin.ARCHITECTURES}
     assert {row.model_class.__name__ for row in (LLAVA, LLAVA_NEXT)} == {*registered}
 
@@ -54,6 +59,7 @@ def test_registering_names_the_classes_alone(monkeypatch):
         (LLAVA, {"budget": 0.5, "method": "divprune", "text_encoder_config": None}),
         (LLAVA, {"method": "pooling_2x2"}),  # the size says how many
         (LLAVA, {"enabled": False, "position_ids": "original"}),
+        (LLAVA, {"budget": 24, "position_ids": "original"}),
         (LLAVA_NEXT, {"budget": 24, "newlines": "none"}),
         (LLAVA_NEXT, {"enabled": False}),
     ],
@@ -67,11 +73,6 @@ def test_what_is_served(architecture, fields):
 @pytest.mark.parametrize(
     ("architecture", "fields", "message"),
     [
-        (
-            LLAVA,
-            {"budget": 24, "position_ids": "original"},
-            r'"original", but vLLM numbers.*"position_ids": "compact"',
-        ),
         (LLAVA, {}, r'budget is null.*"budget": 64.*or compress outside'),
         (LLAVA, {"method": "trim"}, r"budget is null"),
         (LLAVA, {"method": "pooling", "budget": 24}, r"'pooling' gives whole cells.*\"method\": \"recoverable\""),
@@ -103,10 +104,11 @@ def test_embeddings_alone_need_no_count_but_positions():
     for fields in ({}, {"method": "authors"}, {"budget": 24}):
         check_servable(config_of(**fields), pictures=False, embeds=True)
     check_servable(config_of(LLAVA_NEXT), pictures=False, embeds=True)
-    original = config_of(position_ids="original")
+    original = config_of(position_ids="original", budget=24)
     check_servable(original, pictures=False, embeds=False)  # text alone has no gaps
-    with pytest.raises(ValueError, match=r'"original", but vLLM numbers'):
-        check_servable(original, pictures=False, embeds=True)
+    for pictures in (False, True):
+        with pytest.raises(ValueError, match=r"image_embeds do not say the positions.*\"position_ids\": \"compact\""):
+            check_servable(original, pictures=pictures, embeds=True)
 
 
 @pytest.mark.parametrize(

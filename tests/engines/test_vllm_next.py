@@ -79,10 +79,39 @@ def requests(rows=ROWS, **arguments):
     ]
 
 
+def compare_logits(llm, transformers, rows=ROWS, **fields):
+    model = transformers[0]
+    for row, output in zip(rows, run(llm, requests(rows), max_tokens=1, logprobs=20), strict=True):
+        with torch.no_grad():
+            logits = model(**inputs_of(transformers, *row), token_recovery={**NONE, **fields}).logits[0, -1]
+        (entries,) = output.outputs[0].logprobs
+        ids, found = [*entries], [entry.logprob for entry in entries.values()]
+        torch.testing.assert_close(torch.tensor(found), logits.log_softmax(-1)[ids], rtol=0, atol=3e-4)
+
+
 def test_newlines_that_depend_on_the_picture_are_refused(folder):
     message = r'newlines is "kept".*--hf-overrides .*"newlines": "none"'
     with pytest.raises(ValueError, match=message), engine(folder):
         pass
+
+
+def test_original_positions(folder, transformers):
+    """Of pictures of any shape, whose newlines have places too; with steps that divide prompts and pictures.
+
+    It starts an engine of its own, and so stands before the tests of `llm`.
+    """
+    fields = {**NONE, "position_ids": "original", "budget": 24}
+    # A prompt of 3 pictures takes more positions than the model has; a picture of one tile becomes 24 tokens as well.
+    rows = [row for row in ROWS if len(row[0]) < 3]
+    options = {"max_model_len": 2048, "max_num_batched_tokens": 80, "max_num_seqs": 4}
+    with engine(folder, hf_overrides={"token_recovery": fields}, **options) as llm:
+        assert (
+            ask(llm, requests(rows)) == ask(llm, requests(rows)[::-1])[::-1] == expected(transformers, rows, **fields)
+        )
+        forget(llm)
+        compare_logits(llm, transformers, rows, **fields)
+        with pytest.raises(AssertionError):
+            compare_logits(llm, transformers, rows, **{**fields, "position_ids": "compact"})
 
 
 def test_answers_are_those_of_transformers(llm, transformers):
@@ -95,13 +124,7 @@ def test_answers_are_those_of_transformers(llm, transformers):
 
 
 def test_logits_are_those_of_transformers(llm, transformers):
-    model = transformers[0]
-    for row, output in zip(ROWS, run(llm, requests(), max_tokens=1, logprobs=20), strict=True):
-        with torch.no_grad():
-            logits = model(**inputs_of(transformers, *row), token_recovery=NONE).logits[0, -1]
-        (entries,) = output.outputs[0].logprobs
-        ids, found = [*entries], [entry.logprob for entry in entries.values()]
-        torch.testing.assert_close(torch.tensor(found), logits.log_softmax(-1)[ids], rtol=1e-3, atol=1e-3)
+    compare_logits(llm, transformers)
 
 
 @pytest.mark.parametrize("budget", [24, 0.05, SHARE])

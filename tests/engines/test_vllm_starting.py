@@ -14,8 +14,21 @@ import pytest
 import torch
 import vllm_engines
 from conftest import OPEN_PORTS
-from vllm_engines import ask, copy_checkpoint, drop_recovery_tokenizer, engine, prompt, reference, renamed, server
-from vllm_scenes import BUDGET, PAIRS, PAPER, QUESTIONS, SCENES, embeddings, environment, requests, scene, user  # noqa: F401
+from vllm_engines import ask, copy_checkpoint, drop_recovery_tokenizer, engine, prompt, renamed, server
+from vllm_scenes import (  # noqa: F401
+    BUDGET,
+    PAIRS,
+    PAPER,
+    QUESTIONS,
+    SCENES,
+    embeddings,
+    environment,
+    loaded,
+    requests,
+    scene,
+    user,
+    wanted,
+)
 
 import reccomp_hf
 from reccomp_hf.demo import checkpoint_folder
@@ -26,29 +39,22 @@ DEMO = checkpoint_folder("demo")
 COMPACT = {"position_ids": "compact"}
 
 
-def loaded(folder):
-    """Model and processor in transformers."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, AutoProcessor.from_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def demo():
     return loaded(DEMO)
 
 
-def wanted(demo, pairs=PAIRS, **fields):
-    model, processor = demo
-    return [
-        reference(model, processor(images=scene(number), text=user(question), return_tensors="pt"), **fields)
-        for number, question in pairs
-    ]
-
-
 REFUSED = {
-    "positions": ({}, {}, r'position_ids is "original".*--hf-overrides .*"position_ids": "compact"'),
+    "positions of embeddings": (
+        {},
+        {"enable_mm_embeds": True},
+        r'image_embeds do not say the positions.*--hf-overrides .*"position_ids": "compact"',
+    ),
+    "speculation": (
+        {},
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+        r"with speculative decoding in vLLM",
+    ),
     "dynamic": (
         {**COMPACT, "budget": None},
         {},
@@ -167,11 +173,11 @@ def test_a_processor_without_the_text_sides_tokenizer_is_refused(tmp_path):
 
 def test_an_engine_in_a_process_of_its_own(tmp_path, demo, monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    folder = copy_checkpoint(DEMO, tmp_path / "checkpoint", "4x", **COMPACT)
+    folder = copy_checkpoint(DEMO, tmp_path / "checkpoint", "4x")
     with engine(folder) as llm:
-        assert ask(llm, requests()) == ask(llm, requests()) == wanted(demo, **COMPACT)
+        assert ask(llm, requests()) == ask(llm, requests()) == wanted(demo)
         smaller = requests(PAIRS[:4], token_recovery={"budget": 4})
-        assert ask(llm, smaller) == wanted(demo, PAIRS[:4], budget=4, **COMPACT)
+        assert ask(llm, smaller) == wanted(demo, PAIRS[:4], budget=4)
 
 
 def test_layouts_differ():

@@ -15,7 +15,7 @@ LANGUAGE_MODEL = r".*language_model.*(q_proj|v_proj|down_proj)"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     target = tmp_path_factory.mktemp("demo") / "checkpoint"
-    return copy_checkpoint(checkpoint_folder("demo"), target, position_ids="compact", budget=BUDGET)
+    return copy_checkpoint(checkpoint_folder("demo"), target, budget=BUDGET)
 
 
 def loaded(folder, **options):
@@ -50,15 +50,19 @@ def test_two_adapters_by_request(folder, tmp_path):
     wanted = [adapter(folder, tmp_path / name, seed, LANGUAGE_MODEL) for seed, name in ((0, "a"), (1, "b"))]
     base = answers(*loaded(folder))
     assert base != wanted[0] != wanted[1] != base
-    with engine(folder, enable_lora=True, max_loras=2, max_lora_rank=8) as llm:
+    with engine(folder, enable_lora=True, max_loras=3, max_lora_rank=8) as llm:
         from vllm import SamplingParams
 
         settings = SamplingParams(temperature=0, max_tokens=5)
         loras = [LoRARequest(name, number, str(tmp_path / name)) for number, name in ((1, "a"), (2, "b"))]
         got = [llm.generate(requests(), settings, lora_request=lora, use_tqdm=False) for lora in loras]
         assert [[list(one.outputs[0].token_ids) for one in outputs] for outputs in got] == wanted
-        mixed = llm.generate(requests(PAIRS[:3]), settings, lora_request=[loras[0], None, loras[1]], use_tqdm=False)
-        assert [list(one.outputs[0].token_ids) for one in mixed] == [wanted[0][0], base[1], wanted[1][2]]
+        # vLLM's CPU kernels read the last slot for a request without an adapter: it must be an empty one.
+        order = [(loras[0], wanted[0]), (None, base), (loras[1], wanted[1])]
+        asked = [order[index % 3] for index in range(len(PAIRS))]
+        mixed = llm.generate(requests(), settings, lora_request=[lora for lora, _ in asked], use_tqdm=False)
+        right = [answers[index] for index, (_, answers) in enumerate(asked)]
+        assert [list(one.outputs[0].token_ids) for one in mixed] == right
 
 
 @pytest.mark.parametrize("part", ["multi_modal_projector.linear_1", "vision_tower"])

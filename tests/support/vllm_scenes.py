@@ -53,3 +53,20 @@ def embeddings(transformers, text, numbers, **fields):
         short, record = model.compress_inputs(**inputs, token_recovery=fields)
     tokens = short["inputs_embeds"][short["input_ids"] == model.config.image_token_id]
     return list(tokens.split(record.counts.tolist())), reference(model, inputs, **fields)
+
+
+def loaded(folder):
+    """Model and processor in transformers, in float32."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoProcessor.from_pretrained(folder)
+
+
+def wanted(transformers, pairs=PAIRS, **fields):
+    """Greedy ids that transformers answers each pair of scene and question with."""
+    model, processor = transformers
+    return [
+        reference(model, processor(images=scene(number), text=user(question), return_tensors="pt"), **fields)
+        for number, question in pairs
+    ]

@@ -9,13 +9,14 @@ from .defaults import DEFAULT_BATCH_SIZE, DEFAULT_ID_COLUMN, DEFAULT_NEW_TOKENS
 if TYPE_CHECKING:
     from .processes import process_state
     from .questions import Columns
-    from .running import Prediction, open_data, predict
+    from .running import Prediction, open_data, predict, predict_by
 
 _MODULES = {
     "Columns": "questions",
     "Prediction": "running",
     "open_data": "running",
     "predict": "running",
+    "predict_by": "running",
     "process_state": "processes",
 }
 
@@ -37,5 +38,6 @@ __all__ = [
     "Prediction",
     "open_data",
     "predict",
+    "predict_by",
     "process_state",
 ]

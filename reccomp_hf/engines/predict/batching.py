@@ -33,7 +33,7 @@ class BatchPlan:
     bad_rows: list[BadRow]
 
 
-def plan_batches(questions: Questions, model: Any, section: Any, processor: Any, batch_size: int) -> BatchPlan:
+def plan_batches(questions: Questions, config: Any, section: Any, processor: Any, batch_size: int) -> BatchPlan:
     """Group rows of similar length.
 
     The length of a row is its text in tokens plus about the number of visual tokens of its images, for which the
@@ -42,8 +42,8 @@ def plan_batches(questions: Questions, model: Any, section: Any, processor: Any,
     """
     lengths: dict[int, int] = {}
     bad_rows: list[BadRow] = []
-    limit, rules = position_limit(model), range(NO_RULE, len(section.rules))
-    visual_tokens = {rule: _visual_token_estimate(model.config, section.of_rule(rule)) for rule in rules}
+    limit, rules = position_limit(config), range(NO_RULE, len(section.rules))
+    visual_tokens = {rule: _visual_token_estimate(config, section.of_rule(rule)) for rule in rules}
     rows = iter(questions)
     while chunk := list(itertools.islice(rows, _TOKENIZED_AT_ONCE)):
         good = [row for row in chunk if isinstance(row, RowQuestion)]
@@ -62,9 +62,9 @@ def plan_batches(questions: Questions, model: Any, section: Any, processor: Any,
     return BatchPlan([order[start : start + batch_size] for start in range(0, len(order), batch_size)], bad_rows)
 
 
-def position_limit(model: Any) -> int:
+def position_limit(config: Any) -> int:
     """Number of positions of the language model, the largest int where its config has none."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def check_length(positions: int, limit: int) -> None:

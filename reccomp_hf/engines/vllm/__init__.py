@@ -15,9 +15,13 @@ def register() -> None:
     transformers' Auto classes know our configs and processors already: importing `reccomp_hf` registers them.
     """
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from .settings import RecoverySettings
 
     for architecture in ARCHITECTURES:
         ModelRegistry.register_model(architecture, f"{__name__}.models:{architecture}")
+        MODELS_CONFIG_MAP[architecture] = RecoverySettings
 
 
 __all__ = ["ARCHITECTURES", "register"]

@@ -20,7 +20,13 @@ REQUEST_KEYS = ("token_recovery", "recovery_text", "recovery_turns")
 def override(**fields: Any) -> str:
     """The option that starts vLLM with other fields of the section; `{...}` without any."""
     section = json.dumps(fields) if fields else "{...}"
-    return f"--hf-overrides '{{\"token_recovery\": {section}}}' (hf_overrides= in Python)"
+    return f"--hf-overrides '{{\"token_recovery\": {section}}}' (hf_overrides= in Python, --set in reccomp-hf)"
+
+
+def keeps_places(config: Any) -> bool:
+    """Whether tokens of images keep the positions of their placeholders in the uncompressed prompt."""
+    section = config.token_recovery
+    return section.enabled and section.position_ids == "original"
 
 
 def check_servable(config: Any, *, pictures: bool = True, embeds: bool = False) -> None:
@@ -32,8 +38,8 @@ def check_servable(config: Any, *, pictures: bool = True, embeds: bool = False) 
         embeds: Whether requests may contain `image_embeds`.
 
     Raises:
-        ValueError: Original positions, a number of tokens that depends on the image's content, or a vision tower
-            that is not supported.
+        ValueError: A number of tokens that depends on the image's content, original positions with `image_embeds`,
+            or a vision tower that is not supported.
     """
     section = config.token_recovery
     if not (pictures or embeds):
@@ -48,12 +54,11 @@ def check_servable(config: Any, *, pictures: bool = True, embeds: bool = False) 
             )
         return
     check_supported(config, section)
-    if section.position_ids == "original":
+    if embeds and keeps_places(config):
         raise ValueError(
-            'token_recovery.position_ids is "original", but vLLM numbers the tokens of a prompt consecutively: its '
-            "answers would silently differ from those of transformers. Serve with consecutive positions, in "
-            f"transformers too: {override(position_ids='compact')}, or convert with "
-            'position_ids="compact".'
+            'token_recovery.position_ids is "original", but image_embeds do not say the positions of their tokens: '
+            "start without --enable-mm-embeds, or serve and embed with consecutive positions, "
+            f"{override(position_ids='compact')}."
         )
     if not pictures:
         return
@@ -93,8 +98,10 @@ def check_request(given: Mapping[str, Any], server: Mapping[str, Any]) -> None:
             if name in FIELDS:
                 hint = f"write {{'token_recovery': {{{name!r}: {value!r}}}}}."
             raise ValueError(f"Unknown field {name!r} in mm_processor_kwargs; {hint}")
-        if name != "token_recovery" and value is not None and not isinstance(value, str):
-            raise ValueError(f"{name} in mm_processor_kwargs must be a string, got {type(value).__name__}.")
+        texts = value if name == "recovery_text" and isinstance(value, list | tuple) else [value]
+        if name != "token_recovery" and not all(text is None or isinstance(text, str) for text in texts):
+            several = " or a list of strings" if name == "recovery_text" else ""
+            raise ValueError(f"{name} in mm_processor_kwargs must be a string{several}, got {value!r:.80}.")
 
 
 def _how_to_fix_the_count(section: TokenRecoveryConfig) -> str:
@@ -114,4 +121,4 @@ def _how_to_fix_the_count(section: TokenRecoveryConfig) -> str:
     )
 
 
-__all__ = ["REQUEST_KEYS", "check_request", "check_servable", "override"]
+__all__ = ["REQUEST_KEYS", "check_request", "check_servable", "keeps_places", "override"]

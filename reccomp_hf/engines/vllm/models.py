@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import CLIPTextConfig
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.clip import CLIPVisionModel
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
@@ -22,17 +23,21 @@ from ...core.layout import ImageLayout
 from ...core.methods.registry import get_method
 from ...core.modeling_llava_next import tiled_layout
 from ...core.picture_tokens import Question, choose_tokens, window_mask
+from ...core.tensors import pack_rows
 from ...core.text_encoder import TokenRecoveryModules
 from ...core.vision import EncodedImages, needed_states, vision_states
 from .budgets import Budget, budget_from_tensor, count_tokens, request_section
 from .keys import KeyMapper, check_loaded
+from .places import append_places, check_tables, place_tokens, prompt_positions
 from .processing import (
+    PLACEHOLDERS,
     LlavaNextRecCompInfo,
     LlavaNextRecCompMultiModalProcessor,
     LlavaRecCompInfo,
     LlavaRecCompMultiModalProcessor,
     RecoveryDummyInputsBuilder,
 )
+from .settings import position_count
 from .tower import clip_tower
 
 TOWER_TILES = 8
@@ -62,9 +67,11 @@ class RecoveryModelMixin:
     config: Any
     vision_tower: Any
     multi_modal_projector: Any
+    language_model: Any
     hf_to_vllm_mapper: KeyMapper
     token_recovery: TokenRecoveryModules | None
     supports_tower_connector_lora = False  # vLLM would map adapters by the uncompressed number of tokens
+    supports_mrope = supports_multimodal_pruning = True  # asked for a checkpoint with original positions alone
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         """Build the stock model with all blocks of its vision tower, and CLIP's text encoder.
@@ -78,7 +85,11 @@ class RecoveryModelMixin:
                 f"Token recovery reads whole attention heads of the vision tower, which tensor parallelism splits: "
                 f"got --tensor-parallel-size {size}. Use 1, with --data-parallel-size for more devices."
             )
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self._keeps_places = vllm_config.model_config.uses_mrope
+        with _position_limit(vllm_config.model_config, self._keeps_places) as positions:
+            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        if self._keeps_places:
+            check_tables(self.language_model, positions)
         self.token_recovery = None
         if not enabled:
             return
@@ -120,6 +131,29 @@ class RecoveryModelMixin:
             for index, tokens in zip(batch, self._compress([images[at] for at in batch]), strict=True):
                 outputs[index] = tokens
         return outputs
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
+        """Positions of a prompt before its images are encoded, see `prompt_positions`."""
+        images = [
+            (image.mm_position.offset, image.mm_position.length, int(image.data[PLACEHOLDERS].data))
+            for image in sorted(mm_features, key=lambda image: image.mm_position.offset)
+        ]
+        return prompt_positions(len(input_tokens), images)
+
+    def recompute_mrope_positions(
+        self,
+        input_ids: Any,
+        multimodal_embeddings: Sequence[Tensor],
+        mrope_positions: Tensor,
+        num_computed_tokens: int,
+    ) -> tuple[list[Tensor], Tensor, int]:
+        """Positions of a prompt whose next images are encoded, see `place_tokens`."""
+        return place_tokens(mrope_positions, multimodal_embeddings, num_computed_tokens)
+
+    def forward(self, input_ids: Tensor | None, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the stock method; of three rows of positions the language model reads the first."""
+        row = positions[0] if self._keeps_places else positions
+        return super().forward(input_ids, row, *args, **kwargs)  # type: ignore[misc]
 
     def _images(
         self,
@@ -176,8 +210,12 @@ class RecoveryModelMixin:
         expected = [count_tokens(config, budget, image.size) for image in images]
         if choice.image_lengths != expected:
             raise RuntimeError(f"Method {section.method!r} gave {choice.image_lengths} tokens, the budget {expected}.")
-        newline = getattr(self, "image_newline", None)
-        return choice.tokens(self.multi_modal_projector, newline).packed().split(expected)
+        tokens = choice.tokens(self.multi_modal_projector, getattr(self, "image_newline", None))
+        packed = tokens.packed()
+        if self._keeps_places:
+            places = pack_rows(tokens.places.unsqueeze(-1), tokens.lengths, sum(expected))
+            packed = append_places(packed, places[:, 0].to(packed.device))
+        return packed.split(expected)
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -211,6 +249,19 @@ class LlavaNextRecCompForConditionalGeneration(RecoveryModelMixin, LlavaNextForC
         """The patch that each placeholder of the uncompressed images stands for, as stock LLaVA-NeXT packs them."""
         sizes = [[image.size[1], image.size[0]] for image in images]
         return tiled_layout(self.config, tiles, sizes)[1]
+
+
+@contextlib.contextmanager
+def _position_limit(config: ModelConfig, keeps_places: bool) -> Iterator[int]:
+    """Have tables of rotary embeddings built for positions of uncompressed prompts; yields their number."""
+    text, positions = config.hf_text_config, position_count(config)
+    own = text.max_position_embeddings
+    if keeps_places:
+        text.max_position_embeddings = positions
+    try:
+        yield positions
+    finally:
+        text.max_position_embeddings = own
 
 
 def _has_tower(vllm_config: VllmConfig) -> bool:

@@ -31,10 +31,12 @@ from .budgets import (
     question_budget,
     request_budget,
 )
-from .checks import REQUEST_KEYS, check_request, check_servable, override
+from .checks import REQUEST_KEYS, check_request, check_servable, keeps_places, override
 
 QUESTIONS, BUDGET = "recovery_text", "recovery_budget"
 """Processing arguments that `RecoveryProcessorMixin.apply` adds to a request."""
+PLACEHOLDERS = "recovery_placeholders"
+"""Field of an image: its number of placeholders in the uncompressed prompt, newlines included."""
 QUESTION_FIELDS = ("recovery_input_ids", "recovery_attention_mask")
 
 
@@ -70,6 +72,16 @@ class RecoveryInfoMixin:
         size = (image_width, image_height)
         most = longest_question(self.config, size)
         return count_tokens(self.config, question_budget(self.section, [most]), size)
+
+    @property
+    def position_limit(self) -> int:
+        """Number of positions of the language model."""
+        return self.ctx.model_config.hf_text_config.max_position_embeddings
+
+    def placeholders(self, width: int, height: int) -> int:
+        """Placeholders of an image in the uncompressed prompt, newlines included."""
+        _, patches, newlines = picture_tokens(self.config, (width, height))
+        return patches + newlines
 
     def get_image_size_with_most_features(self) -> ImageSize:
         """The image size with the most tiles, and then the most patches, however few tokens it becomes."""
@@ -134,7 +146,27 @@ class RecoveryProcessorMixin:
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> Any:
         """Run the stock method with question and budget among the arguments that enter the hash."""
         inputs = dataclasses.replace(inputs, hf_processor_mm_kwargs=self._arguments(inputs))
+        images = inputs.mm_data_items.get("image")
+        # Before the stock method: vLLM's front end notes an image there as sent to the engine.
+        if images and keeps_places(self.info.config):
+            self._check_positions(inputs.prompt, images)
         return super().apply(inputs, timing_ctx)  # type: ignore[misc]
+
+    def _check_positions(self, prompt: Sequence[int], images: Any) -> None:
+        """Check that a prompt at its original positions leaves one for an answer.
+
+        Raises:
+            ValueError: It does not.
+        """
+        sizes = [images.get_image_size(index) for index in range(len(images))]
+        text = len(prompt) - list(prompt).count(self.info.config.image_token_id)
+        positions = text + sum(self.info.placeholders(size.width, size.height) for size in sizes)
+        if positions >= (limit := self.info.position_limit):
+            raise ValueError(
+                f"With original positions the prompt takes {positions} of the language model's {limit} positions, as "
+                "without compression, and leaves none for an answer: shorten it, or serve with consecutive positions, "
+                f"{override(position_ids='compact')}."
+            )
 
     def _arguments(self, inputs: ProcessorInputs) -> dict[str, object]:
         """A request's arguments, in which question and budget replace those of `REQUEST_KEYS`.
@@ -173,6 +205,8 @@ class RecoveryProcessorMixin:
         processed = super()._call_hf_processor(hf_data, _stock_arguments(hf_kwargs))  # type: ignore[misc]
         images = len(processed["pixel_values"])
         processed[BUDGET] = budget_to_tensor(_budget(hf_kwargs)).expand(images, -1)
+        sizes = processed.get("image_sizes", [(1, 1)] * images)  # height and width; LLaVA-1.5 has one size
+        processed[PLACEHOLDERS] = torch.tensor([self.info.placeholders(int(w), int(h)) for h, w in sizes])
         if QUESTIONS in hf_kwargs:
             question = self.info.get_hf_processor().encode_questions([hf_kwargs[QUESTIONS]])
             for name in QUESTION_FIELDS:
@@ -189,7 +223,8 @@ class RecoveryProcessorMixin:
         """Declare one entry of each field per image."""
         fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)  # type: ignore[misc]
         questions = dict.fromkeys(QUESTION_FIELDS, MultiModalFieldConfig.batched("image"))
-        return {**fields, **questions, BUDGET: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
+        on_host = dict.fromkeys((BUDGET, PLACEHOLDERS), MultiModalFieldConfig.batched("image", keep_on_cpu=True))
+        return {**fields, **questions, **on_host}
 
     def _get_prompt_updates(
         self,
