@@ -15,12 +15,12 @@ _CONFIG = "config.json"
 
 
 def write_section(folder: Path, fields: Mapping[str, Any] | None, record: Mapping[str, Any]) -> list[Path]:
-    """Put a tuned section into a checkpoint's config.json, and its record beside it.
+    """Put a tuned section into a checkpoint's config.json, and its record next to it.
 
     Args:
         folder: The folder of a compressed checkpoint.
         fields: Fields of the section; the text encoder's config stays.
-        record: What was measured, as JSON values.
+        record: The measurements, as JSON values.
 
     Returns:
         The files that were written.
@@ -41,7 +41,7 @@ def write_section(folder: Path, fields: Mapping[str, Any] | None, record: Mappin
 
 
 def tuned_sentence(folder: Path, section: TokenRecoveryConfig) -> str | None:
-    """What a card says about tuning; `None` without a record, or if the section is not the one that was tuned."""
+    """A card's sentence about tuning; `None` without a record, or if the section is not the one that was tuned."""
     try:
         record = read_json(folder / FILE)
         tuned = TokenRecoveryConfig.from_value(record["token_recovery"]).overridable()

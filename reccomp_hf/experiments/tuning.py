@@ -54,7 +54,7 @@ def measured(
 def plans_of(
     scores: Scores, samples: Sequence[Sample], budgets: Mapping[str, int | float], config: Any
 ) -> dict[str, Plan]:
-    """What tuning takes on these questions, by the goal and the way, without looking at other questions."""
+    """The plans that tuning takes on these questions, by goal and way, without looking at other questions."""
     groups, folds = beginnings([sample.question for sample in samples]), halves(samples)
     found: dict[str, Plan] = {}
     for budget in REPORTED_BUDGETS:

@@ -115,7 +115,7 @@ def closest(scores: Scores) -> Plan:
 
 
 def within(plans: Sequence[Plan], scores: Scores, groups: Sequence[str], tokens: float) -> Plan:
-    """The plan with the smallest divergence among those of at most so many tokens on average, else the smallest."""
+    """The plan with the smallest divergence among those of at most `tokens` on average, else the smallest."""
     means = [scores.of_plan(plan, groups).tokens.mean() for plan in plans]
     least = max(tokens, min(means)) + 1e-6
     fitting = [plan for plan, mean in zip(plans, means, strict=True) if mean <= least]

@@ -1,4 +1,4 @@
-"""What tuning is asked for, and the plans that meet it."""
+"""The goal of tuning, and the plans that meet it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEFAULT_BUDGET = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """What a section is tuned for; see the arguments of [`tune`].
+    """The goal of tuning; see the arguments of [`tune`].
 
     Raises:
         ValueError: Values that are out of range or contradict each other.

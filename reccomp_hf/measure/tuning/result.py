@@ -45,7 +45,7 @@ class Tuning:
     """A tuned section and its evidence.
 
     Attributes:
-        goal: What was asked for.
+        goal: The goal.
         section: Fields of `token_recovery`, rules included; `None` where only a curve was asked for.
         chosen: Name of the contender that the section is.
         reason: A sentence that says why.
@@ -72,7 +72,7 @@ class Tuning:
         return self.chosen not in (None, PRESENT)
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint's `tuning.json` and card say, as JSON values."""
+        """The contents of a checkpoint's `tuning.json`, as JSON values."""
         asked = {name: value for name, value in dataclasses.asdict(self.goal).items() if value}
         return {
             "reccomp_hf": __version__,
