@@ -260,7 +260,7 @@ class VisualFeatures:
 
 @dataclasses.dataclass
 class TokenSelection:
-    """A method's choice, still on the device: masks (B, N), and the number of merged tokens next to the kept ones.
+    """A method's choice, still on the device: masks (B, N), and the number of merged tokens.
 
     [`VisualFeatures.keep`] makes one. `known_sizes` holds the values of `sizes` if they follow from a fixed budget;
     `None` means that they must be read. `extra_mask` marks, among the centres, the place of a token that is not made

@@ -257,7 +257,7 @@ def in_blocks(
         choose: `choose(*arguments, steps)` chooses patches in `steps` steps: (B, N) bool.
         arguments: Tensors of B rows each, the features first and the numbers of patches to choose, (B,), last.
         steps: No number is larger.
-        row_bytes: Bytes that a step reads of a row; by default its features.
+        row_bytes: Bytes that a step reads of a row; by default those of its features.
     """
     features, counts = arguments[0], arguments[-1]
     if not reads_are_free(features) or not len(features):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ROWS, each_architecture
+from cases import make_case
 from golden import GOLDEN, load
 from torch import Tensor
 
@@ -82,6 +83,23 @@ def test_authors_batched_equals_single(width: int) -> None:
         torch.testing.assert_close(output.tokens[row, :count], alone.tokens[0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(output.tokens[row, :count], image["output"], rtol=1e-5, atol=1e-5)
         assert not output.tokens[row, count:].any()
+
+
+def test_a_centre_may_be_the_first_of_the_remaining_patches() -> None:
+    """Then its own key is the first one: the released code counts a key's place among the remaining patches."""
+    case, config = make_case(1, 64, 32, seed=57), TokenRecoveryConfig(method="authors")
+    output = case.recover(config)
+    rest, kept = (~output.kept_mask[0]).nonzero().flatten(), int(output.kept_mask.sum())
+    first = int(rest[0])
+    assert output.centre_mask[0, first]
+    unit = torch.nn.functional.normalize(case.keys[0, 1:], dim=-1)[: len(rest)]
+    lowest = case.text_similarity.amin()  # type: ignore[union-attr]
+    similarity = torch.where(output.visual_mask, lowest, case.text_similarity)[0, rest]  # type: ignore[arg-type]
+    near = (unit @ unit[0] + 50 * similarity)[1:].topk(32).indices + 1
+    weights = output.saliency[0, rest[near]].unsqueeze(-1)
+    expected = case.hidden_states[0, first] + (weights * case.hidden_states[0, rest[near]]).sum(0)
+    (place,) = (output.places[0, kept:] == first).nonzero().flatten().tolist()
+    torch.testing.assert_close(output.tokens[0, kept + place], expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -98,6 +98,13 @@ def test_a_method_sees_the_attention_of_two_blocks_if_it_asks(architecture, seen
         )
 
 
+@pytest.mark.parametrize(("blocks", "block"), [(24, 8), (12, 3), (8, 2), (4, 1), (1, 0)])
+def test_hiprune_seeks_anchors_at_nine_24ths_of_the_depth(blocks, block):
+    """The ninth of CLIP ViT-L's 24 blocks, counted from 0."""
+    method, settings = get_method("hiprune"), TokenRecoveryConfig(method="hiprune", budget=8)
+    assert method.object_block(settings, blocks) == block
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["scope", "holov", "hiprune"])
 def test_a_method_chooses_what_its_plain_loop_chooses_on_demo_pictures(method, seen):

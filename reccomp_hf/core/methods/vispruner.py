@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from ..features import TokenSelection, VisualFeatures
 from ..settings import Settings
-from ..tensors import positions, top_mask
+from ..tensors import gather_rows, positions, top_mask
 from .budgets import spend
 from .contract import SALIENCY, RecoveryMethod, check_int, check_share
 
@@ -84,22 +84,23 @@ def _least_alike(
     unit = normalize(states.detach().float(), dim=-1)
     likeness = unit @ unit.transpose(1, 2)  # (B, N, N)
     queue = saliency.masked_fill(~alive, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    left, rows = alive.sum(-1, keepdim=True), torch.arange(len(alive), device=alive.device).view(-1, 1, 1)
+    left, beyond = alive.sum(-1, keepdim=True), alive.shape[1]
+    nothing = torch.zeros_like(alive[:, :1]).expand(-1, beyond + 1)
     for width in widths:
         queue = queue[:, :width]
         exists = positions(queue) < left
         even, odd = queue[:, ::2], queue[:, 1::2]
         score = likeness.new_full(queue.shape, -2.0)  # below any cosine: a stable sort leaves the odd places in order
         if width > 1:
-            pairs = likeness[rows, even.unsqueeze(-1), odd.unsqueeze(1)]
-            score[:, ::2] = pairs.masked_fill(~exists[:, 1::2].unsqueeze(1), -1.5).amax(-1)
+            at_odd = nothing.scatter(-1, torch.where(exists[:, 1::2], odd, beyond), True)[:, :beyond]
+            pairs = gather_rows(likeness, even).masked_fill_(~at_odd.unsqueeze(1), -1.5)
+            score[:, ::2] = pairs.amax(-1)
         order = score.masked_fill(~exists, -torch.inf).argsort(dim=-1, descending=True, stable=True)
         surplus = torch.minimum((left - wanted.unsqueeze(-1)).clamp(max=step), (left + 1) // 2).clamp(min=0)
         queue = queue.gather(-1, order.gather(-1, (positions(queue) + surplus).clamp(max=width - 1)))
         left = left - surplus
-    beyond = alive.shape[1]
     places = torch.where(positions(queue) < left, queue, beyond)
-    return torch.zeros_like(alive[:, :1]).expand(-1, beyond + 1).scatter(-1, places, True)[:, :beyond]
+    return nothing.scatter(-1, places, True)[:, :beyond]
 
 
 VISPRUNER = RecoveryMethod(

@@ -22,7 +22,7 @@ PRESET = "balanced"
 WIDER, HEAD = 4, 64
 """Ratio of the widths of LLaVA-1.5-7B's language model and CLIP's ViT-L, and the width of a head of the latter."""
 
-_BATCH = 8
+_BATCH, _CHECKED = 8, 5
 
 
 @torch.no_grad()
@@ -136,9 +136,11 @@ class _LoopTurn:
         return self.loop(self.turn.rows(slice(image, image + 1)), self.budget)
 
     def check(self) -> None:
-        """Refuse a loop that chooses other patches of the first image than the method."""
-        kept = select_tokens(self.turn.rows(slice(0, 1)), self.turn.config).kept_mask[0]
-        if not kept.nonzero().flatten().equal(self.choose(0)):
+        """Refuse a loop that chooses other patches in most images: in a few, rounding may decide a near tie."""
+        images = min(_CHECKED, len(self.turn.projected))
+        kept = select_tokens(self.turn.rows(slice(0, images)), self.turn.config).kept_mask
+        same = [row.nonzero().flatten().equal(self.choose(image)) for image, row in enumerate(kept)]
+        if 2 * sum(same) <= len(same):
             raise RuntimeError(f"The published loop of {self.turn.config.method!r} chooses other patches.")
 
 

@@ -64,11 +64,12 @@ def scope_loop(features: VisualFeatures, budget: int) -> Tensor:
 def vispruner_loop(features: VisualFeatures, budget: int) -> Tensor:
     """VisPruner: half by class attention; of the rest, eight patches a round are dropped that resemble an odd one."""
     unit, important = _units(features.hidden_states), budget // 2
+    cosine = unit @ unit.T
     order = features.saliency("mean")[0].argsort(descending=True)
     left = order[important:]
     while len(left) > budget - important:
         even, odd = left[::2], left[1::2]
-        likeness = (unit[even] @ unit[odd].T).amax(-1)
+        likeness = cosine[even][:, odd].amax(-1)
         surplus = min(8, len(left) - (budget - important))
         left = torch.cat([even[likeness.argsort(descending=True)[surplus:]], odd])
     return torch.cat([order[:important], left]).sort().values
