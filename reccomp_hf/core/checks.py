@@ -87,8 +87,9 @@ def check_ids(name: str, value: Any, dimensions: int | None) -> None:
 
 
 def check_known_ids(name: str, ids: Tensor, vocabulary: int) -> None:
-    """Refuse ids that an embedding of some tokens does not have; reads the ids."""
-    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocabulary):
+    """Refuse ids, on a CPU, that an embedding of some tokens does not have."""
+    unknown = (ids < 0) | (ids >= vocabulary)
+    if len(unknown.flatten().int().bincount()) > 1:  # it has a 1 besides zeros
         raise ValueError(
             f"{name} must be ids from 0 to {vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}: use the "
             "processor of this checkpoint, whose tokenizer fits its text encoder."

@@ -162,7 +162,7 @@ def did_you_mean(word: Any, known: Collection[str], otherwise: str = "") -> str:
     Args:
         word: The unknown word.
         known: The known ones.
-        otherwise: The text to return where no word is near.
+        otherwise: The text to return if no word is near.
     """
     near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.7)
     return f"did you mean {near[0]!r}?" if near else otherwise

@@ -275,15 +275,15 @@ def test_a_prompt_ends_at_the_last_position(folder, fields):
     """Rows whose prompts take 508 to 513 of 512 positions: the last ones are errors, and answers end at the limit."""
     model, processor = demo_model()
     image = Image.open(folder / "good.png").convert("RGB")
-    taken = {}
-    for count in range(300, 520):
+
+    def length_of(count):
         inputs = processor(images=image, text=build_prompt(processor, "Is a" + " red" * count, 1), return_tensors="pt")
-        length = inputs["input_ids"].shape[1] - (
-            128 if "compact" in fields.values() else 0
-        )  # 16 of 144 tokens are left
-        if 508 <= length <= 513:
-            taken[length] = count
-    assert sorted(taken) == list(range(508, 514))
+        cut = 128 if "compact" in fields.values() else 0  # 16 of 144 tokens are left
+        return inputs["input_ids"].shape[1] - cut
+
+    first = 508 - length_of(0)  # each word is one token
+    taken = {length_of(count): count for count in range(first, first + 6)}
+    assert list(taken) == list(range(508, 514))
     rows = [{**GOOD, "question": "Is a" + " red" * count} for count in taken.values()]
     data = write_lines(folder / "data.jsonl", [GOOD, *rows])
     first, *found = answers(data, folder / "out.jsonl", token_recovery=fields, max_new_tokens=6)
