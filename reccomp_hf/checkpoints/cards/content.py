@@ -194,7 +194,7 @@ def _summary(facts: CardFacts) -> str:
 
 
 def _at_most(facts: CardFacts) -> str:
-    """What stands before a number of tokens: with rules it is the largest."""
+    """The words before a number of tokens, which with rules is the largest."""
     return "at most " if facts.section.rules and facts.section.enabled else ""
 
 
