@@ -21,7 +21,7 @@ from .checks import check_finite, check_question, no_question_hint
 from .compat import clip_vision_model, parameter
 from .configuration import TokenRecoveryConfig
 from .graphs import GraphCache
-from .groups import GroupedPictures, check_rule, read_rules_of_images
+from .groups import GroupedPictures, check_rule, read_rules_of_images, take_rows
 from .layout import ImageLayout
 from .methods.budgets import budget_tokens
 from .methods.registry import get_method
@@ -171,7 +171,7 @@ class FrontMixin(RecoveryModulesMixin):
         if section.rules:
             rule = check_rule(rule, input_ids.shape[0]).to(input_ids.device)
             rules, rows = read_rules_of_images(rule, placeholders.row, len(section.rules))
-            missing &= torch.tensor(reads, device=rule.device)[rule + 1]
+            missing = missing & constant(rule, tuple, tuple(reads))[rule + 1]
             if len(set(rules)) > 1:
                 pictures = self._run_groups(inputs, plan, rules, rows)
                 return ChosenPrompts(pictures, plan, placeholders, missing)
@@ -211,10 +211,10 @@ class FrontMixin(RecoveryModulesMixin):
             for state in self._needed_states(settings, plan.feature_layer):
                 index[_state_name(state)] = own_tiles
             read = self._without_unread(inputs, settings)
-            part = {name: read[name][chosen] for name, chosen in index.items() if name in read}
+            part = {name: take_rows(read[name], chosen) for name, chosen in index.items() if name in read}
             if "question" in part:
                 of_tile = [asked.index(rows[image]) for image in group for _ in range(tiles[image])]
-                part["question_of_tile"] = torch.tensor(of_tile, device=part["windows"].device)
+                part["question_of_tile"] = torch.tensor(of_tile).to(part["windows"].device)
             own_plan = dataclasses.replace(plan, section=settings, layout=layout.with_newlines(settings.newlines))
             parts.append(self._run_front(part, own_plan))
         return GroupedPictures(parts, groups, tiles)

@@ -152,9 +152,12 @@ def _padded(parts: Sequence[Tensor], fill: float) -> list[Tensor]:
 
 def _in_order(values: Sequence[Tensor], numbers: list[int]) -> Tensor:
     """The rows of tensors, one after the other, sorted by their numbers."""
-    joined = torch.cat(list(values))
-    order = sorted(range(len(numbers)), key=numbers.__getitem__)
-    return joined.index_select(0, torch.tensor(order).to(joined.device))
+    return take_rows(torch.cat(list(values)), sorted(range(len(numbers)), key=numbers.__getitem__))
 
 
-__all__ = ["GroupedPictures", "check_rule", "read_rules_of_images"]
+def take_rows(values: Tensor, rows: Sequence[int]) -> Tensor:
+    """Rows of a tensor by their numbers."""
+    return values.index_select(0, torch.tensor(rows).to(values.device))
+
+
+__all__ = ["GroupedPictures", "check_rule", "read_rules_of_images", "take_rows"]

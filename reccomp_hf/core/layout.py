@@ -91,7 +91,7 @@ class ImageLayout:
         )
         ends = itertools.accumulate(tiles)
         moves = [end - size - starts[image] for image, size, end in zip(images, tiles, ends, strict=True)]
-        index, moved = torch.tensor([list(images), moves], device=self.slots.device)
+        index, moved = torch.tensor([list(images), moves]).to(self.slots.device)
         slots, rows = (part[index, : max(lengths)] for part in (self.slots, self.rows))
         slots = torch.where(slots < 0, slots, slots + moved.unsqueeze(-1) * self.patches)
         return dataclasses.replace(self, slots=slots, rows=rows, tiles=tiles, lengths=lengths, patch_counts=counts)

@@ -36,6 +36,7 @@ SECTIONS = {
     "pooling": {"method": "pooling_2x2"},
     "prumerge": {"method": "prumerge_plus", "budget": 32, "method_options": {"neighbors": 16}},
     "off": {"enabled": False},
+    "rules": {"budget": 16, "rules": [{"begins": "how many", "budget": 24}]},
 }
 
 

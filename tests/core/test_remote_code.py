@@ -24,6 +24,7 @@ from reccomp_hf.demo import checkpoint_folder
 ALL = {**MODEL_SETTINGS, **{name: {"method": name} for name in ("pooling_2x2", "base_tile")}}
 FEW = {name: MODEL_SETTINGS[name] for name in ("paper", "spread")}
 HEADS = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForMultimodalLM")
+RULES = [{"begins": "how many", "budget": 12}]  # fits one row of ROWS
 WRITERS = ("saved", "4x", "5x")  # model.save_pretrained here, and files of either line with the code added
 
 
@@ -33,6 +34,9 @@ def written(architecture, writer, folder):
         built = folder.with_suffix(".built")
         architecture.compressed().save_pretrained(built)
         architecture.processor().save_pretrained(built)
+        config = json.loads((built / "config.json").read_text())
+        config["token_recovery"]["rules"] = RULES
+        (built / "config.json").write_text(json.dumps(config))
         for cls in (architecture.model_class, architecture.processor_class):
             cls.from_pretrained(built).save_pretrained(folder)
         return folder

@@ -1,5 +1,7 @@
 """Rows of a batch under different rules: each is read as it is alone."""
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -15,6 +17,11 @@ from architectures import (
     labels_of,
 )
 from host_reads import HostReads
+from prefill_elsewhere import costs_elsewhere
+from tape import TapeRecorder
+
+from reccomp_hf.core import front
+from reccomp_hf.core.graphs import GraphCache
 
 RULES = [
     {"begins": "how many", "budget": 12},
@@ -77,6 +84,13 @@ def test_a_mixed_batch_answers_as_single_rows_with_the_rules_settings(architectu
             assert_same_records(records[STARTS[row] : STARTS[row] + images], theirs)
 
 
+def fixed_rules(method="trim"):
+    """Without a number of tokens that adapts to the image."""
+    return [
+        {**rule, "budget": rule["budget"] or 7, **({"method": method} if "method" in rule else {})} for rule in RULES
+    ]
+
+
 def last_logits(model, batch, fields):
     short, _ = model.compress_inputs(**batch, token_recovery=fields)
     last = short["attention_mask"].shape[1] - 1 - short["attention_mask"].flip(-1).argmax(-1)
@@ -133,14 +147,51 @@ def test_encoded_images_serve_every_rule(architecture, monkeypatch):
 @each_architecture
 def test_rules_read_the_device_once_more(architecture, monkeypatch):
     model = architecture.build(**COMMON)
-    fixed = [dict(rule, budget=rule["budget"] or 7) for rule in RULES]
-    for rules, extra in ((RULES, 1), (fixed, 1), ([], 0)):
+    for rules, extra in ((RULES, 1), (fixed_rules(), 1), ([], 0)):
         model.config.token_recovery = {"rules": rules}
         batch = encode(architecture)
         model.compress_inputs(**batch)  # constants are made
         with HostReads(monkeypatch) as reads:
             model.compress_inputs(**batch)
         assert len(reads.seen) == architecture.host_reads + extra, reads.seen
+
+
+@torch.no_grad()
+@each_architecture
+def test_groups_stay_on_the_device(architecture, monkeypatch):
+    """Apart from the two reads, which are answered from outside, nothing leaves the device: it would raise."""
+    stock, known = front.read_rules_of_images, []
+
+    def noted(rule, rows, count):
+        if not known:
+            known.append(stock(rule, rows, count))
+        return known[0]
+
+    monkeypatch.setattr(front, "read_rules_of_images", noted)
+    batch = encode(architecture)
+    fixed = {**COMMON, "rules": fixed_rules()}
+    assert len(costs_elsewhere(architecture, batch, fixed)) == 2
+    assert len(set(known[0][0])) == 5
+
+
+@torch.no_grad()
+@each_architecture
+def test_groups_are_recorded_one_by_one(architecture, caplog):
+    model, batch = copy.deepcopy(architecture.compressed()), encode(architecture)
+    fixed = {**COMMON, "rules": fixed_rules(method="recoverable")}  # of LLaVA-NeXT, "trim" cannot be recorded
+    dynamic = {**fixed, "rules": [fixed["rules"][0], RULES[1], *fixed["rules"][2:]]}
+    wanted = [generate(model, batch, token_recovery=fields) for fields in (fixed, dynamic)]
+    model._graphs = GraphCache(recorder=TapeRecorder())
+    for _ in range(2):
+        assert generate(model, batch, token_recovery=fixed).equal(wanted[0])
+    recorded = [key[0] for key in model._graphs._recordings]
+    assert sorted(set(recorded)) == ["front", "language model", "vision tower"]
+    assert recorded.count("front") == 5  # the common settings and four rules with images
+    assert not caplog.records
+    for _ in range(2):  # one rule adapts to the image: its group alone runs without a recording
+        assert generate(model, batch, token_recovery=dynamic).equal(wanted[1])
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "The front runs without a CUDA graph: it cannot be recorded: the number of tokens depends" in said
 
 
 @torch.no_grad()

@@ -66,9 +66,10 @@ def costs_elsewhere(architecture, batch, fields, times=2):
     numbers, stock = [], front.ChosenPrompts.sync_and_validate
 
     def note(chosen, splice=None):
-        values = stock(chosen, splice)
-        pictures = chosen.pictures
-        numbers[:] = [values, [*vars(pictures).get("sizes", ()), *(pictures.image_lengths or ())]]
+        read, given = chosen.pictures.read, []
+        with mock.patch.object(chosen.pictures, "read", lambda values: (given.extend(values), read(values))):
+            values = stock(chosen, splice)
+        numbers[:] = [values, given]
         return values
 
     def answer(chosen, splice=None):
