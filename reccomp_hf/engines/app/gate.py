@@ -1,4 +1,4 @@
-"""What a request to the page may do: few routes, small bodies, no file but the visitors' pictures."""
+"""Checks of a request to the page: few routes, small bodies, no file but the visitors' pictures."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class Talks:
 
     Args:
         model: A compressed LLaVA, in eval mode.
-        processor: Its processor.
+        processor: The model's processor.
         max_new_tokens: Tokens of the longest answer.
     """
 
