@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import signal
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
-from .choices import APP_NEW_TOKENS
 from .options import add_checkpoint, add_command, add_cuda_graph, add_device, add_dtype, count
 from .output import say
+
+DEFAULT_NEW_TOKENS = 128
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -39,7 +42,11 @@ def run(arguments: argparse.Namespace) -> None:
         name = names_of(arguments.model)[0]
         with open_page(talks, name, arguments.host, arguments.port, tuple(arguments.allow_host)) as (_, url):
             say(f"The page of {name} is at {url} (Ctrl-C ends it).")
-            threading.Event().wait()
+            stop = threading.Event()
+            signal.signal(signal.SIGTERM, lambda *_: stop.set())  # as Ctrl-C: visitors' pictures are deleted
+            with contextlib.suppress(KeyboardInterrupt):
+                stop.wait()
+        say("Stopped.")
 
 
 def _check_packages() -> None:
@@ -88,7 +95,7 @@ def register(commands: Any) -> None:
         "other addresses)",
     )
     command.add_argument(
-        "--max-new-tokens", type=count, default=APP_NEW_TOKENS, metavar="N", help="tokens of the longest answer"
+        "--max-new-tokens", type=count, default=DEFAULT_NEW_TOKENS, metavar="N", help="tokens of the longest answer"
     )
     command.add_argument(
         "--space", metavar="DIR", help="write a Space of the Hugging Face Hub that shows the page, and open no page"

@@ -31,8 +31,6 @@ DYNAMIC = "dynamic"  # measure.benchmark.DYNAMIC
 
 SERVE_BATCH_SIZE, SERVE_WAITING, SERVE_SECONDS = 16, 64, 600  # engines.server.answering
 
-APP_NEW_TOKENS = 128
-
 EVAL_BATCH_SIZE = 64  # measure.evaluation.DEFAULT_BATCH_SIZE
 EVAL_SETTINGS = "off,paper,balanced:0.1,text:0.1,visual:0.1,coverage:0.1,random:0.1,pool:0.1"  # its DEFAULT_SETTINGS
 # The methods among measure.evaluation.named_settings

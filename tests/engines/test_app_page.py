@@ -9,10 +9,12 @@ import subprocess
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 
 import conftest
 import pytest
 import yaml
+from app_pages import served
 from demo_model import demo_model
 from paths import INSTALLED
 
@@ -61,7 +63,7 @@ def test_the_page_fetches_nothing_from_elsewhere(port):
     assert loaded and [one for one in loaded if "://" in one and "127.0.0.1" not in one] == []
     assert "fonts.googleapis" not in get(port, "/theme.css")[2]
     config = json.loads(get(port, "/config")[2])
-    assert (config["analytics_enabled"], config["is_space"], config["footer_links"]) == (False, False, [])
+    assert (config["analytics_enabled"], config["footer_links"]) == (False, [])
 
 
 def test_files_of_the_machine_are_not_read(port):
@@ -138,6 +140,20 @@ with open_page(Talks(*load("demo", {}, "cpu"), max_new_tokens=4), "demo", port=0
         timeout=300,
     )
     assert done.stdout.strip().splitlines()[-1:] == ["True False None []"], done.stderr
+
+
+def test_pictures_are_deleted_when_the_page_ends(tmp_path, monkeypatch):
+    with served("demo", folder=tmp_path, TMPDIR=str(tmp_path)) as url:
+        port = int(url.rpartition(":")[2])
+        monkeypatch.setattr(conftest, "OPEN_PORTS", {port})
+        boundary = '--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\npicture\r\n--x--\r\n'
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("POST", "/gradio_api/upload", boundary, {"Content-Type": "multipart/form-data; boundary=x"})
+        (path,) = json.loads(connection.getresponse().read())
+        connection.close()
+        assert Path(path).read_text() == "picture" and Path(path).is_relative_to(tmp_path)
+        assert get(port, f"/gradio_api/file={path}")[2] == "picture"
+    assert list(tmp_path.glob("reccomp-app-*")) == []
 
 
 def test_a_port_in_use_is_one_sentence(port, error):

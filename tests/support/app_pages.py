@@ -41,7 +41,7 @@ def served(*arguments: str, script: Path | None = None, folder: Path, **environm
         yield _address(process, lines)
     finally:
         process.terminate()
-        process.wait(30)
+        assert process.wait(60) == 0
         reader.join(10)
         process.stdout.close()
 

@@ -1,4 +1,4 @@
-"""The limits of requests to the page: few routes, small bodies, no file but the visitors' pictures."""
+"""Checks of a request to the page: few routes, small bodies, no file but the visitors' pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The handlers of the page's controls: each handler returns values for the page's places."""
+"""The actions of the page's controls: each handler returns values for the page's places."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ CSS = """
 .rc-pair {display: grid; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); gap: 1rem;}
 .rc-scale span {display: inline-block; width: 8rem; height: .7rem; vertical-align: middle; border-radius: 3px;
   background: linear-gradient(90deg, #00224e, #414d6b, #7d7c78, #bcaf6f, #fee838);}
-.rc-log {width: 100%; border-collapse: collapse; table-layout: fixed;}
+.rc-log {border: 0 !important; width: 100%; border-collapse: collapse; table-layout: fixed;}
 .rc-log th:first-child {width: 40%;}
 .rc-log th, .rc-log td {text-align: left; vertical-align: top; padding: .4rem .5rem; overflow-wrap: anywhere;
   border-bottom: 1px solid var(--border-color-primary);}
