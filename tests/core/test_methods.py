@@ -10,7 +10,8 @@ import pytest
 import torch
 from cases import MASKS, mask_of_counts
 from method_cases import DTYPES, DYNAMIC, HEADS, MERGING, check, draw, each_budget, every_method
-from oracle_methods import OPTIONS, tile_budgets
+from oracle_budgets import tile_budgets
+from oracle_methods import OPTIONS
 
 from reccomp_hf import TokenRecoveryConfig
 

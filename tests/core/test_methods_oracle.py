@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from oracle_methods import Tile, choose, crops_of, tile_budgets
+from oracle_budgets import tile_budgets
+from oracle_methods import Tile, choose, crops_of
 
 
 def tile(a, keys=None, h=None, p=None, s=None, heads=1, **options):

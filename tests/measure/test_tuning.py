@@ -16,16 +16,6 @@ from reccomp_hf.demo import VALIDATION_SEEDS
 from reccomp_hf.measure.evaluation import Sample, demo_samples, parse_setting
 from reccomp_hf.measure.tuning import Goal, jensen_shannon, running, tune
 from reccomp_hf.measure.tuning.candidates import FEW, LISTS, budget_ladder, candidate_settings
-from reccomp_hf.measure.tuning.choosing import (
-    SHRINKAGE,
-    Plan,
-    Scores,
-    cheapest,
-    closest,
-    plans_by_group,
-    survivors,
-    within,
-)
 from reccomp_hf.measure.tuning.kinds import beginning
 from reccomp_hf.measure.tuning.measuring import measure
 from reccomp_hf.measure.tuning.result import section_of
@@ -105,100 +95,6 @@ def test_the_vision_tower_runs_once_for_all_settings():
     measure(model, processor, validation_samples(4), settings, 2)
     hook.remove()
     assert len(calls) == 2  # the other one is the uncompressed model's own
-
-
-# ---- choosing ------------------------------------------------------------------------------------------------------
-
-
-def scores(divergence, tokens, agrees=None):
-    divergence = np.array(divergence, float)
-    tokens = np.broadcast_to(np.array(tokens, float)[:, None], divergence.shape)
-    agrees = np.ones_like(divergence) if agrees is None else np.array(agrees, float)
-    return Scores(tuple("abcdefgh"[: len(divergence)]), divergence, agrees, tokens)
-
-
-def test_a_group_is_shrunk_toward_all_questions():
-    """Setting b is better by d for the group's n questions, and worse for the others: n d against m times the rest."""
-    for count, differs in ((6, False), (60, True)):
-        others = 100
-        group = ["how many"] * count + ["what color"] * others
-        gain, loss = 0.1, 0.1
-        table = scores(
-            [[0.2] * (count + others), [0.2 - gain] * count + [0.2 + loss] * others],
-            [8, 8],
-        )
-        mean = (others * loss - count * gain) / (count + others)
-        assert (count * gain > SHRINKAGE * mean) == differs  # what shrinkage says by hand
-        plan, *_ = plans_by_group(table, group)
-        assert plan == Plan("a", {"how many": "b"} if differs else {})
-
-
-def test_groups_that_are_too_small_keep_the_common_setting():
-    group = ["how many"] * 4 + ["what color"] * 4 + ["is there"] * 40
-    table = scores([[0.9] * 8 + [0.1] * 40, [0.0] * 8 + [0.2] * 40], [8, 8])
-    plans = plans_by_group(table, group)
-    assert all(plan.setting("how many") == plan.setting("what color") == plan.common for plan in plans)
-
-
-def test_a_mean_number_of_tokens_is_spent_where_it_helps():
-    """Counting needs 16 tokens, colours do with 4: at a mean of 10 each group gets its own budget."""
-    group = ["how many"] * 50 + ["what color"] * 50
-    table = scores([[0.8] * 50 + [0.1] * 50, [0.4] * 50 + [0.09] * 50, [0.1] * 50 + [0.08] * 50], [4, 10, 16])
-    plans = plans_by_group(table, group)
-    plan = within(plans, table, group, 10)
-    assert {key: plan.setting(key) for key in ("how many", "what color")} == {"how many": "c", "what color": "a"}
-    assert table.of_plan(plan, group).tokens.mean() == 10
-    means = [table.of_plan(plan, group).tokens.mean() for plan in plans]
-    divergences = [table.of_plan(plan, group).divergence.mean() for plan in plans]
-    assert means == sorted(means, reverse=True) and divergences == sorted(divergences)
-    assert within(plans, table, group, 1) == plans[-1]  # nothing fits: the fewest
-
-
-def each_setting(table, groups):
-    return [Plan(name) for name in table.names]
-
-
-def test_the_fewest_tokens_that_keep_a_share_of_the_answers():
-    group, folds = ["all"] * 10, np.arange(10) % 2 == 0
-    agrees = [[1] * 6 + [0] * 4, [1] * 8 + [0] * 2, [1] * 9 + [0]]
-    table = scores(np.array([[0.3], [0.2], [0.1]]) * np.ones(10), [4, 8, 16], agrees)
-    taken = [cheapest(each_setting, table, group, folds, share).common for share in (0.5, 0.7, 0.9, 0.99)]
-    assert taken == ["a", "b", "c", "c"]
-
-
-def test_a_share_that_is_kept_by_luck_does_not_count():
-    """Of 7 settings that keep half of the answers at random, the best looks better than it is: not across folds."""
-    rng = np.random.default_rng(0)
-    agrees = np.concatenate([rng.integers(0, 2, (7, 30)), np.ones((1, 30), int)])
-    table = scores(1.0 - agrees, [4] * 7 + [16], agrees)
-    group, folds = ["all"] * 30, np.arange(30) % 2 == 0
-    best = agrees[:7].mean(1).max()
-    assert best > 0.65
-
-    def best_of_budgets(table, groups):
-        return [closest(table.some("abcdefg")), closest(table.some("h"))]
-
-    assert best_of_budgets(table, group)[0].common == "abcdefg"[agrees[:7].mean(1).argmax()]
-    assert cheapest(best_of_budgets, table, group, folds, best).common == "h"
-
-
-def test_half_of_the_settings_of_a_budget_survive():
-    table = scores(np.arange(8.0)[:, None] * np.ones((8, 3)), [4] * 8)
-    assert survivors(table, [4, 4, 4, 4, 8, 8, 8, 8], 1) == ["a", "b", "e", "f"]
-    assert survivors(table, [4] * 8, 6) == list("abcdef")
-
-
-@pytest.mark.parametrize(
-    ("question", "expected"),
-    [
-        ("How many objects are there?", "how many"),
-        ('  "How   MANY, please"', "how many"),
-        ("What?", "what"),
-        ("\nIs there a dog?", "is there"),
-    ],
-)
-def test_a_kind_of_question_is_its_first_two_words(question, expected):
-    assert beginning(question) == expected
 
 
 # ---- candidates ----------------------------------------------------------------------------------------------------
@@ -414,20 +310,6 @@ def test_goals_that_contradict_themselves(options, message):
 def test_arguments_that_cannot_be_used(options, message):
     with pytest.raises(ValueError, match=message):
         run(**options)
-
-
-def test_rules_hold_what_differs_from_the_common_setting():
-    """Also where another method would bring other defaults of the fields that are equal."""
-    names = ["balanced:14", "divprune:14", "balanced:36", "cdpruner:14+text_relevance=value+text_relevance_sign=1"]
-    settings = {name: {**parse_setting(name).fields, "position_ids": "original"} for name in names}
-    groups = {"how many": names[2], "is there": names[1], "are there": names[1], "what color": names[3]}
-    section = section_of(Plan("balanced:14", groups), settings)
-    assert section["budget"] == 14
-    assert section["rules"][0] == {"begins": ["how many"], "budget": 36}
-    assert [rule["begins"] for rule in section["rules"]] == [["how many"], ["is there", "are there"], ["what color"]]
-    read = reccomp_hf.TokenRecoveryConfig(**section)
-    for rule, name in zip(read.all_settings[1:], (names[2], names[1], names[3]), strict=True):
-        assert rule.overridable() == reccomp_hf.TokenRecoveryConfig(**settings[name]).overridable()
 
 
 def test_a_section_by_question_reads_what_was_measured():

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from oracle import cosine, softmax, top
+from oracle_budgets import tile_budgets
 
 Array = np.ndarray
 
@@ -72,27 +73,6 @@ class Choice:
 
 
 # ---- budgets -------------------------------------------------------------------------------------------------------
-
-
-def image_budget(budget: float, patches: int) -> int:
-    """Tokens of an image, by its number of valid patches."""
-    if isinstance(budget, int):
-        return min(budget, patches)
-    return min(patches, max(1, math.floor(budget * patches + 0.5)))
-
-
-def tile_budgets(budget: float, patches: Sequence[int]) -> list[int]:
-    """Tokens of each of an image's tiles, in proportion to their valid patches, by largest remainder."""
-    total, everything = image_budget(budget, sum(patches)), sum(patches)
-    shares = [Fraction(total * count, everything) if everything else Fraction(0) for count in patches]
-    given = [math.floor(share) for share in shares]
-    by_remainder = sorted(range(len(patches)), key=lambda t: (given[t] - shares[t], t))
-    for t in by_remainder[: total - sum(given)]:
-        given[t] += 1
-    return given
-
-
-# ---- choices by saliency -------------------------------------------------------------------------------------------
 
 
 def outlier_count(tile: Tile, scores: Sequence[float]) -> int:

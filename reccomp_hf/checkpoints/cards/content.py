@@ -316,9 +316,7 @@ def _cost_rows(cost: dict[str, Any]) -> list[dict[str, str]]:
 
 def _number(value: float) -> str:
     """Three significant digits, whole numbers from 100 on."""
-    if value >= 100 or value == int(value):
-        return f"{value:,.0f}"
-    return f"{value:#.3g}"
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:#.3g}"
 
 
 def _results(facts: CardFacts) -> str:
