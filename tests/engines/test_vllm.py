@@ -253,7 +253,8 @@ def test_the_tower_sees_few_pictures_at_once(fresh, expected):
     answers = ask(fresh, batch)
     handle.remove()
     assert sum(seen) == len(batch)
-    assert max(seen) == TOWER_TILES
+    assert max(seen) == TOWER_TILES  # of as many requests, each of one picture
+    assert len(seen) <= 6
     assert answers[: len(PAIRS)] == [expected(user(question), (number,)) for number, question in PAIRS]
 
 
