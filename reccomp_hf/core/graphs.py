@@ -89,6 +89,7 @@ class _Recording:
     replay: Callable[[], None]
     outputs: Tensors
     constants: list[Tensor]
+    computation: Computation  # keeps alive what it refers to, whose memory the recording reads
 
 
 class GraphCache:
@@ -187,7 +188,7 @@ class GraphCache:
             self._recordings.popitem(last=False)
         buffers = {part: value.clone() for part, value in inputs.items()}
         with used_constants() as constants:
-            recording = _Recording(buffers, *self.recorder(computation, buffers), constants)
+            recording = _Recording(buffers, *self.recorder(computation, buffers), constants, computation)
         self._recordings[key] = recording
         return recording
 

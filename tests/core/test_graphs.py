@@ -3,10 +3,13 @@
 What the recordings are kept by, when they are dropped, what is refused and why, with real models.
 """
 
+import contextlib
 import copy
+import gc
 import logging
 import pickle
 import re
+import weakref
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from torch import nn
 from reccomp_hf.core import prefill
 from reccomp_hf.core.graphs import CudaRecorder, GraphCache
 from reccomp_hf.core.prefill import additive_mask
-from reccomp_hf.core.tensors import _kept_constant
+from reccomp_hf.core.tensors import _kept_constant, used_constants
 
 
 def recorded(model, **options):
@@ -364,3 +367,33 @@ def test_a_recording_keeps_the_constants_that_it_reads(model):
     front = next(value for key, value in model._graphs._recordings.items() if key[0] == "front")
     _kept_constant.cache_clear()  # as other calls would in time
     assert len({id(constant) for constant in front.constants}) >= 3
+
+
+class AddressRecorder:
+    """Keeps nothing of what a computation reads, as a CUDA graph keeps addresses alone."""
+
+    device_type = "cpu"
+
+    def turn(self, device):
+        return contextlib.nullcontext()
+
+    def __call__(self, computation, inputs):
+        with used_constants():  # nor those
+            outputs = computation(inputs)
+        return lambda: None, {name: value.clone() for name, value in outputs.items()}
+
+
+def test_a_recording_keeps_the_layout_that_was_made_before_it(model, monkeypatch):
+    made, layout_of = [], model._layout
+    monkeypatch.setattr(model, "_layout", lambda *inputs: made.append(layout_of(*inputs)) or made[-1])
+    model._graphs = GraphCache(recorder=AddressRecorder())
+    tokens_of(model, LLAVA.encode(ROWS[:1]))
+    assert any(key[0] == "front" for key in model._graphs._recordings)
+    slots = [weakref.ref(layout.slots) for _, layout in made]
+    made.clear()
+    _kept_constant.cache_clear()
+    gc.collect()
+    assert slots and all(slot() is not None for slot in slots)
+    model._graphs.clear()
+    gc.collect()
+    assert all(slot() is None for slot in slots)
