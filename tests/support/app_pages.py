@@ -71,7 +71,7 @@ class Visitor:
 
     def __init__(self, browser: Any, url: str, width: int = 1280, scheme: str = "light") -> None:
         self.context = browser.new_context(viewport={"width": width, "height": 860}, color_scheme=scheme)
-        self.context.set_default_timeout(30_000)
+        self.context.set_default_timeout(60_000)
         self.tab = self.context.new_page()
         self.elsewhere: list[str] = []
         self.errors: list[str] = []

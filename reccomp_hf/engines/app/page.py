@@ -90,7 +90,8 @@ def build_page(talks: Talks, name: str, folder: Path) -> gr.Blocks:
             **_MODEL,
         }
         for menu, slider, _ in columns:
-            menu.input(handlers.fit, [menu, slider], slider, **_QUICK).then(**repeat)
+            # Not `input`, which a menu also sends when the focus leaves it.
+            menu.change(handlers.fit, [menu, slider], slider, **_QUICK).then(**repeat)
             slider.input(trigger_mode="always_last", **repeat)
         mode.input(**repeat)
     page.queue(max_size=MAX_WAITING, api_open=False)
