@@ -164,7 +164,7 @@ class RecCompGenerationMixin(InnerModelMixin, RecCompMixin):
             mask = kwargs.get("attention_mask")
             kwargs["position_ids"] = counted_positions(torch.ones_like(prompt) if mask is None else mask)
         question = QuestionIds(recovery_input_ids, recovery_attention_mask, recovery_rule)
-        compressed = self._compress({"input_ids": prompt, **kwargs}, question, section)
+        compressed = self._compress({"input_ids": prompt, **kwargs}, question, section, keeps_last_columns=False)
         width = compressed.inputs["input_ids"].shape[1]
         passed = PassedPrompt(prompt, kwargs.get("attention_mask"), width)
         generation_config, lengths = self._uncut_lengths(generation_config, kwargs, prompt.shape[1], passed.removed)

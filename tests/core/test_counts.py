@@ -54,8 +54,9 @@ def random_image(patches, batch=BATCH, width=WIDTH):
 
 def further(states):
     """Features that some methods read besides, for images with these hidden states (B, N, C)."""
-    batch, patches = states.shape[:2]
-    return {"projected": torch.randn(batch, patches, PROJECTED), "received": torch.rand(batch, 2, patches)}
+    batch, patches, width = states.shape
+    others = {"projected": torch.randn(batch, patches, PROJECTED), "received": torch.rand(batch, 2, patches)}
+    return {**others, "class_state": torch.randn(batch, width)}
 
 
 def counted(config, patches, **shape):

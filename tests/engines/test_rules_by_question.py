@@ -17,9 +17,9 @@ from reccomp_hf.checkpoints.loading import load
 from reccomp_hf.core.rules import find_rule
 from reccomp_hf.data.rows import open_rows
 from reccomp_hf.engines.predict import predict
+from reccomp_hf.engines.predict.answering import ModelAnswerer
 from reccomp_hf.engines.predict.batching import plan_batches
 from reccomp_hf.engines.predict.questions import Columns, Questions
-from reccomp_hf.engines.predict.running import _Answerer
 from reccomp_hf.engines.server import answering
 from reccomp_hf.engines.server.answering import Service
 from reccomp_hf.measure.benchmark.batches import noise_batch
@@ -83,8 +83,8 @@ def test_predict_answers_rows_of_different_rules_in_one_batch(loaded, tmp_path):
 
 
 def test_a_run_resumes_under_the_same_rules_only(loaded):
-    first, other = (_Answerer(*loaded, "", 8, {"rules": rules}).fingerprint() for rules in (RULES, RULES[:1]))
-    assert first == _Answerer(*loaded, "", 8, {}).fingerprint()
+    first, other = (ModelAnswerer(*loaded, "", 8, {"rules": rules}).fingerprint() for rules in (RULES, RULES[:1]))
+    assert first == ModelAnswerer(*loaded, "", 8, {}).fingerprint()
     assert {name for name in first if first[name] != other[name]} == {"token_recovery.rules"}
 
 
@@ -93,7 +93,7 @@ def test_batches_are_planned_by_the_rules_tokens(loaded, tmp_path):
     texts = ["Is there a red ring?", "What color is it?", "How many are there?"]
     rows = [{"image": save_pictures(tmp_path, 1)[0]["image"], "question": text} for text in texts]
     questions = Questions(open_rows(write_lines(tmp_path / "data.jsonl", rows)), Columns(), processor)
-    plan = plan_batches(questions, model, model.config.token_recovery, processor, 1)
+    plan = plan_batches(questions, model.config, model.config.token_recovery, processor, 1)
     assert plan.batches == [[2], [1], [0]]
 
 
