@@ -37,7 +37,7 @@ def constant(like: Tensor, make: Callable[..., Any], *arguments: Any) -> Tensor:
     """
     if _is_traced(like):
         return torch.as_tensor(make(*arguments)).to(like.device)
-    tensor = _kept_constant(like.device, make, *arguments)
+    tensor = _kept_constant(like.device, make, _types(arguments), *arguments)
     if (constants := _USED.get()) is not None:
         constants.append(tensor)
     return tensor
@@ -62,8 +62,13 @@ def used_constants() -> Iterator[list[Tensor]]:
         _USED.reset(token)
 
 
-@functools.lru_cache(maxsize=128, typed=True)
-def _kept_constant(device: torch.device, make: Callable[..., Any], *arguments: Any) -> Tensor:
+def _types(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Types of values, at every depth: (True, False) and (1, 0) are equal, but make different tensors."""
+    return tuple(_types(value) if type(value) is tuple else type(value) for value in values)
+
+
+@functools.lru_cache(maxsize=128)
+def _kept_constant(device: torch.device, make: Callable[..., Any], types: tuple[Any, ...], *arguments: Any) -> Tensor:
     with torch.inference_mode(False):  # an inference tensor could not serve a training step later
         return torch.as_tensor(make(*arguments)).to(device)
 

@@ -11,7 +11,7 @@ from second_device import DEVICE
 from torch._subclasses import FakeTensorMode
 
 from reccomp_hf.core.front import FrontPlan
-from reccomp_hf.core.tensors import constant, used_constants
+from reccomp_hf.core.tensors import _kept_constant, constant, used_constants
 
 # Operators of a prefill up to the language model, of all its modules: no more than when this was written.
 MOST_OPERATORS = {
@@ -140,6 +140,18 @@ def test_constants_are_made_once_and_may_be_kept():
         assert constant(like, make, 3) is constant(like, make, 3)
     assert made == [3] and constant(like, make, 3).tolist() == [0, 1, 2]
     assert [value.tolist() for value in used] == [[0, 1, 2]] * 2
+
+
+@pytest.mark.parametrize("pair", [((True, False), (1, 0)), ((1, 0), (True, False)), ((1, 2), (1.0, 2.0))], ids=str)
+def test_constants_of_equal_values_keep_their_types(pair):
+    """Python holds (True, False) and (1, 0) equal, and as an index they mean other things."""
+    _kept_constant.cache_clear()
+    like = torch.zeros(1)
+    for values in (*pair, *pair):
+        made = constant(like, tuple, values)
+        assert made.dtype == torch.tensor(values).dtype and made.tolist() == list(values)
+    nested = [constant(like, lambda rows: rows, ((values[0],),)) for values in pair]
+    assert nested[0].dtype != nested[1].dtype
 
 
 def test_constants_made_in_inference_serve_training():

@@ -51,8 +51,8 @@ def devices(tree):
 def constants_kept():
     """Constants are fake tensors, made on the host and copied at their first use, and kept as real ones are."""
 
-    @functools.lru_cache(typed=True)
-    def kept(device, make, *arguments):
+    @functools.lru_cache
+    def kept(device, make, types, *arguments):
         with unset_fake_temporarily():
             values = torch.as_tensor(make(*arguments))
         return torch.zeros(values.shape, dtype=values.dtype).to(device)
