@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..evaluation.samples import Sample, encode_samples
+from ..evaluation.samples import Sample, encode_samples, with_encoded_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +72,12 @@ def measure(
     """
     inputs = encode_samples(processor, samples, instruction).to(model.device, model.dtype)
     reference = _Reference.of(model, inputs, max_new_tokens)
-    encoded = model.encode_images(**inputs, token_recovery=list(settings.values()))
-    inputs = {name: value for name, value in inputs.items() if name not in ("pixel_values", "image_sizes")}
+    inputs = with_encoded_images(model, inputs, list(settings.values()))
     inputs |= reference.appended_to(inputs)
     measured = {}
     for name, fields in settings.items():
         output = model(
             **inputs,
-            pixel_values=encoded,
             token_recovery=dict(fields),
             logits_to_keep=reference.answers.shape[1],
             use_cache=False,
