@@ -93,7 +93,7 @@ class CompressedTrainerMixin:
 
 
 def _holds_labels(inputs: Any) -> bool:
-    """Whether a batch holds images beside labels."""
+    """Whether a batch holds images and labels."""
     return isinstance(inputs, Mapping) and {"pixel_values", "labels"} <= inputs.keys()
 
 

@@ -147,11 +147,9 @@ def test_everything_but_placeholders_stays(architecture, setting, side):
 @each_side
 def test_loss_and_logits_are_of_the_shortened_sequence(architecture, setting, side):
     model, batch = architecture.compressed(), architecture.encode(side=side)
-    labels, pixels = labels_of(model, batch), batch["pixel_values"]
-    output = model(**batch, labels=labels, token_recovery=setting)
-    encoded = model.encode_images(pixels, batch.pop("image_sizes", None), token_recovery=setting)
-    batch["pixel_values"] = encoded  # which stands for the pixels, see below: the tower runs twice in all
+    labels = labels_of(model, batch)
     short, _ = model.compress_inputs(**batch, labels=labels, token_recovery=setting)
+    output = model(**batch, labels=labels, token_recovery=setting)
     assert output.logits.shape[:2] == short["input_ids"].shape
     assert output.logits.shape[1] < batch["input_ids"].shape[1]
     expected, inside = stock_logits(architecture, short), short["attention_mask"].bool()
