@@ -34,6 +34,7 @@ class CompressedTrainerMixin:
     compute_loss_func: Any
     label_smoother: Any
     processing_class: Any
+    _tag_names: list[str]
     _prepare_inputs: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
