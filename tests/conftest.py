@@ -3,7 +3,9 @@
 The one exception is the `hub` fixture, a server in the test's own process.
 """
 
+import gc
 import importlib.util
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -42,6 +44,19 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     if EXPERIMENTS in module_path.parents and not importlib.util.find_spec("reccomp_hf.experiments"):
         return SkippedModule.from_parent(parent, path=module_path)
     return None
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Spare every test work that grows with what was imported.
+
+    Pytest attaches its handlers to each logger that does not propagate, three times a test, and torch has about eighty
+    of them. The garbage collector would look at all imported modules again and again.
+    """
+    for logger in logging.Logger.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger) and logger.name.startswith("torch"):
+            logger.propagate = True
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -182,9 +182,9 @@ def check_labels(inputs: Mapping[str, Any]) -> None:
     if inputs.get("num_items_in_batch") is not None and inputs.get("labels") is None:
         raise ValueError(
             "num_items_in_batch without labels: with label_smoothing_factor or compute_loss_func the Trainer keeps "
-            "the labels, which do not fit the logits of the shortened sequence. Leave both out, so that the model "
-            "computes the loss; or override Trainer.compute_loss and take the cut labels from "
-            "model.compress_inputs(**inputs)."
+            "the labels, which do not fit the logits of the shortened sequence. Put the mixin in front, class "
+            "MyTrainer(reccomp_hf.CompressedTrainerMixin, Trainer), or leave both out; a loop of your own takes the "
+            "cut labels from model.compress_inputs(**inputs)."
         )
 
 

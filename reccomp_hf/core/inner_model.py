@@ -21,11 +21,14 @@ from .checks import NO_QUESTION
 from .compat import CACHE
 from .front import QuestionIds
 
-_TRAINERS = (
+ASKING_TAG = "reccomp_hf"
+"""A tag that a trainer gives the model if it passes questions on to it."""
+
+_MIXIN = (
     "TRL's GRPOTrainer and RLOOTrainer lose it between sampling and scoring: put the mixin in front, class MyTrainer("
-    "reccomp_hf.CompressedTrainerMixin, GRPOTrainer). For other callers the processor of this checkpoint writes it "
-    "(AutoProcessor.from_pretrained)."
+    "reccomp_hf.CompressedTrainerMixin, GRPOTrainer)."
 )
+_TRAINERS = f"{_MIXIN} For other callers the processor of this checkpoint writes it (AutoProcessor.from_pretrained)."
 _stock: contextvars.ContextVar[bool] = contextvars.ContextVar("reccomp_stock", default=False)
 _sources: Any = WeakTensorKeyDictionary()  # embeddings of a shortened sequence -> where its slots come from
 
@@ -53,6 +56,18 @@ class InnerModelMixin:
         """Compress the inner model's own calls from now on."""
         self.model.register_forward_pre_hook(self._shorten_call, with_kwargs=True)
         self.model.register_forward_hook(self._lengthen_output, with_kwargs=True)
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """As the stock method, which TRL's trainers call when they are built; refuses the ones that lose the question.
+
+        Raises:
+            ValueError: `grpo` or `rloo` without the mixin, while the choice of tokens reads the question.
+        """
+        given = {tags} if isinstance(tags, str) else {*tags}
+        section = self._section(None)
+        if given & {"grpo", "rloo"} and ASKING_TAG not in given and section.enabled and self._reads_question(section):
+            raise ValueError(f"{NO_QUESTION} {_MIXIN}")
+        super().add_model_tags(tags)  # type: ignore[misc]
 
     def _shorten_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Arguments of the shortened sequence; `None` to leave a call as it is."""

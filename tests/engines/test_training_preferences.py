@@ -221,12 +221,13 @@ def reward(completions, **kwargs):
 REWARDED = {"grpo": (CompressedGRPOTrainer, GRPOConfig), "rloo": (CompressedRLOOTrainer, RLOOConfig)}
 
 
-def rewarded(name, model, **given):
-    cls, config = REWARDED[name]
+def rewarded(name, model, cls=None, peft_config=None, **given):
+    usual, config = REWARDED[name]
     settings = {"num_generations": 2, "max_completion_length": 6, "temperature": 1.5, "beta": 0.1, **given}
-    return cls(
+    return (cls or usual)(
         model=model,
         reward_funcs=reward,
+        peft_config=peft_config,
         args=options(config, **settings),
         train_dataset=rows("prompts"),
         processing_class=demo_model()[1],
@@ -293,17 +294,40 @@ def test_rewarded_trainers_read_every_token_where_compression_is_off(name):
     assert min(watch.widths) > 144
 
 
-def test_without_the_mixin_scoring_without_the_question_is_an_error():
-    class Plain(GRPOTrainer):
-        """TRL's own."""
+class PlainGRPOTrainer(GRPOTrainer):
+    """TRL's own."""
 
-    settings = {"num_generations": 2, "max_completion_length": 4}
-    trainer = Plain(
-        model=fresh(),
-        reward_funcs=reward,
-        args=options(GRPOConfig, **settings),
-        train_dataset=rows("prompts"),
-        processing_class=demo_model()[1],
-    )
-    with pytest.raises((ValueError, TypeError), match=r"recovery_input_ids.*CompressedTrainerMixin, GRPOTrainer"):
+
+class PlainRLOOTrainer(RLOOTrainer):
+    """TRL's own."""
+
+
+PLAIN = {"grpo": PlainGRPOTrainer, "rloo": PlainRLOOTrainer}
+
+
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["model", "adapter"])
+@pytest.mark.parametrize("name", PLAIN)
+def test_without_the_mixin_a_trainer_that_loses_the_question_is_refused_when_it_is_built(name, adapter):
+    with pytest.raises(ValueError, match=r"recovery_input_ids.*CompressedTrainerMixin, GRPOTrainer"):
+        rewarded(name, fresh(), PLAIN[name], peft_config=adapter)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"enabled": False}, {"text_share": 0, "budget": BUDGET}], ids=["off", "images alone"]
+)
+def test_without_the_mixin_a_choice_that_reads_no_question_trains(fields):
+    model = fresh()
+    model.config.token_recovery = fields
+    watch = Watch(model)
+    rewarded("grpo", model, PlainGRPOTrainer, beta=0.0).train()
+    assert (max(watch.widths) < 144 / 2) == fields.get("enabled", True)
+
+
+def test_scoring_without_the_question_is_an_error():
+    """The model was built with another section than the one that it is trained with."""
+    model = fresh()
+    model.config.token_recovery = {"enabled": False}
+    trainer = rewarded("grpo", model, PlainGRPOTrainer, beta=0.0)
+    model.config.token_recovery = {"enabled": True}
+    with pytest.raises(ValueError, match=r"recovery_input_ids.*CompressedTrainerMixin, GRPOTrainer"):
         trainer.train()
