@@ -133,12 +133,8 @@ def push(
         with before_sending(repo):
             address = api.create_repo(repo, private=private, exist_ok=True)
             target = address.repo_id
-            exposed = private and not api.model_info(target).private
-        if exposed:
-            raise ValueError(
-                f"{target} exists and is public; private=True (--private) would not hide it. Make it private on the "
-                "Hub first, or leave the option out."
-            )
+            hidden = not private or bool(api.model_info(target).private)
+        check_hidden(target, hidden)
         with before_sending(repo):
             make_branch(api, target, branch)
             before = api.model_info(target, revision=branch)
@@ -154,6 +150,23 @@ def push(
             raise OSError(_aftermath(api, path, before, target, branch, error)) from error
     url = str(address) if revision is None else f"{address}/tree/{branch}"
     return Pushed(target, branch, commit.oid, url, len(files), commit.oid != before.sha, stale)
+
+
+def check_hidden(repo: str, hidden: bool) -> None:
+    """Refuse to push into a public repository what shall be private.
+
+    Args:
+        repo: Hub id.
+        hidden: Whether the repository is private, or need not be.
+
+    Raises:
+        ValueError: It is public.
+    """
+    if not hidden:
+        raise ValueError(
+            f"{repo} exists and is public; private=True (--private) would not hide it. Make it private on the "
+            "Hub first, or leave the option out."
+        )
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -321,6 +334,7 @@ def _first_line(error: BaseException) -> str:
 __all__ = [
     "Pushed",
     "before_sending",
+    "check_hidden",
     "make_branch",
     "progress_bars",
     "push",

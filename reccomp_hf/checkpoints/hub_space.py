@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.repocard import RepoCard
 
-from .hub import Pushed, before_sending, make_branch, progress_bars, reason_of
+from .hub import Pushed, before_sending, check_hidden, make_branch, progress_bars, reason_of
 
 _APP, _CARD = "app.py", "README.md"
 _COPY = "reccomp_hf/"
@@ -51,11 +51,7 @@ def push_space(
             target = address.repo_id
             make_branch(api, target, branch, "space")
             before = api.space_info(target, revision=branch)
-        if private and not before.private:
-            raise ValueError(
-                f"{target} exists and is public; private=True (--private) would not hide it. Make it private on the "
-                "Hub first, or leave the option out."
-            )
+        check_hidden(target, not private or bool(before.private))
         there = {file.rfilename for file in before.siblings or ()}
         stale = sorted(name for name in there - set(files) if name.startswith(_COPY))
         operations: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(name) for name in stale]

@@ -9,7 +9,7 @@ from typing import Any
 from ..core.checks import is_tiled
 from ..core.configuration import TokenRecoveryConfig
 from ..core.counting import blank_selection, patches_per_side
-from ..core.methods.registry import get_method
+from ..core.methods.registry import reads_question
 from ..demo import CHECKPOINTS, checkpoint_folder
 from .hub import resolve
 from .processors import load_config, load_processor
@@ -127,8 +127,8 @@ def _tokens_under(config: Any, section: TokenRecoveryConfig) -> dict[str, Any]:
     if after is not None:
         number = str(after) if tiled else f"{after} ({after / patches:.0%})"
         return {"before": before, "after": after, "note": f"{stock} become {number}{newlines}"}
-    reads_question = get_method(section.method).reads_question(section) and section.text_encoder_config is not None
-    deciding = "the image and the question" if reads_question else "the image"
+    reads = section.text_encoder_config is not None and reads_question(section)
+    deciding = "the image and the question" if reads else "the image"
     note = f"{stock} become a number that depends on {deciding}; model.recover(**inputs) counts them"
     return {"before": before, "after": None, "note": note}
 

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from .options import add_checkpoint, add_command, add_cuda_graph, add_device, add_dtype, count
+from .options import add_address, add_checkpoint, add_command, add_cuda_graph, add_device, add_dtype, count
 from .output import say
 
 DEFAULT_NEW_TOKENS = 128
@@ -82,10 +82,7 @@ def register(commands: Any) -> None:
         " me/llava-reccomp --space ./my-space",
     )
     add_checkpoint(command)
-    command.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; 127.0.0.1 is reachable from this machine only"
-    )
-    command.add_argument("--port", type=int, default=7860, metavar="N", help="port to listen on, 0 for a free one")
+    add_address(command, 7860)
     command.add_argument(
         "--allow-host",
         action="append",

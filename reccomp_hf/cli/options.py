@@ -101,6 +101,14 @@ def add_cuda_graph(parser: Any) -> None:
     )
 
 
+def add_address(parser: Any, port: int) -> None:
+    """Declare `--host` and `--port` of a server."""
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 127.0.0.1 is reachable from this machine only"
+    )
+    parser.add_argument("--port", type=int, default=port, metavar="N", help="port to listen on, 0 for a free one")
+
+
 def add_section(parser: Any) -> None:
     """Declare `--section`, a file that `reccomp-hf tune` wrote, or a config.json."""
     text = "file with a token_recovery section, from `reccomp-hf tune` or a config.json (in place of --preset)"
@@ -282,6 +290,7 @@ __all__ = [
     "Budget",
     "HelpFormatter",
     "Unset",
+    "add_address",
     "add_answer_options",
     "add_budget",
     "add_checkpoint",

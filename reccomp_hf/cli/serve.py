@@ -15,7 +15,7 @@ from typing import Any
 from .choices import SERVE_BATCH_SIZE as BATCH_SIZE
 from .choices import SERVE_SECONDS as SECONDS
 from .choices import SERVE_WAITING as WAITING
-from .options import add_checkpoint, add_command, add_cuda_graph, add_model_options, count, section_fields
+from .options import add_address, add_checkpoint, add_command, add_cuda_graph, add_model_options, count, section_fields
 from .output import say
 
 KEY_VARIABLE = "RECCOMP_HF_API_KEY"
@@ -89,10 +89,7 @@ def register(commands: Any) -> None:
         " demo --port 8001 --preset paper",
     )
     add_checkpoint(command)
-    command.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; 127.0.0.1 is reachable from this machine only"
-    )
-    command.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on, 0 for a free one")
+    add_address(command, 8000)
     command.add_argument(
         "--allow-urls",
         action="append",

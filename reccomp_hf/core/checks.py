@@ -40,10 +40,7 @@ def check_supported(config: Any, section: TokenRecoveryConfig) -> None:
             "supported. Use a LLaVA with a CLIP vision tower ('clip_vision_model')."
         )
     check_feature_layer(config, None, None)
-    pinpoints = getattr(config, "image_grid_pinpoints", None) or []
-    tiles = 1 + max(
-        ((height // vision.image_size) * (width // vision.image_size) for height, width in pinpoints), default=0
-    )
+    patches = most_tiles(config) * (vision.image_size // vision.patch_size) ** 2
     for rule, settings in enumerate(section.all_settings, start=-1):
         name = "token_recovery" if rule < 0 else f"token_recovery.rules[{rule}]"
         if -settings.visual_layer > vision.num_hidden_layers:
@@ -51,7 +48,7 @@ def check_supported(config: Any, section: TokenRecoveryConfig) -> None:
                 f"{name}.visual_layer is {settings.visual_layer}, but the vision tower has only "
                 f"{vision.num_hidden_layers} blocks."
             )
-        check_budget(settings, tiles * (vision.image_size // vision.patch_size) ** 2, name)
+        check_budget(settings, patches, name)
 
 
 def check_feature_layer(config: Any, layer: int | None, strategy: str | None) -> None:
@@ -326,6 +323,12 @@ def _continuation_hint(past: int) -> str:
     )
 
 
+def most_tiles(config: Any) -> int:
+    """Tiles of the largest image: 1 for LLaVA-1.5."""
+    side, pinpoints = config.vision_config.image_size, getattr(config, "image_grid_pinpoints", None) or []
+    return 1 + max(((height // side) * (width // side) for height, width in pinpoints), default=0)
+
+
 def is_tiled(config: Any) -> bool:
     """Whether images are cut into tiles with newlines between their rows, as in LLaVA-NeXT."""
     return getattr(config, "image_grid_pinpoints", None) is not None
@@ -350,6 +353,7 @@ __all__ = [
     "check_tensor",
     "is_continuation",
     "is_tiled",
+    "most_tiles",
     "no_question_hint",
     "note_empty_answers",
 ]

@@ -24,7 +24,7 @@ from .graphs import GraphCache
 from .groups import GroupedPictures, check_rule, read_rules_of_images, take_rows
 from .layout import ImageLayout
 from .methods.budgets import budget_tokens
-from .methods.registry import get_method
+from .methods.registry import get_method, reads_question
 from .picture_tokens import Bounds, Choice, PictureTokens, Question, choose_tokens, window_mask
 from .splicing import PlaceholderMap, Splice, check_placeholders, map_placeholders
 from .tensors import constant
@@ -354,12 +354,7 @@ class FrontMixin(RecoveryModulesMixin):
     def _needed_states(self, section: TokenRecoveryConfig, feature_layer: int) -> set[int]:
         """The vision tower's hidden states that a section reads from this model, under all of its rules."""
         blocks = len(clip_vision_model(self._llava.vision_tower).encoder.layers)
-        return set().union(
-            *(
-                needed_states(settings, feature_layer, blocks, self._reads_question(settings))
-                for settings in section.all_settings
-            )
-        )
+        return needed_states(section, feature_layer, blocks, self.token_recovery is not None)
 
     def _layout(self, pixel_values: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, ImageLayout]:
         """Tiles (T, 3, H, W) of all images, and the placeholders that stand for their patches."""
@@ -371,7 +366,7 @@ class FrontMixin(RecoveryModulesMixin):
         return pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
 
     def _reads_question(self, section: TokenRecoveryConfig) -> bool:
-        return self.token_recovery is not None and get_method(section.method).reads_question(section)
+        return self.token_recovery is not None and reads_question(section)
 
 
 def _state_name(index: int) -> str:

@@ -12,7 +12,7 @@ from ...core.checks import is_tiled
 from ...core.configuration import TokenRecoveryConfig
 from ...core.counting import PAPER_SHARE, compressed_tokens, fixed_tokens, picture_tokens
 from ...core.methods.contract import RELEVANCE, SALIENCY
-from ...core.methods.registry import get_method
+from ...core.methods.registry import get_method, reads_question
 from ...measure.cost import compare_costs
 from ...measure.published import FULL_SIZE
 from ..conversion_record import ConversionRecord
@@ -206,8 +206,7 @@ def _is_open(facts: CardFacts) -> bool:
 
 
 def _reads_question(section: TokenRecoveryConfig) -> bool:
-    reads = (get_method(settings.method).reads_question(settings) for settings in section.all_settings)
-    return section.text_encoder_config is not None and any(reads)
+    return section.text_encoder_config is not None and reads_question(section)
 
 
 def _origin(facts: CardFacts) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..settings import Settings
 from .authors import AUTHORS
 from .baselines import BASE_TILE, POOLING, POOLING_2X2, POOLING_3X3, RANDOM
 from .cdpruner import CDPRUNER
@@ -44,6 +45,11 @@ def method_names() -> list[str]:
     return list(_METHODS)
 
 
+def reads_question(section: Settings) -> bool:
+    """Whether the choice of tokens reads the question, under the section's own settings or one of its rules."""
+    return any(get_method(settings.method).reads_question(settings) for settings in section.all_settings)
+
+
 def get_method(name: str) -> RecoveryMethod:
     """The registered method of that name.
 
@@ -83,4 +89,4 @@ def register_method(name: str, method: RecoveryMethod, *, overwrite: bool = Fals
     _METHODS[name] = method
 
 
-__all__ = ["get_method", "method_names", "register_method"]
+__all__ = ["get_method", "method_names", "reads_question", "register_method"]

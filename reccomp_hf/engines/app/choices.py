@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ...core.checks import is_tiled
+from ...core.checks import most_tiles
 from ...core.configuration import TokenRecoveryConfig
 from ...core.counting import patches_per_side
+from ...core.methods.budgets import budget_tokens
 from ...core.methods.registry import get_method, method_names
 from ...core.settings import PRESETS
 
@@ -33,20 +34,23 @@ class Menu:
     @property
     def most(self) -> int:
         """The most tokens that a picture may have, newlines excluded."""
-        patches, pixels = patches_per_side(self.config) ** 2, self.config.vision_config.image_size**2
-        pinpoints = self.config.image_grid_pinpoints if is_tiled(self.config) else []
-        return patches * (1 + max((high * wide // pixels for high, wide in pinpoints), default=0))
+        return most_tiles(self.config) * self._patches
+
+    @property
+    def _patches(self) -> int:
+        """Patches of a tile."""
+        return patches_per_side(self.config) ** 2
 
     @property
     def usual(self) -> int:
         """A number of tokens for an entry that needs one and has none: a ninth of the patches of a tile."""
-        return max(1, round(_USUAL_SHARE * patches_per_side(self.config) ** 2))
+        return budget_tokens(_USUAL_SHARE, self._patches)
 
     @property
     def own_tokens(self) -> int:
         """The checkpoint's own budget in tokens, 0 for the dynamic one; a share counts the patches of a tile."""
         budget = self.section.budget
-        return round(budget * patches_per_side(self.config) ** 2) if isinstance(budget, float) else budget or 0
+        return budget_tokens(budget, self._patches) if isinstance(budget, float) else budget or 0
 
     def entries(self) -> list[tuple[str, str]]:
         """Pairs of a label and a value, the checkpoint's own settings first."""

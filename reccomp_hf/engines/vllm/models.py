@@ -20,7 +20,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from ...core.checks import check_finite
 from ...core.counting import picture_tokens
 from ...core.layout import ImageLayout
-from ...core.methods.registry import get_method
+from ...core.methods.registry import reads_question
 from ...core.modeling_llava_next import tiled_layout
 from ...core.picture_tokens import Question, choose_tokens, window_mask
 from ...core.tensors import pack_rows
@@ -192,14 +192,14 @@ class RecoveryModelMixin:
         config, budget = self.config, images[0].budget
         section, layer = request_section(config.token_recovery, budget), config.vision_feature_layer
         tower, tiles = clip_tower(self.vision_tower.vision_model), torch.cat([image.tiles for image in images])
-        reads_question = images[0].question is not None and get_method(section.method).reads_question(section)
-        states = vision_states(tower, tiles, needed_states(section, layer, len(tower.encoder.layers), reads_question))
+        asked = images[0].question is not None and reads_question(section)
+        states = vision_states(tower, tiles, needed_states(section, layer, len(tower.encoder.layers), asked))
         layout = self._layout(tiles, images)
         choice = choose_tokens(
             tower,
             self.token_recovery,
             EncodedImages(states, layout, (self._side, self._side)),
-            _question(images, layout.image_of_tile(tiles)) if reads_question else None,
+            _question(images, layout.image_of_tile(tiles)) if asked else None,
             section,
             layer,
             num_heads=config.vision_config.num_attention_heads,

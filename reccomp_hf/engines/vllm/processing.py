@@ -21,7 +21,7 @@ from vllm.multimodal.processing import ProcessorInputs, PromptReplacement, Promp
 
 from ...core.configuration import TokenRecoveryConfig
 from ...core.counting import picture_tokens
-from ...core.methods.registry import get_method
+from ...core.methods.registry import reads_question
 from ...core.processing import LlavaNextRecCompProcessor, LlavaRecCompProcessor
 from .budgets import (
     Budget,
@@ -60,8 +60,7 @@ class RecoveryInfoMixin:
     def reads_question(self) -> bool:
         """Whether the tokens of an image depend on the question."""
         section = self.section
-        reads = any(get_method(settings.method).reads_question(settings) for settings in section.all_settings)
-        return section.enabled and section.text_encoder_config is not None and reads
+        return section.enabled and section.text_encoder_config is not None and reads_question(section)
 
     def get_hf_processor(self, **kwargs: object) -> Any:
         """Our processor, without the arguments of a request that `RecoveryProcessorMixin` handles."""

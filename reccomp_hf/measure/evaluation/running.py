@@ -13,12 +13,11 @@ import torch
 
 from ...core import splicing
 from ...core.features import TokenRecoveryOutput
-from ...core.methods.registry import get_method
 from ...core.rules import find_rule
-from ...core.vision import EncodedImages, needed_states
+from ...core.vision import needed_states
 from ...data.progress import progress_bar
 from .report import EvaluationReport, SettingResult
-from .samples import Sample, encode_samples, normalize_answer
+from .samples import Sample, encode_samples, normalize_answer, with_encoded_images
 from .settings import OFF, Setting, parse_setting, parse_settings
 
 DEFAULT_BATCH_SIZE = 64
@@ -89,7 +88,7 @@ class _Inputs:
 
     def __init__(self, tensors: Any, questions: Sequence[str]) -> None:
         self.tensors, self._questions = tensors, questions
-        self._encoded: dict[frozenset[int], tuple[EncodedImages, float]] = {}
+        self._encoded: dict[frozenset[int], tuple[dict[str, Any], float]] = {}
 
     def of(self, model: Any, fields: dict[str, Any]) -> tuple[dict[str, Any], float]:
         """Arguments of a call with these fields, and the seconds that the vision tower took for them."""
@@ -97,21 +96,16 @@ class _Inputs:
         if not section.enabled:
             return dict(self.tensors), 0.0
         layer, blocks = model.config.vision_feature_layer, model.config.vision_config.num_hidden_layers
-        key = frozenset[int]().union(
-            *(
-                needed_states(settings, layer, blocks, get_method(settings.method).reads_question(settings))
-                for settings in section.all_settings
-            )
-        )
+        key = frozenset(needed_states(section, layer, blocks, text=True))
         if key not in self._encoded:
             began = _now(model)
-            encoded = model.encode_images(**self.tensors, token_recovery=fields)
-            self._encoded[key] = encoded, _now(model) - began
-        encoded, seconds = self._encoded[key]
-        others = {name: value for name, value in self.tensors.items() if name not in ("pixel_values", "image_sizes")}
+            inputs = with_encoded_images(model, self.tensors, fields)
+            self._encoded[key] = inputs, _now(model) - began
+        inputs, seconds = self._encoded[key]
         if section.rules:
-            others["recovery_rule"] = torch.tensor([find_rule(section.rules, text) for text in self._questions])
-        return {**others, "pixel_values": encoded}, seconds
+            rules = [find_rule(section.rules, text) for text in self._questions]
+            inputs = {**inputs, "recovery_rule": torch.tensor(rules)}
+        return dict(inputs), seconds
 
 
 class _Run:

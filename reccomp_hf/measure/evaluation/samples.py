@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,4 +137,16 @@ def encode_samples(processor: Any, samples: Sequence[Sample], instruction: str =
     )
 
 
-__all__ = ["Sample", "demo_samples", "encode_samples", "load_samples", "normalize_answer"]
+def with_encoded_images(model: Any, inputs: Mapping[str, Any], token_recovery: Any) -> dict[str, Any]:
+    """The inputs of a call with images that the vision tower has read, for several calls about them.
+
+    Args:
+        model: A compressed LLaVA.
+        inputs: The output of `encode_samples`, on the model's device.
+        token_recovery: The fields that these calls will override, or a list of them; see `model.encode_images`.
+    """
+    others = {name: value for name, value in inputs.items() if name not in ("pixel_values", "image_sizes")}
+    return {**others, "pixel_values": model.encode_images(**inputs, token_recovery=token_recovery)}
+
+
+__all__ = ["Sample", "demo_samples", "encode_samples", "load_samples", "normalize_answer", "with_encoded_images"]

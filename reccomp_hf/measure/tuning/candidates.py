@@ -8,7 +8,7 @@ from typing import Any
 from ...core.checks import is_tiled
 from ...core.configuration import overridden
 from ...core.counting import picture_tokens
-from ...core.methods.registry import get_method
+from ...core.methods.registry import reads_question
 from ..evaluation.settings import Setting, parse_setting
 
 _VALUE = "text_relevance=value"
@@ -97,7 +97,7 @@ def candidate_settings(
         try:
             setting = _setting(at_budget(name, budget), {**SHARED, **shared})
             section = present.replace(setting.fields)
-            if present.text_encoder_config is None and get_method(section.method).reads_question(section):
+            if present.text_encoder_config is None and reads_question(section):
                 raise ValueError(f"Setting {name!r} reads the question, and this checkpoint has no text encoder.")
         except ValueError as error:
             if strict:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...core.methods.registry import get_method
+from ...core.settings import is_budget, is_number
 from .candidates import budget_ladder
 from .choosing import Plan, Scores, cheapest, closest, plans_by_group, within
 
@@ -39,11 +40,10 @@ class Goal:
             raise ValueError(f"Tuning has one goal, got {' and '.join(asked)}: name one of them.")
         for name in ("budget", "average"):
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if value is not None and not whole and not (isinstance(value, float) and 0 < value <= 1):
+            if not is_budget(value):
                 raise ValueError(f"{name} must be an int >= 1 or a float in (0, 1], got {value!r}.")
         share = self.agreement
-        if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1):
+        if share is not None and not (is_number(share) and 0 < share <= 1):
             raise ValueError(f"agreement must be a share of the answers in (0, 1], got {share!r}.")
         if self.dynamic and (self.average is None or self.by_question):
             raise ValueError("A dynamic count needs average, the mean that it must have, and no rules by question.")
@@ -99,21 +99,15 @@ class Goal:
             ways = {COMMON: one_for_all} | ({RULES: plans_by_group} if self.by_question else {})
             found = {way: cheapest(make, scores, groups, folds, self.agreement) for way, make in ways.items()}
         elif self.frontier:
-            found = {}
-            for budget, plan in zip(families, one_for_all(scores, groups), strict=True):
-                found[f"{COMMON}, budget {budget}"] = plan
-                if self.by_question:
-                    found[f"{RULES}, budget {budget}"] = _as_many_tokens(plan, scores, groups)
+            found = {f"{COMMON}, budget {budgets[plan.common]}": plan for plan in one_for_all(scores, groups)}
         else:
             found = {COMMON: closest(scores.some(families[self.fixed(config)]))}
-            if self.by_question:
-                found[RULES] = _as_many_tokens(found[COMMON], scores, groups)
+        if self.by_question and self.agreement is None:
+            plans = plans_by_group(scores, groups)
+            for name, plan in list(found.items()):
+                tokens = scores.of_plan(plan, groups).tokens.mean()  # the rules may read as many
+                found[name.replace(COMMON, RULES)] = within(plans, scores, groups, tokens)
         return {name: plan for name, plan in found.items() if plan.groups or not name.startswith(RULES)}
-
-
-def _as_many_tokens(plan: Plan, scores: Scores, groups: Sequence[str]) -> Plan:
-    """The best plan by group with at most as many tokens on average as another plan."""
-    return within(plans_by_group(scores, groups), scores, groups, scores.of_plan(plan, groups).tokens.mean())
 
 
 __all__ = ["COMMON", "DEFAULT_BUDGET", "DYNAMIC", "PRESENT", "RULES", "Goal"]

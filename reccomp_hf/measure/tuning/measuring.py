@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...data.prompts import count_visual_tokens
-from ..evaluation.samples import Sample, encode_samples
+from ..evaluation.samples import Sample, encode_samples, with_encoded_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,13 +102,11 @@ def read_along(
     appended = {"input_ids": answers, "attention_mask": counted.to(mask.dtype)}
     texts = {name: torch.cat([inputs[name], part[:, :-1]], 1) for name, part in appended.items()}
     sections = [dict(fields) for fields in settings.values() if fields.get("enabled", True)]
-    encoded = model.encode_images(**inputs, token_recovery=sections) if sections else None
+    whole = {**inputs, **texts}
+    short = {**with_encoded_images(model, dict(inputs), sections), **texts} if sections else {}
     placeholders = (inputs["input_ids"] == model.config.image_token_id).sum(-1).tolist()
     for name, fields in settings.items():
-        given = {**inputs, **texts}
-        if fields.get("enabled", True):
-            given = {name: value for name, value in given.items() if name not in ("pixel_values", "image_sizes")}
-            given["pixel_values"] = encoded
+        given = short if fields.get("enabled", True) else whole
         output = model(**given, token_recovery=dict(fields), logits_to_keep=answers.shape[1], use_cache=False)
         yield name, output.logits, count_visual_tokens(output, [1] * len(placeholders), placeholders)
 

@@ -109,7 +109,7 @@ class Tuning:
 
 
 def contenders_of(
-    plans: Mapping[str, Plan], scores: Scores, groups: Sequence[str], pictures: Sequence[str], seed: int
+    plans: Mapping[str, Plan], scores: Scores, groups: Sequence[str], draws: Draws
 ) -> dict[str, Contender]:
     """Compare plans with the first of them, on draws of images that all share.
 
@@ -117,10 +117,8 @@ def contenders_of(
         plans: The plans by name, the present section first.
         scores: Measurements of all settings in them.
         groups: Each question's group.
-        pictures: The name of each question's image.
-        seed: Seed of the draws.
+        draws: Draws of the questions' images.
     """
-    draws = Draws(pictures, seed=seed)
     of = {name: scores.of_plan(plan, groups) for name, plan in plans.items()}
     present = next(iter(of.values()))
     found = {}
@@ -138,21 +136,21 @@ def contenders_of(
 
 
 def decide(
-    goal: Goal, plans: Mapping[str, Plan], scores: Scores, groups: Sequence[str], pictures: Sequence[str], seed: int
+    goal: Goal, contenders: Mapping[str, Contender], scores: Scores, groups: Sequence[str], draws: Draws
 ) -> tuple[str | None, str]:
-    """The contender to take, and the reason; arguments as of [`contenders_of`]."""
+    """The contender to take, and the reason; arguments as of and from [`contenders_of`]."""
     if goal.frontier:
         return None, "The best setting of every budget; the section was not changed."
     if goal.dynamic:
         return DYNAMIC, "The dynamic count was asked for; at the same mean a fixed budget usually does better."
     if goal.agreement is not None:
-        return _keeps_answers(goal.agreement, contenders_of(plans, scores, groups, pictures, seed))
+        return _keeps_answers(goal.agreement, contenders)
+    divergence = {name: scores.of_plan(one.plan, groups).divergence[0] for name, one in contenders.items()}
     holder, steps = PRESENT, []
-    for name in plans:
+    for name in divergence:
         if name == holder:
             continue
-        pair = {holder: plans[holder], name: plans[name]}
-        difference = contenders_of(pair, scores, groups, pictures, seed)[name].difference
+        difference = draws.mean(divergence[name] - divergence[holder])
         better = difference.high < 0
         verdict = "is closer to the uncompressed model than" if better else "is not shown to be closer than"
         steps.append(f"{name!r} {verdict} {holder!r} (difference {_signed(difference)})")

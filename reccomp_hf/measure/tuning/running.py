@@ -13,6 +13,7 @@ import numpy as np
 from ...data.parts import Parts
 from ...data.progress import progress_bar
 from ..evaluation.samples import Sample
+from ..intervals import Draws
 from .candidates import LISTS, candidate_settings
 from .choosing import Plan, Scores, survivors
 from .goal import DYNAMIC, PRESENT, Goal
@@ -112,15 +113,16 @@ def tune(
         settings = {PRESENT: goal.present_fields(model.config), **settings}
         wanted = {name: settings[name] for plan in plans.values() for name in plan.settings}
         reported = _join(measured(len(batches[0]) + index, batch, wanted) for index, batch in enumerate(batches[1]))
-    about = ([sample.question for sample in reporting], [sample.picture for sample in reporting])
-    facts = (plans, reported, beginnings(about[0]), about[1], seed)
-    chosen, reason = decide(goal, *facts)
+    groups = beginnings([sample.question for sample in reporting])
+    draws = Draws([sample.picture for sample in reporting], seed=seed)
+    contenders = contenders_of(plans, reported, groups, draws)
+    chosen, reason = decide(goal, contenders, reported, groups, draws)
     tuning = Tuning(
         goal=goal,
         section=None if chosen is None else section_of(plans[chosen], settings),
         chosen=chosen,
         reason=reason,
-        contenders=contenders_of(*facts),
+        contenders=contenders,
         chosen_on=len(choosing),
         reported_on=len(reporting),
         scores=scores,

@@ -30,7 +30,6 @@ class Store:
         self._batches: dict[int, Batch] = {}
         if parts is not None:
             self._batches = {row: _read(line) for row, line in parts.lines().items()}
-        self.resumed = len(self._batches)
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Callable[[int, Callable[[], Batch]], Batch]]:

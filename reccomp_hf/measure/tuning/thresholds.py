@@ -10,7 +10,7 @@ import torch
 
 from ...core.configuration import TokenRecoveryConfig
 from ...data.progress import progress_bar
-from ..evaluation.samples import Sample, encode_samples
+from ..evaluation.samples import Sample, encode_samples, with_encoded_images
 
 _GRID = tuple(float(f"{value:.4g}") for value in np.geomspace(1.02, 2000.0, 48))
 
@@ -47,10 +47,8 @@ def dynamic_fields(
         for start in range(0, len(samples), batch_size):
             batch = samples[start : start + batch_size]
             inputs = encode_samples(processor, batch).to(model.device, model.dtype)
-            encoded = model.encode_images(**inputs, token_recovery=fields)
-            inputs = {name: value for name, value in inputs.items() if name not in ("pixel_values", "image_sizes")}
-            patches = encoded.layout.patch_counts if isinstance(average, float) else [1] * len(batch)
-            inputs |= {"pixel_values": encoded}
+            inputs = with_encoded_images(model, inputs, fields)
+            patches = inputs["pixel_values"].layout.patch_counts if isinstance(average, float) else [1] * len(batch)
             columns = [_counts(model, inputs, {**fields, "outlier_threshold": at}, patches) for at in _GRID]
             counts += zip(*columns, strict=True)
             bar.update(len(batch))
