@@ -5,7 +5,8 @@ import pytest
 import torch
 from demo_model import demo_model
 
-from reccomp_hf.experiments import front, front_report
+from reccomp_hf.experiments.front import measuring as front
+from reccomp_hf.experiments.front import reporting
 from reccomp_hf.measure.evaluation import demo_samples, evaluate
 from reccomp_hf.measure.evaluation.settings import parse_setting
 
@@ -55,9 +56,9 @@ def test_the_tables_name_who_is_ahead():
     draws = np.random.default_rng(0).random(48)
     batch = {name: [[2 * int(draw < share) for draw in draws], [4] * 48] for name, share in right.items()}
     report = front.report_of(samples, [batch], front.WHOLE)
-    losses = list(front_report.not_ahead(report, (4,)))
+    losses = list(reporting.not_ahead(report, (4,)))
     assert [(name, budget) for name, budget, _ in losses] == [("scope", 4), ("scope+position_ids=original", 4)]
-    text = front_report.tables(report, report, (4,))
+    text = reporting.tables(report, report, (4,))
     assert "48 questions on " in text
     assert "| scope, original positions" in text
     assert "Not ahead outside the interval, 2 of 3 cases" in text
@@ -69,6 +70,6 @@ def test_the_plot_has_a_panel_for_each_form():
     names = [f"{name}:{budget}" for budget in (4, 14) for name in ("balanced", "divprune")]
     batch = {name: [[2] * 12, [4] * 12] for name in ("off", *names, "divprune:4+position_ids=original")}
     batch["divprune:14+position_ids=original"] = batch["off"]
-    figure = front_report.plot_front(front.report_of(samples, [batch], front.WHOLE), (4, 14))
+    figure = reporting.plot_front(front.report_of(samples, [batch], front.WHOLE), (4, 14))
     labels = [axis.get_legend_handles_labels()[1] for axis in figure.axes]
     assert labels == [["uncompressed", "balanced", "divprune"]] * 2

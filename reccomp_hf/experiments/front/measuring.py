@@ -1,12 +1,7 @@
-"""Accuracy of every method over the number of visual tokens, down to four, on a demo model's held-out scenes.
-
-`python -m reccomp_hf.experiments.front demo --store FOLDER` measures what the folder does not hold yet, and prints the
-tables. A run that is stopped goes on where it was; its questions are those of the first scenes.
-"""
+"""Measures the accuracy of every method over the number of visual tokens, batch by batch into a folder."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,19 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoints.loading import load
-from ..cli.output import say
-from ..data.parts import Parts
-from ..data.progress import progress_bar
-from ..data.prompts import build_prompt
-from ..demo import CHECKPOINTS
-from ..measure.evaluation.report import EvaluationReport, SettingResult
-from ..measure.evaluation.samples import Sample, demo_samples, encode_samples
-from ..measure.evaluation.settings import OFF, parse_setting
-from ..measure.tuning.candidates import at_budget
-from ..measure.tuning.measuring import read_along
-from ..measure.tuning.store import fingerprint
-from .front_report import plot_front, tables
+from ...checkpoints.loading import load
+from ...data.parts import Parts
+from ...data.progress import progress_bar
+from ...data.prompts import build_prompt
+from ...measure.evaluation.report import EvaluationReport, SettingResult
+from ...measure.evaluation.samples import Sample, demo_samples, encode_samples
+from ...measure.evaluation.settings import OFF, parse_setting
+from ...measure.tuning.candidates import at_budget
+from ...measure.tuning.measuring import read_along
+from ...measure.tuning.store import fingerprint
 
 BUDGETS = (4, 7, 10, 14, 16, 22, 36, 72)
 OWN = ("balanced", "balanced-v1")
@@ -150,20 +142,6 @@ def report_of(
     return EvaluationReport([sample.question for sample in samples], kinds, pictures, results, OFF)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    parser = argparse.ArgumentParser(description="Measures the accuracy of every method over the number of tokens.")
-    parser.add_argument("model", choices=CHECKPOINTS)
-    parser.add_argument("--store", type=Path, required=True, metavar="NAME", help="measurements go to NAME.parts")
-    parser.add_argument("--questions", type=int, default=2000, metavar="N", help="held-out questions")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="write the plot")
-    given = parser.parse_args(arguments)
-    first, whole = run(given.model, given.questions, given.store, front_settings())
-    say(tables(first, whole, BUDGETS))
-    if given.plot is not None:
-        plot_front(first, BUDGETS, given.model).savefig(given.plot)
-
-
 __all__ = [
     "BEGUN",
     "BUDGETS",
@@ -179,6 +157,3 @@ __all__ = [
     "report_of",
     "run",
 ]
-
-if __name__ == "__main__":
-    main()

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ..measure.evaluation.report import EvaluationReport
-from ..measure.intervals import Interval
-from ..measure.tables import markdown_table
-from ..measure.tuning.candidates import at_budget
+from ...measure.evaluation.report import EvaluationReport
+from ...measure.intervals import Interval
+from ...measure.tables import markdown_table
+from ...measure.tuning.candidates import at_budget
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BALANCED = "balanced"
-_PANELS = ("as published", "with original positions, and the value path where the question is read")
+_PANELS = ("as published", "original positions, value path")
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F")  # Okabe and Ito
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
 
@@ -86,20 +86,22 @@ def plot_front(report: EvaluationReport, budgets: Sequence[int], title: str = ""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, NullLocator
 
-    figure = Figure(figsize=(9.5, 5.2), dpi=100, layout="constrained")
+    figure = Figure(figsize=(9.5, 5.2), dpi=80, layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     off = report.accuracy(report.reference)
+    methods = list(dict.fromkeys(name.partition("+")[0] for name in rivals(report)))
     for axis, panel, moved in zip(axes, _PANELS, (False, True), strict=True):
         axis.axhspan(off.low, off.high, color="0.88", linewidth=0)
         axis.axhline(off.value, color="0.4", linestyle="--", linewidth=1, label="uncompressed")
         names = [name for name in rivals(report) if ("+" in name) is moved]
         names.sort(key=lambda name: -sum(report.accuracy(at_budget(name, budget)).value for budget in budgets))
         _line_of(axis, report, BALANCED, budgets, color="black", linestyle="-", linewidth=2.2)
-        for number, name in enumerate(names):
-            color, dash = _COLORS[number % len(_COLORS)], _DASHES[number // len(_COLORS)]
+        for name in names:
+            number = methods.index(name.partition("+")[0])
+            color, dash = _COLORS[number % len(_COLORS)], _DASHES[number // len(_COLORS) % len(_DASHES)]
             _line_of(axis, report, name, budgets, color=color, linestyle=dash, linewidth=1.1)
         axis.set_xscale("log")
-        axis.set_xticks(list(budgets), list(map(str, budgets)))
+        axis.set_xticks(list(budgets), list(map(str, budgets)), fontsize=8)
         axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_ylim(0, 1.02)
