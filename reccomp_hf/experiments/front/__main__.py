@@ -1,6 +1,6 @@
 """`python -m reccomp_hf.experiments.front demo --store NAME` measures what the store lacks, and prints the tables.
 
-A run that is stopped goes on where it was; its questions are those of the first scenes.
+A run that is stopped resumes; its questions are those of the first scenes.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ _DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
 
 
 def tables(first: EvaluationReport, whole: EvaluationReport, budgets: Sequence[int]) -> str:
-    """Accuracies of first words and of whole answers, and `balanced` beside the best other methods, as Markdown.
+    """Accuracies of first words and of whole answers, and `balanced` next to the best other methods, as Markdown.
 
     Args:
         first: The report of first words.
