@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ _LARGEST_TABLE = 1024
 """Patches of an image of which all products with each other are kept elsewhere."""
 _BLOCK_BYTES = 4 * 2**20
 """Features that a greedy loop reads in every step on a CPU: more would not stay in its cache."""
+_BLOCKS, _LEAST_BLOCK = 4, 32
+"""Blocks of an image's patches of which a CPU computes the products one by one, and the least size of a block."""
 
 _USED: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar("_USED", default=None)
 
@@ -285,6 +288,22 @@ def products_one_by_one(vectors: Tensor, steps: int) -> bool:
     return vectors.shape[1] >= least
 
 
+def products_of_all(vectors: Tensor) -> Tensor:
+    """Products of all vectors of a row with each other: (B, N, C) -> (B, N, N), alike both ways but for rounding.
+
+    On a CPU, where a product takes the longest, those of different blocks are computed once and copied.
+    """
+    count = vectors.shape[1]
+    if vectors.device.type != "cpu" or count < _LEAST_BLOCK * _BLOCKS:
+        return vectors @ vectors.transpose(1, 2)
+    products = vectors.new_empty(len(vectors), count, count)
+    ends = [count * block // _BLOCKS for block in range(_BLOCKS + 1)]
+    for start, end in itertools.pairwise(ends):
+        products[:, start:end, start:] = vectors[:, start:end] @ vectors[:, start:].transpose(1, 2)
+        products[:, end:, start:end] = products[:, start:end, end:].transpose(1, 2)
+    return products
+
+
 def take_row(values: Tensor, pick: Tensor) -> Tensor:
     """One entry of each row: (B, N, C) at (B, 1, 1) -> (B, 1, C)."""
     return values.gather(1, pick.expand(-1, -1, values.shape[-1]))
@@ -313,6 +332,7 @@ __all__ = [
     "nonzero_first",
     "pack_rows",
     "positions",
+    "products_of_all",
     "products_one_by_one",
     "reads_are_free",
     "squared_distances",

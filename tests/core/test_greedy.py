@@ -35,6 +35,15 @@ def drawn():
     return features, similarity, candidates
 
 
+@pytest.mark.parametrize("count", [1, 127, 130, 144])
+def test_products_of_all_are_those_of_one_product(count):
+    """With 128 patches or more they are computed in blocks, here of unequal size."""
+    vectors = torch.randn(2, count, 24, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+    found = tensors.products_of_all(vectors)
+    torch.testing.assert_close(found, vectors @ vectors.transpose(1, 2))
+    torch.testing.assert_close(found, found.transpose(1, 2), rtol=0, atol=1e-12)
+
+
 def chosen(mask):
     return [row.nonzero().flatten().tolist() for row in mask]
 

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from ..features import TokenSelection, VisualFeatures
 from ..settings import Settings
-from ..tensors import first_picks, highest_precision, in_blocks, products_one_by_one, take_row, top_mask
+from ..tensors import (
+    first_picks,
+    highest_precision,
+    in_blocks,
+    products_of_all,
+    products_one_by_one,
+    take_row,
+    top_mask,
+)
 from .budgets import spend
 from .contract import RELEVANCE, RecoveryMethod
 
@@ -82,7 +90,7 @@ def _widen(features: Tensor, relevance: Tensor, valid: Tensor, counts: Tensor, s
             row = (take_row(precise, pick) @ patches) * (scale * scale.gather(-1, pick))
             return row.scatter_(-1, pick, weight.gather(-1, pick).square())
     else:
-        table = (precise @ patches).to(weight.dtype).mul_(scale).mul_(scale.transpose(1, 2))  # (B, N, N)
+        table = products_of_all(precise).to(weight.dtype).mul_(scale).mul_(scale.transpose(1, 2))  # (B, N, N)
         table.diagonal(dim1=1, dim2=2).copy_(volume.squeeze(1))
 
         def kernel(pick: Tensor) -> Tensor:

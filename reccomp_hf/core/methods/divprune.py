@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from ..features import TokenSelection, VisualFeatures
 from ..settings import Settings
-from ..tensors import first_picks, in_blocks, take_row
+from ..tensors import first_picks, in_blocks, products_of_all, take_row
 from .budgets import spend
 from .contract import RecoveryMethod
 
@@ -35,7 +35,7 @@ def _diverse_patches(projected: Tensor, valid: Tensor, counts: Tensor, steps: in
     if steps == 0:
         return torch.zeros_like(valid)
     unit = normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)), dim=-1)
-    cosine = unit @ unit.transpose(1, 2)  # (B, N, N), alike both ways but for rounding
+    cosine = products_of_all(unit)  # (B, N, N)
     distance = -(cosine + cosine.transpose(1, 2))  # up to a constant and a factor
     itself = distance.diagonal(dim1=1, dim2=2)
     itself.fill_(torch.inf)

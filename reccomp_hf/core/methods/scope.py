@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from ..features import TokenSelection, VisualFeatures
 from ..settings import Settings
-from ..tensors import first_picks, highest_precision, in_blocks, take_row
+from ..tensors import first_picks, highest_precision, in_blocks, products_of_all, take_row
 from .budgets import spend
 from .contract import SALIENCY, RecoveryMethod
 
@@ -45,13 +45,15 @@ def _covering_patches(states: Tensor, saliency: Tensor, valid: Tensor, counts: T
     few = states.shape[-1] <= states.shape[1]
     precise = highest_precision(states) if few else states.to(torch.promote_types(states.dtype, torch.float32))
     unit, weight = normalize(precise, dim=-1), highest_precision(saliency)
-    cosine = (unit @ unit.transpose(1, 2)).to(weight.dtype)
+    cosine = products_of_all(unit).to(weight.dtype)
     cosine.masked_fill_(~valid.unsqueeze(1), -torch.inf)  # (B, N, N), symmetric
-    covered, added = torch.zeros_like(weight).unsqueeze(1), torch.empty_like(cosine)
-    picks, taken = [], ~valid
+    covered, larger = torch.zeros_like(weight).unsqueeze(1), torch.empty_like(cosine)
+    picks, taken, now = [], ~valid, torch.zeros_like(weight[:, :1])
     for _ in range(steps):
-        gain = torch.sub(cosine, covered, out=added).clamp_(min=0).sum(-1)  # (B, N), of every patch as the next one
-        pick = (gain * weight).masked_fill(taken, -torch.inf).argmax(-1, keepdim=True)  # (B, 1)
+        total = torch.maximum(cosine, covered, out=larger).sum(-1)  # (B, N), the coverage with every patch as the next
+        if picks:
+            now = total.gather(1, picks[-1].squeeze(-1))  # a patch that was chosen adds nothing
+        pick = ((total - now) * weight).masked_fill(taken, -torch.inf).argmax(-1, keepdim=True)  # (B, 1)
         taken = taken.scatter(1, pick, True)
         picks.append(pick.unsqueeze(-1))
         covered = torch.maximum(covered, take_row(cosine, picks[-1]))

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from ..features import TokenSelection, VisualFeatures
 from ..settings import Settings
-from ..tensors import gather_rows, positions, top_mask
+from ..tensors import positions, products_of_all, top_mask
 from .budgets import spend
 from .contract import SALIENCY, RecoveryMethod, check_int, check_share
 
@@ -82,7 +82,7 @@ def _least_alike(
     if not widths:
         return alive
     unit = normalize(states.detach().float(), dim=-1)
-    likeness = unit @ unit.transpose(1, 2)  # (B, N, N)
+    likeness = products_of_all(unit).flatten(1)  # (B, N * N)
     queue = saliency.masked_fill(~alive, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     left, beyond = alive.sum(-1, keepdim=True), alive.shape[1]
     nothing = torch.zeros_like(alive[:, :1]).expand(-1, beyond + 1)
@@ -92,9 +92,9 @@ def _least_alike(
         even, odd = queue[:, ::2], queue[:, 1::2]
         score = likeness.new_full(queue.shape, -2.0)  # below any cosine: a stable sort leaves the odd places in order
         if width > 1:
-            at_odd = nothing.scatter(-1, torch.where(exists[:, 1::2], odd, beyond), True)[:, :beyond]
-            pairs = gather_rows(likeness, even).masked_fill_(~at_odd.unsqueeze(1), -1.5)
-            score[:, ::2] = pairs.amax(-1)
+            pairs = (even.unsqueeze(-1) * beyond + odd.unsqueeze(1)).flatten(1)
+            values = likeness.gather(1, pairs).view(*even.shape, -1)
+            score[:, ::2] = values.masked_fill_(~exists[:, 1::2].unsqueeze(1), -1.5).amax(-1)
         order = score.masked_fill(~exists, -torch.inf).argsort(dim=-1, descending=True, stable=True)
         surplus = torch.minimum((left - wanted.unsqueeze(-1)).clamp(max=step), (left + 1) // 2).clamp(min=0)
         queue = queue.gather(-1, order.gather(-1, (positions(queue) + surplus).clamp(max=width - 1)))

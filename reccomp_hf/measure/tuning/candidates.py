@@ -95,7 +95,7 @@ def candidate_settings(
     reasons: list[str] = []
     for name in names:
         try:
-            setting = _setting(_at(name, budget), {**SHARED, **shared})
+            setting = _setting(at_budget(name, budget), {**SHARED, **shared})
             section = present.replace(setting.fields)
             if present.text_encoder_config is None and reads_question(section):
                 raise ValueError(f"Setting {name!r} reads the question, and this checkpoint has no text encoder.")
@@ -126,12 +126,16 @@ def budget_ladder(config: Any) -> tuple[int | float, ...]:
     return tuple(dict.fromkeys(max(1, round(share * patches)) for share in LADDER))
 
 
-def _at(name: str, budget: int | float) -> str:
-    """A setting's name with a budget."""
+def at_budget(name: str, budget: int | float) -> str:
+    """A setting's name with a budget, as `parse_setting` reads it.
+
+    Raises:
+        ValueError: The name has a budget.
+    """
     head, plus, rest = name.partition("+")
     if ":" in head:
         raise ValueError(f"Candidate {name!r} must not have a budget of its own: tuning sets it.")
     return f"{head}:{budget}{plus}{rest}"
 
 
-__all__ = ["LADDER", "LISTS", "SHARED", "budget_ladder", "candidate_settings"]
+__all__ = ["LADDER", "LISTS", "SHARED", "at_budget", "budget_ladder", "candidate_settings"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...data.prompts import count_visual_tokens
 from ..evaluation.samples import Sample, encode_samples, with_encoded_images
 
 
@@ -72,19 +73,42 @@ def measure(
     """
     inputs = encode_samples(processor, samples, instruction).to(model.device, model.dtype)
     reference = _Reference.of(model, inputs, max_new_tokens)
-    inputs = with_encoded_images(model, inputs, list(settings.values()))
-    inputs |= reference.appended_to(inputs)
-    measured = {}
+    read = read_along(model, inputs, reference.answers, reference.counted, settings)
+    return {name: reference.compare(logits, counts) for name, logits, counts in read}
+
+
+@torch.no_grad()
+def read_along(
+    model: Any,
+    inputs: Mapping[str, Tensor],
+    answers: Tensor,
+    counted: Tensor,
+    settings: Mapping[str, Mapping[str, Any]],
+) -> Iterator[tuple[str, Tensor, list[int]]]:
+    """Read prompts and answers under several settings, one forward pass each; the vision tower runs once for all.
+
+    Args:
+        model: A compressed LLaVA in eval mode.
+        inputs: R prompts of one image each, as `encode_samples` returns them.
+        answers: (R, T) int64, the answers' tokens.
+        counted: (R, T) bool, the tokens that belong to an answer; the others are masked.
+        settings: Fields of `token_recovery` to override, by name; with `enabled: false` the stock model reads them.
+
+    Yields:
+        A setting's name, the logits (R, T, V) from which each token of the answers is predicted, and each row's number
+        of visual tokens, LLaVA-NeXT's newlines included.
+    """
+    mask = inputs["attention_mask"]
+    appended = {"input_ids": answers, "attention_mask": counted.to(mask.dtype)}
+    texts = {name: torch.cat([inputs[name], part[:, :-1]], 1) for name, part in appended.items()}
+    sections = [dict(fields) for fields in settings.values() if fields.get("enabled", True)]
+    whole = {**inputs, **texts}
+    short = {**with_encoded_images(model, dict(inputs), sections), **texts} if sections else {}
+    placeholders = (inputs["input_ids"] == model.config.image_token_id).sum(-1).tolist()
     for name, fields in settings.items():
-        output = model(
-            **inputs,
-            token_recovery=dict(fields),
-            logits_to_keep=reference.answers.shape[1],
-            use_cache=False,
-        )
-        counts = (output.visual_token_counts + output.newline_counts).tolist()
-        measured[name] = reference.compare(output.logits, counts)
-    return measured
+        given = short if fields.get("enabled", True) else whole
+        output = model(**given, token_recovery=dict(fields), logits_to_keep=answers.shape[1], use_cache=False)
+        yield name, output.logits, count_visual_tokens(output, [1] * len(placeholders), placeholders)
 
 
 @dataclasses.dataclass
@@ -117,12 +141,6 @@ class _Reference:
         counted = (ends.cumsum(-1) - ends.long()) == 0
         return cls(answers, torch.stack(output.logits, 1), counted)
 
-    def appended_to(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Prompts with the answers but for their last tokens, after which nothing is predicted."""
-        mask = inputs["attention_mask"]
-        parts = {"input_ids": self.answers, "attention_mask": self.counted.to(mask.dtype)}
-        return {name: torch.cat([inputs[name], part[:, :-1]], 1) for name, part in parts.items()}
-
     def compare(self, logits: Tensor, counts: Sequence[int]) -> list[Measurement]:
         """Measurements of the rows, given a setting's logits (R, T, V) and its visual tokens."""
         divergences = jensen_shannon(self.logits, logits).masked_fill(~self.counted, 0.0)
@@ -131,4 +149,4 @@ class _Reference:
         return [Measurement(*row) for row in zip(*columns, strict=True)]
 
 
-__all__ = ["Measurement", "jensen_shannon", "measure"]
+__all__ = ["Measurement", "jensen_shannon", "measure", "read_along"]

@@ -1,0 +1,1 @@
+"""Accuracy of every method over the number of visual tokens, down to four, on the demo models' held-out scenes."""
