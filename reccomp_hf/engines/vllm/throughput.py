@@ -216,7 +216,8 @@ class _Engine:
         self._cache.most = 0.0
         measures = self._loop.run_until_complete(ask_all(generate, requests, clients))
         cache = self._llm.vllm_config.cache_config
-        return {**measures, CACHE: self._cache.most * cache.num_gpu_blocks * cache.block_size}
+        blocks = round(self._cache.most * (cache.num_gpu_blocks - 1))  # one block is never used
+        return {**measures, CACHE: float(blocks * cache.block_size)}
 
     @property
     def section(self) -> TokenRecoveryConfig:
