@@ -6,11 +6,22 @@ import argparse
 import functools
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .choices import BENCH_BATCH_SIZES, BENCH_BUDGETS, BENCH_CONFIGS, BENCH_NEW_TOKENS, BENCH_ROUNDS
+from .choices import (
+    BENCH_BATCH_SIZES,
+    BENCH_BUDGETS,
+    BENCH_CONFIGS,
+    BENCH_NEW_TOKENS,
+    BENCH_ROUNDS,
+    DYNAMIC,
+    THROUGHPUT_CLIENTS,
+    THROUGHPUT_NEW_TOKENS,
+    THROUGHPUT_ROUNDS,
+)
 from .options import (
     add_checkpoint,
     add_command,
@@ -32,13 +43,23 @@ DEFAULT_PRESET = "balanced"
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
+    if arguments.report is not None:
+        _report(arguments)
+    elif arguments.engine == "vllm":
+        _throughput(arguments)
+    else:
+        _compare(arguments)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    """Time batches in one process."""
     from ..checkpoints.quiet import quiet
     from ..measure.benchmark import check_gpu, compare, comparison_text, largest_batches, plot_comparison
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes its own log to stderr
-    if arguments.report is not None:
-        _report(arguments)
-        return
+    if len(arguments.new_tokens or ()) > 1:
+        raise ValueError("Several --new-tokens go with --engine vllm; without it, name one number.")
+    (new_tokens,), budgets = arguments.new_tokens or (BENCH_NEW_TOKENS,), arguments.budgets or BENCH_BUDGETS
     with quiet():
         name, model, inputs_of = _contender(arguments)
         if arguments.largest_batch:
@@ -46,20 +67,70 @@ def run(arguments: argparse.Namespace) -> None:
         facts = compare(
             model,
             inputs_of,
-            batch_sizes=arguments.batch_sizes,
-            budgets=arguments.budgets,
-            new_tokens=arguments.new_tokens,
-            rounds=arguments.repeats,
+            batch_sizes=arguments.batch_sizes or BENCH_BATCH_SIZES,
+            budgets=budgets,
+            new_tokens=new_tokens,
+            rounds=arguments.repeats or BENCH_ROUNDS,
             cpu_time=arguments.cpu_time,
             cuda_graph=arguments.cuda_graph,
         )
         if arguments.largest_batch:
-            facts["largest_batches"] = largest_batches(
-                model, inputs_of, budgets=arguments.budgets, new_tokens=arguments.new_tokens
-            )
+            facts["largest_batches"] = largest_batches(model, inputs_of, budgets=budgets, new_tokens=new_tokens)
     facts = {"name": name, "seed": arguments.seed, "picture": arguments.image_size, **facts}
     say(comparison_text(name, facts))
     write_results(arguments, lambda: facts, lambda: plot_comparison(name, facts))
+
+
+def _throughput(arguments: argparse.Namespace) -> None:
+    """Compare engines of vLLM under load."""
+    from ..checkpoints.loading import folder_with_weights
+    from ..checkpoints.quiet import quiet
+    from ..engines.vllm.random_weights import write_without_weights
+    from ..engines.vllm.throughput import compare_throughput, throughput_text
+    from ..measure.benchmark import named_config
+
+    _check_throughput_options(arguments)
+    given = {
+        "clients": arguments.batch_sizes,
+        "new_tokens": arguments.new_tokens,
+        "rounds": arguments.repeats,
+        "budget": (arguments.budgets or (None,))[0],
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        if arguments.config is None:
+            name, source = arguments.model, folder_with_weights(arguments.model)
+        else:
+            name, source = f"{arguments.config} with random weights", Path(folder)
+            write_without_weights(named_config(arguments.config, arguments.preset or DEFAULT_PRESET), source)
+        facts = compare_throughput(
+            source, **options, picture=arguments.image_size, dtype=arguments.dtype, seed=arguments.seed
+        )
+    facts = {"name": name, "seed": arguments.seed, "picture": arguments.image_size, **facts}
+    say(throughput_text(name, facts))
+    write_results(arguments, lambda: facts)
+
+
+def _check_throughput_options(arguments: argparse.Namespace) -> None:
+    """Refuse options that do not fit a comparison in vLLM.
+
+    Raises:
+        ValueError: One is given, or several budgets.
+    """
+    for name in ("device", "cpu_time", "cuda_graph", "largest_batch", "plot"):
+        if getattr(arguments, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is an option of the engine transformers. With --engine vllm these fit: "
+                "--preset, --dtype, --batch-sizes, --budgets, --new-tokens, --repeats, --image-size, --seed, --json."
+            )
+    _check_preset(arguments)
+    if len(arguments.budgets or ()) > 1 or DYNAMIC in (arguments.budgets or ()):
+        raise ValueError("--engine vllm compares one fixed budget with the stock model: name it, as in --budgets 64.")
+
+
+def _check_preset(arguments: argparse.Namespace) -> None:
+    if arguments.config is None and arguments.preset is not None:
+        raise ValueError("--preset goes with --config; a checkpoint has its own settings.")
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -90,10 +161,13 @@ def register(commands: Any) -> None:
         "Times a model on prompts with images, in turns within one process: the stock model; ours; and the\n"
         "oracle, the limit: the stock vision tower and the embeddings of the short prompt at no cost.\n"
         "Ratios are taken within a round and reported with their quartiles. A --config has random weights, so\n"
-        "nothing is downloaded; its dynamic counts are set to about a tenth.",
+        "nothing is downloaded; its dynamic counts are set to about a tenth.\n\n"
+        "With --engine vllm two engines, the stock model and ours, answer the same requests of some clients in\n"
+        "turns: requests per second, time to the first token, and tokens in the KV cache. The budget is fixed.",
         " demo --batch-sizes 1,8 --budgets dynamic,16",
         " --config mid --device cpu --json bench.json --plot bench.png",
         " --config llava-1.5-7b --device cuda --dtype bfloat16 --batch-sizes 1,8,32 --largest-batch",
+        " --config llava-1.5-7b --engine vllm --dtype bfloat16 --batch-sizes 1,8,32 --new-tokens 8,64",
         " --report speeds",
     )
     source = command.add_mutually_exclusive_group(required=True)
@@ -104,23 +178,39 @@ def register(commands: Any) -> None:
     source.add_argument(
         "--report", metavar="DIR", help="write the table of speeds of published sizes, in nine minutes of an H100"
     )
+    command.add_argument(
+        "--engine", choices=("transformers", "vllm"), default="transformers", help="what runs; vllm must be installed"
+    )
     add_preset(command, text=f"settings of a --config (default: {DEFAULT_PRESET})")
     add_device(command)
     add_dtype(command, "float32 on a CPU, elsewhere bfloat16, or as a checkpoint stores them")
     command.add_argument(
-        "--batch-sizes", type=counts, default=_joined(BENCH_BATCH_SIZES), metavar="LIST", help="prompts per batch"
+        "--batch-sizes",
+        type=counts,
+        metavar="LIST",
+        help=f"prompts per batch (default: {_joined(BENCH_BATCH_SIZES)}); in vllm clients (default: "
+        f"{_joined(THROUGHPUT_CLIENTS)})",
     )
     command.add_argument(
         "--budgets",
         type=budgets,
-        default=_joined(BENCH_BUDGETS),
         metavar="LIST",
-        help="tokens per image, shares of its patches, or dynamic",
+        help=f"tokens per image, shares of its patches, or dynamic (default: {_joined(BENCH_BUDGETS)}); in vllm one "
+        "fixed budget (default: the checkpoint's)",
     )
     command.add_argument(
-        "--new-tokens", type=count, default=BENCH_NEW_TOKENS, metavar="N", help="tokens to decode per prompt"
+        "--new-tokens",
+        type=counts,
+        metavar="N",
+        help=f"tokens to decode per prompt (default: {BENCH_NEW_TOKENS}); in vllm a list (default: "
+        f"{_joined(THROUGHPUT_NEW_TOKENS)})",
     )
-    command.add_argument("--repeats", type=count, default=BENCH_ROUNDS, metavar="N", help="rounds of turns")
+    command.add_argument(
+        "--repeats",
+        type=count,
+        metavar="N",
+        help=f"rounds of turns (default: {BENCH_ROUNDS}; in vllm {THROUGHPUT_ROUNDS})",
+    )
     command.add_argument(
         "--image-size",
         type=image_size,
@@ -142,9 +232,8 @@ def _contender(arguments: argparse.Namespace) -> tuple[str, Any, Any]:
     from ..checkpoints.loading import load
     from ..measure.benchmark import named_config, noise_batch, random_model, scene_batch, sharpen
 
+    _check_preset(arguments)
     if arguments.config is None:
-        if arguments.preset is not None:
-            raise ValueError("--preset goes with --config; a checkpoint has its own settings.")
         model, processor = load(arguments.model, {}, arguments.device, arguments.dtype)
         inputs_of = functools.partial(scene_batch, model, processor, picture=arguments.image_size, seed=arguments.seed)
         return arguments.model, model, inputs_of

@@ -29,6 +29,9 @@ BENCH_BUDGETS = ("dynamic", 64, 128)  # measure.benchmark.BUDGETS
 BENCH_NEW_TOKENS, BENCH_ROUNDS = 16, 7  # defaults of measure.benchmark.compare
 DYNAMIC = "dynamic"  # measure.benchmark.DYNAMIC
 
+# defaults of engines.vllm.throughput.compare_throughput
+THROUGHPUT_CLIENTS, THROUGHPUT_NEW_TOKENS, THROUGHPUT_ROUNDS = (1, 8, 32), (8, 64), 5
+
 SERVE_BATCH_SIZE, SERVE_WAITING, SERVE_SECONDS = 16, 64, 600  # engines.server.answering
 
 EVAL_BATCH_SIZE = 64  # measure.evaluation.DEFAULT_BATCH_SIZE

@@ -11,6 +11,7 @@ from reccomp_hf.checkpoints.conversion import shards
 from reccomp_hf.cli import choices, options
 from reccomp_hf.core import counting
 from reccomp_hf.engines.server import answering
+from reccomp_hf.engines.vllm import throughput
 from reccomp_hf.measure import benchmark, cost, evaluation, published
 
 # ---- lists ---------------------------------------------------------------------------------------------------------
@@ -32,6 +33,10 @@ from reccomp_hf.measure import benchmark, cost, evaluation, published
         (
             (choices.SERVE_BATCH_SIZE, choices.SERVE_WAITING, choices.SERVE_SECONDS),
             (answering.BATCH_SIZE, answering.WAITING, answering.SECONDS),
+        ),
+        (
+            (choices.THROUGHPUT_CLIENTS, choices.THROUGHPUT_NEW_TOKENS, choices.THROUGHPUT_ROUNDS),
+            (throughput.CLIENTS, throughput.NEW_TOKENS, throughput.ROUNDS),
         ),
         (
             choices.EVAL_METHODS,

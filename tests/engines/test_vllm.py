@@ -239,7 +239,7 @@ def test_what_is_not_finite_is_refused(llm, transformers, expected):
     assert "features of image 0 hold NaN or infinity" in message
 
 
-def test_the_tower_sees_few_pictures_at_once(fresh, expected):
+def test_pictures_of_several_requests_go_through_the_tower_together(fresh, expected):
     from reccomp_hf.engines.vllm.models import TOWER_TILES
 
     seen: list[int] = []
@@ -249,6 +249,10 @@ def test_the_tower_sees_few_pictures_at_once(fresh, expected):
         return embeddings.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
 
     (handle,) = fresh.apply_model(watch)
+    ask(fresh, requests([PAIRS[0], PAIRS[4], PAIRS[8], PAIRS[12]]))
+    assert seen == [4]
+    forget(fresh)
+    seen.clear()
     batch = [*requests(PAIRS), *requests(PAIRS[:3], token_recovery={"budget": 4})]
     answers = ask(fresh, batch)
     handle.remove()

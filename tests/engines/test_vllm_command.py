@@ -1,4 +1,4 @@
-"""`predict --engine vllm` where it needs no engine: what is refused, and the digest of a checkpoint."""
+"""Commands with `--engine vllm` where they need no engine: what is refused, and the digest of a checkpoint."""
 
 import json
 import types
@@ -10,7 +10,7 @@ from vllm_engines import copy_checkpoint
 
 from reccomp_hf.checkpoints.digest import checkpoint_digest
 from reccomp_hf.demo import checkpoint_folder
-from reccomp_hf.engines.vllm import prediction
+from reccomp_hf.engines.vllm import prediction, starting
 
 pytest_plugins = ("command_line",)
 
@@ -29,7 +29,7 @@ def test_an_option_that_vllm_does_not_have_is_refused(error, command, option):
 
 
 def test_without_vllm_the_error_says_how_to_install_it(error, command, monkeypatch):
-    monkeypatch.setattr(prediction, "find_spec", lambda name: None)
+    monkeypatch.setattr(starting, "find_spec", lambda name: None)
     assert error(*command).startswith("vLLM is not installed: pip install 'reccomp_hf[vllm]'")
 
 

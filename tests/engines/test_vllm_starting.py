@@ -3,7 +3,6 @@
 import contextlib
 import json
 import threading
-import types
 import urllib.error
 import urllib.request
 from base64 import b64encode
@@ -50,6 +49,11 @@ REFUSED = {
         {"enable_mm_embeds": True},
         r'image_embeds do not say the positions.*--hf-overrides .*"position_ids": "compact"',
     ),
+    "a divided tower": (
+        {},
+        {"tensor_parallel_size": 2},
+        r"--tensor-parallel-size 2 divides among ranks: add --mm-encoder-tp-mode data",
+    ),
     "speculation": (
         {},
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
@@ -86,19 +90,6 @@ def test_refused_at_the_start(name):
     overrides = {"hf_overrides": {"token_recovery": fields}} if fields else {}
     with pytest.raises(ValueError, match=message), engine(DEMO, **overrides, **options):
         pass
-
-
-def test_tensor_parallelism_is_refused_before_anything_is_built():
-    from reccomp_hf.engines.vllm.models import LlavaRecCompForConditionalGeneration
-
-    config = types.SimpleNamespace(token_recovery=types.SimpleNamespace(enabled=True))
-    multimodal = types.SimpleNamespace(get_limit_per_prompt=lambda modality: 1)
-    model_config = types.SimpleNamespace(hf_config=config, get_multimodal_config=lambda: multimodal)
-    parallel = types.SimpleNamespace(tensor_parallel_size=2)
-    with pytest.raises(ValueError, match=r"got --tensor-parallel-size 2. Use 1"):
-        LlavaRecCompForConditionalGeneration(
-            vllm_config=types.SimpleNamespace(model_config=model_config, parallel_config=parallel)
-        )
 
 
 def test_overrides_and_the_keys_of_modules(tmp_path, demo):

@@ -37,6 +37,7 @@ from .processing import (
     LlavaRecCompMultiModalProcessor,
     RecoveryDummyInputsBuilder,
 )
+from .ranks import of_first_rank
 from .settings import position_count
 from .tower import clip_tower
 
@@ -72,19 +73,11 @@ class RecoveryModelMixin:
     token_recovery: TokenRecoveryModules | None
     supports_tower_connector_lora = False  # vLLM would map adapters by the uncompressed number of tokens
     supports_mrope = supports_multimodal_pruning = True  # asked for a checkpoint with original positions alone
+    supports_encoder_tp_data = True
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        """Build the stock model with all blocks of its vision tower, and CLIP's text encoder.
-
-        Raises:
-            ValueError: Tensor parallelism, which would split the attention heads that the saliency is computed from.
-        """
+        """Build the stock model with all blocks of its vision tower, and CLIP's text encoder."""
         enabled = vllm_config.model_config.hf_config.token_recovery.enabled and _has_tower(vllm_config)
-        if enabled and (size := vllm_config.parallel_config.tensor_parallel_size) > 1:
-            raise ValueError(
-                f"Token recovery reads whole attention heads of the vision tower, which tensor parallelism splits: "
-                f"got --tensor-parallel-size {size}. Use 1, with --data-parallel-size for more devices."
-            )
         self._keeps_places = vllm_config.model_config.uses_mrope
         with _position_limit(vllm_config.model_config, self._keeps_places) as positions:
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -203,19 +196,23 @@ class RecoveryModelMixin:
             section,
             layer,
             num_heads=config.vision_config.num_attention_heads,
-            projector=self.multi_modal_projector,
+            projector=self._project,
         )
         choice.sync()
         check_finite(choice.non_finite.tolist(), layout.tiles)
         expected = [count_tokens(config, budget, image.size) for image in images]
         if choice.image_lengths != expected:
             raise RuntimeError(f"Method {section.method!r} gave {choice.image_lengths} tokens, the budget {expected}.")
-        tokens = choice.tokens(self.multi_modal_projector, getattr(self, "image_newline", None))
+        tokens = choice.tokens(self._project, getattr(self, "image_newline", None))
         packed = tokens.packed()
         if self._keeps_places:
             places = pack_rows(tokens.places.unsqueeze(-1), tokens.lengths, sum(expected))
             packed = append_places(packed, places[:, 0].to(packed.device))
-        return packed.split(expected)
+        return of_first_rank(packed).split(expected)
+
+    def _project(self, features: Tensor) -> Tensor:
+        """The projection of the features that rank 0 has; each rank holds a part of the projector."""
+        return self.multi_modal_projector(of_first_rank(features))
 
 
 @MULTIMODAL_REGISTRY.register_processor(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
-from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,40 +22,6 @@ from .budgets import count_tokens, question_budget
 from .checks import keeps_places
 
 
-def start_engine(
-    folder: str | Path, token_recovery: Mapping[str, Any], dtype: str | None = None, batch_size: int | None = None
-) -> Any:
-    """Start vLLM on a checkpoint.
-
-    Args:
-        folder: The checkpoint.
-        token_recovery: Fields of the config section to override.
-        dtype: Data type of the weights; by default float32 on a CPU, and the checkpoint's own elsewhere.
-        batch_size: Most requests in one step; by default vLLM's.
-
-    Returns:
-        A `vllm.LLM`. On a CPU it runs without compilation, which takes longer than many a run.
-
-    Raises:
-        ValueError: vLLM is not installed, or cannot serve the checkpoint.
-    """
-    if find_spec("vllm") is None:
-        raise ValueError(
-            "vLLM is not installed: pip install 'reccomp_hf[vllm]' (on a CPU see engines/vllm/README.md), or use the "
-            "engine transformers."
-        )
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it logs to stdout
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    from vllm import LLM
-    from vllm.platforms import current_platform
-
-    on_cpu = current_platform.is_cpu()
-    options: dict[str, Any] = {"max_num_seqs": batch_size} if batch_size else {}
-    if token_recovery:
-        options["hf_overrides"] = {"token_recovery": dict(token_recovery)}
-    return LLM(str(folder), dtype=dtype or ("float32" if on_cpu else "auto"), enforce_eager=on_cpu, **options)
-
-
 def predict_with_vllm(
     llm: Any,
     data: str | Path,
@@ -73,7 +37,7 @@ def predict_with_vllm(
     """Ask every question of a file or folder in vLLM, greedily, with the lines, errors and resuming of `predict`.
 
     Args:
-        llm: A `vllm.LLM` on the folder of a compressed checkpoint, see [`start_engine`].
+        llm: A `vllm.LLM` on the folder of a compressed checkpoint, see `start_engine`.
         data: As in `predict`, like the remaining arguments.
         output: The file to write.
         columns: Columns of the data.
@@ -209,4 +173,4 @@ class _Sent:
     uncompressed: int
 
 
-__all__ = ["VllmAnswerer", "predict_with_vllm", "start_engine"]
+__all__ = ["VllmAnswerer", "predict_with_vllm"]

@@ -1,4 +1,4 @@
-"""vLLM's own settings for a checkpoint with original positions, set before an engine is built."""
+"""vLLM's own settings for a checkpoint, checked and changed before an engine is built."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from .checks import keeps_places, override
+from .ranks import check_ranks
 
 _ROPE_TYPES = ("default", "linear", "llama3")
 """Rotary embeddings whose values at a position do not depend on the largest position."""
@@ -30,12 +31,13 @@ class RecoverySettings(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Check the settings that positions depend on, and name a worker for CPUs.
+        """Check the settings that the vision tower and positions depend on, and name a worker for CPUs.
 
         Raises:
-            ValueError: Settings with which vLLM would use other positions.
+            ValueError: Settings with which vLLM would divide the tower, or use other positions.
         """
         model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
+        check_ranks(model_config, parallel.tensor_parallel_size)
         if not model_config.uses_mrope:
             return
         rope = getattr(model_config.hf_text_config, "rope_parameters", None) or {}
