@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, Protocol, TypeAlias
 
@@ -46,13 +47,15 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records CUDA graphs, all of which share one memory pool."""
+    """Records CUDA graphs, all of which share one memory pool and are recorded on one stream."""
 
     device_type = "cuda"
 
     def __init__(self) -> None:
-        """Leave the pool to the first recording."""
+        """Leave pool and streams to the first recording."""
         self._pool: Any = None
+        self._streams: dict[torch.device, Any] = {}
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
         self._last_turn: Any = None
 
     @contextlib.contextmanager
@@ -68,19 +71,38 @@ class CudaRecorder:
         """Run the computation a few times on a stream of its own, then capture it; no compiler is involved."""
         device = next(iter(inputs.values())).device
         with torch.cuda.device(device):
-            self._pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
-            stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-            stream.wait_stream(torch.cuda.current_stream())
+            before = torch.cuda.current_stream()
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream()
+            stream = self._streams[device]
+            stream.wait_stream(before)
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
                     computation(inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-            pool, self._pool = self._pool, None  # a pool in which a capture fails is not used again
-            # Other threads may use the device meanwhile.
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                outputs = computation(inputs)
+            before.wait_stream(stream)
+            # A pool without a graph is not used again, nor one in which a capture failed: torch refuses both.
+            pool = self._pool if self._graphs and self._pool is not None else torch.cuda.graph_pool_handle()
+            self._pool, graph = None, torch.cuda.CUDAGraph()
+            # A graph writes to the workspace that a matrix product had when it was recorded, and torch's compiler
+            # frees the workspaces of all streams. Those made while a graph is recorded lie in its own pool.
+            _free_workspaces()
+            try:
+                # Other threads may use the device meanwhile.
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    outputs = computation(inputs)
+            finally:
+                torch.cuda.set_stream(before)  # torch leaves its own stream current if a capture fails
+                _free_workspaces()
             self._pool = pool
+            self._graphs.add(graph)
         return graph.replay, outputs
+
+
+def _free_workspaces() -> None:
+    """Free the memory that cuBLAS keeps for matrix products; it is allocated anew when one needs it."""
+    free = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if free is not None:
+        free()
 
 
 @dataclasses.dataclass
@@ -119,11 +141,17 @@ class GraphCache:
         self._states: dict[str, tuple[Any, ...]] = {}
         self._refused: set[Hashable] = set()
         self._said: set[tuple[str, str]] = set()
+        self.recorded = 0  # recordings made so far, dropped ones included
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
         """Number of recordings."""
         return len(self._recordings)
+
+    @property
+    def refusals(self) -> list[str]:
+        """Computations that were run without a recording so far, each with the reason."""
+        return sorted(f"{name}: {reason}" for name, reason in self._said)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles of a model start without recordings."""
@@ -190,6 +218,7 @@ class GraphCache:
         with used_constants() as constants:
             recording = _Recording(buffers, *self.recorder(computation, buffers), constants, computation)
         self._recordings[key] = recording
+        self.recorded += 1
         return recording
 
     def _reason(self, inputs: Tensors, device: torch.device) -> str | None:
