@@ -33,6 +33,7 @@ RATIOS = ((STOCK, OURS), (STOCK, OURS_GRAPHED), (OURS, ORACLE), (OURS_GRAPHED, O
 SECONDS = 400.0
 """Parts that have not begun by then are left out of a report, so that it takes less than nine minutes."""
 ROUNDS = 5
+TABLES = ("prefills", "answers", "equal_answers", "launches", "largest_batches")
 
 Build: TypeAlias = "Callable[[], tuple[Any, Callable[[int], Inputs]]]"
 """Makes a model and a function from a number of rows to its inputs."""
@@ -65,8 +66,8 @@ class Part:
     """A part of the report.
 
     Args:
-        table: Name of the table that its rows belong to.
-        title: What is measured, for lines about parts that failed or were left out.
+        table: The one of `TABLES` that its rows belong to.
+        title: Name of the part, for lines about parts that failed or were left out.
         build: Makes the model; successive parts with the same one share it.
         measure: Function from the model and its inputs to rows of the table, as JSON values.
     """
@@ -107,7 +108,7 @@ def speed_report(
         "seconds": 0.0,
         "failed": [],
         "left_out": [],
-        **{part.table: [] for part in parts},
+        **{table: [] for table in TABLES},
     }
     with progress_bar(len(parts), "parts", progress) as bar:
         for part in parts:
@@ -176,7 +177,7 @@ def _prefills(
             running[name], first[name] = contender, {"seconds": seconds, "bytes": _reserved(device) - before}
     turns = {name: _prefill_turn(one, stopwatch) for name, one in running.items()}
     interleave(turns, 1) if turns else None  # a contender's first call may change modules that another one records
-    recorded = graphs.recorded if graphs else 0
+    recorded = 0 if graphs is None else graphs.recorded
     times = interleave(turns, rounds) if turns else {}
     return [
         {
@@ -186,9 +187,9 @@ def _prefills(
             "ratios": {f"{one} / {other}": _ratio(times, one, other) for one, other in RATIOS},
             "first_prefill": first,
             "failed": failed,
-            "graphs": len(graphs or ()),
-            "recorded_anew": graphs.recorded - recorded if graphs else 0,
-            "refusals": graphs.refusals if graphs else [],
+            "graphs": 0 if graphs is None else len(graphs),
+            "recorded_anew": 0 if graphs is None else graphs.recorded - recorded,
+            "refusals": [] if graphs is None else graphs.refusals,
             "logits": _difference(running, failed),
         }
     ]
@@ -256,7 +257,7 @@ def _answers(
         except Exception as error:
             failed[name] = summary(error)
     row = {"case": case.title, "batch_size": size, "new_tokens": new_tokens, "rates": rates, "failed": failed}
-    return [row | {"refusals": graphs.refusals if graphs else []}]
+    return [row | {"refusals": [] if graphs is None else graphs.refusals}]
 
 
 def _ways(
@@ -296,7 +297,7 @@ def equal_answers(
         with recordings(model, graphs):
             ids = model.generate(**inputs, **options)
         equal += int((ids == eager).all(-1).sum()) if ids.shape == eager.shape else 0
-    return {"questions": questions, "equal": equal, "refusals": graphs.refusals if graphs else []}
+    return {"questions": questions, "equal": equal, "refusals": [] if graphs is None else graphs.refusals}
 
 
 def equality(model: Any, processor: Any, fields: Mapping[str, Any], questions: int) -> Part:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..tables import markdown_table
+from .contenders import OURS, STOCK
 from .environment import describe_environment
 from .reporting import format_milliseconds, format_ratio
-from .speed import CONTENDERS, GRAPHED, OURS, OURS_GRAPHED, RATIOS, STOCK
+from .speed import CONTENDERS, GRAPHED, OURS_GRAPHED, RATIOS
 
 
 def speed_markdown(facts: Mapping[str, Any]) -> str:
@@ -82,7 +83,7 @@ def _launches(facts: Mapping[str, Any]) -> list[list[str]]:
 
 def _largest(facts: Mapping[str, Any]) -> list[list[str]]:
     table = [["case", *(f"{name}: {what}" for name in (STOCK, OURS) for what in ("rows", "tokens per second"))]]
-    for row in facts.get("largest_batches", ()):
+    for row in facts["largest_batches"]:
         cells = [row["case"]]
         for name in (STOCK, OURS):
             speed = row[name]["tokens_per_second"]
