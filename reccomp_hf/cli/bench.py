@@ -134,22 +134,26 @@ def _check_preset(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    """Write the table of speeds: of published sizes on a GPU, of the shipped checkpoint on a CPU."""
+    """Write the table of speeds, again after each of its parts: of published sizes on a GPU, of a demo on a CPU."""
     import torch
 
     from ..checkpoints.loading import load
     from ..checkpoints.quiet import quiet
-    from ..measure.benchmark import published_report, speed_markdown
+    from ..measure.benchmark import published_parts, speed_markdown, speed_report
 
     folder = Path(arguments.report)
     folder.mkdir(parents=True, exist_ok=True)
+
+    def write(facts: dict[str, Any]) -> None:
+        (folder / "speed.md").write_text(speed_markdown(facts), encoding="utf-8")
+        (folder / "speed.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
     with quiet():
         model, processor = load("demo", {}, arguments.device, "float32")
-        facts = published_report(model, processor, getattr(torch, arguments.dtype or "bfloat16"))
-    text = speed_markdown(facts)
-    (folder / "speed.md").write_text(text, encoding="utf-8")
-    (folder / "speed.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    say(text, f"Wrote {folder / 'speed.md'} and {folder / 'speed.json'}.")
+        on_gpu = model.device.type == "cuda"
+        dtype = getattr(torch, arguments.dtype or "bfloat16") if on_gpu else torch.float32
+        facts = speed_report(published_parts(model, processor, dtype), model.device, dtype, write=write)
+    say(speed_markdown(facts), f"Wrote {folder / 'speed.md'} and {folder / 'speed.json'}.")
 
 
 def register(commands: Any) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
 import logging
+import operator
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, Protocol, TypeAlias
 
@@ -24,6 +27,7 @@ WARM_UPS = 3
 _ADAPTER_STATE = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")  # PEFT's, of an adapted module
 _PATCHES = ("forward", "_hf_hook")  # of an instance
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_TENSORS = ("_parameters", "_buffers")
 
 
 class Recorder(Protocol):
@@ -46,13 +50,15 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records CUDA graphs, all of which share one memory pool."""
+    """Records CUDA graphs, all of which share one memory pool and are recorded on one stream."""
 
     device_type = "cuda"
 
     def __init__(self) -> None:
-        """Leave the pool to the first recording."""
+        """Leave pool and streams to the first recording."""
         self._pool: Any = None
+        self._streams: dict[torch.device, Any] = {}
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
         self._last_turn: Any = None
 
     @contextlib.contextmanager
@@ -68,19 +74,38 @@ class CudaRecorder:
         """Run the computation a few times on a stream of its own, then capture it; no compiler is involved."""
         device = next(iter(inputs.values())).device
         with torch.cuda.device(device):
-            self._pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
-            stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-            stream.wait_stream(torch.cuda.current_stream())
+            before = torch.cuda.current_stream()
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream()
+            stream = self._streams[device]
+            stream.wait_stream(before)
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
                     computation(inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-            pool, self._pool = self._pool, None  # a pool in which a capture fails is not used again
-            # Other threads may use the device meanwhile.
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                outputs = computation(inputs)
+            before.wait_stream(stream)
+            # A pool without a graph is not used again, nor one in which a capture failed: torch refuses both.
+            pool = self._pool if self._graphs and self._pool is not None else torch.cuda.graph_pool_handle()
+            self._pool, graph = None, torch.cuda.CUDAGraph()
+            # A graph writes to the workspace that a matrix product had when it was recorded, and torch's compiler
+            # frees the workspaces of all streams. Those made while a graph is recorded lie in its own pool.
+            _free_workspaces()
+            try:
+                # Other threads may use the device meanwhile.
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    outputs = computation(inputs)
+            finally:
+                torch.cuda.set_stream(before)  # torch leaves its own stream current if a capture fails
+                _free_workspaces()
             self._pool = pool
+            self._graphs.add(graph)
         return graph.replay, outputs
+
+
+def _free_workspaces() -> None:
+    """Free the memory that cuBLAS keeps for matrix products; the next product that needs some allocates it."""
+    free = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if free is not None:
+        free()
 
 
 @dataclasses.dataclass
@@ -116,14 +141,21 @@ class GraphCache:
         self.limit = limit
         self.recorder: Recorder = CudaRecorder() if recorder is None else recorder
         self._recordings: collections.OrderedDict[Hashable, _Recording] = collections.OrderedDict()
+        self._watched: dict[str, _Watched] = {}
         self._states: dict[str, tuple[Any, ...]] = {}
         self._refused: set[Hashable] = set()
         self._said: set[tuple[str, str]] = set()
+        self.recorded = 0  # recordings made so far, dropped ones included
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
         """Number of recordings."""
         return len(self._recordings)
+
+    @property
+    def refusals(self) -> list[str]:
+        """Computations that were run without a recording so far, each with the reason."""
+        return sorted(f"{name}: {reason}" for name, reason in self._said)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles of a model start without recordings."""
@@ -147,9 +179,12 @@ class GraphCache:
         """
         modules = list(modules)
         device = next(iter(inputs.values())).device
-        state = _state_of(modules)
+        watched = self._watched.get(name)
+        if watched is None or not all(map(operator.is_, watched.roots, modules)):
+            watched = _Watched(modules)
+        state = watched.state(), device
         reason = self._reason(inputs, device)
-        if reason is None and self._states.get(name) != (state, device):
+        if reason is None and self._states.get(name) != state:
             reason = _reason_against(modules, device)
         if reason is not None:
             self._refuse(name, reason)
@@ -157,9 +192,11 @@ class GraphCache:
         shapes = tuple((part, tuple(value.shape), value.dtype) for part, value in inputs.items())
         key = (name, key, shapes, device)
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            if self._states.setdefault(name, (state, device)) != (state, device):
+            if self._states.setdefault(name, state) != state:
                 self.clear()
-                self._states[name] = (state, device)
+                watched = _Watched(modules)
+                self._states[name] = watched.state(), device
+            self._watched[name] = watched
             if key in self._refused:
                 return None
             recording = self._recordings.get(key)
@@ -182,6 +219,7 @@ class GraphCache:
         self._recordings.clear()
         self._refused.clear()
         self._states.clear()
+        self._watched.clear()
 
     def _record(self, key: Hashable, computation: Computation, inputs: Tensors) -> _Recording:
         while len(self._recordings) >= self.limit:
@@ -190,6 +228,7 @@ class GraphCache:
         with used_constants() as constants:
             recording = _Recording(buffers, *self.recorder(computation, buffers), constants, computation)
         self._recordings[key] = recording
+        self.recorded += 1
         return recording
 
     def _reason(self, inputs: Tensors, device: torch.device) -> str | None:
@@ -208,31 +247,40 @@ class GraphCache:
             logger.warning("The %s runs without a CUDA graph: %s.", name, reason)
 
 
-def _state_of(modules: list[nn.Module]) -> tuple[Any, ...]:
-    """Everything about modules, and all that they contain, that a recording takes for granted besides values.
+class _Watched:
+    """Modules and all that they contain, in a list: a walk before every run would take longer than what it checks."""
 
-    It is compared before every run, so it is kept cheap: identities and addresses.
-    """
-    parts: list[Any] = []
-    modules = list(modules)
-    while modules:
-        module = modules.pop()
-        state = module.__dict__
-        parts += (id(module), type(module), state["training"])
-        for values in (state["_parameters"], state["_buffers"]):
-            for value in values.values():
-                if value is not None:
-                    parts += (id(value), value.data_ptr())
-        for hooks in _HOOKS:
-            if state[hooks]:
-                parts += map(id, state[hooks].values())
-        for name in _PATCHES:
-            if name in state:
-                parts.append(id(state[name]))
-        if "_active_adapter" in state:
-            parts += [repr(state.get(name)) for name in _ADAPTER_STATE]
-        modules += [child for child in state["_modules"].values() if child is not None]
-    return tuple(parts)
+    def __init__(self, roots: list[nn.Module]) -> None:
+        """Walk the modules."""
+        self.roots = roots
+        self._modules = [part for root in roots for part in _parts_of(root)]
+        self._dicts = [module.__dict__ for module in self._modules]
+
+    def state(self) -> tuple[Any, ...]:
+        """Everything about the modules that a recording takes for granted besides values.
+
+        It is compared before every run, so it is kept cheap: identities and addresses.
+        """
+        dicts = self._dicts
+        values = [value for name in _TENSORS for value in _entries(dicts, name) if value is not None]
+        special: list[Any] = []
+        for own in dicts:
+            special += [id(own[name]) for name in _PATCHES if name in own]
+            if "_active_adapter" in own:
+                special += [repr(own.get(name)) for name in _ADAPTER_STATE]
+        return (
+            tuple(map(type, self._modules)),
+            [own["training"] for own in dicts],
+            [id(value) for name in (*_HOOKS, "_modules") for value in _entries(dicts, name)],
+            [*map(id, values)],
+            [*map(Tensor.data_ptr, values)],
+            special,
+        )
+
+
+def _entries(dicts: list[dict[str, Any]], name: str) -> Iterator[Any]:
+    """The values of all dictionaries of a name."""
+    return itertools.chain.from_iterable(map(dict.values, map(operator.itemgetter(name), dicts)))
 
 
 def _reason_against(modules: list[nn.Module], device: torch.device) -> str | None:

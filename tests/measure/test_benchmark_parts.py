@@ -119,8 +119,16 @@ def test_work_that_does_not_fit():
     def work():
         raise torch.cuda.OutOfMemoryError("no")
 
-    assert not capacity.runs(work)
+    def without_workspace():
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")
+
+    def broken():
+        raise RuntimeError("shapes do not fit")
+
+    assert not capacity.runs(work) and not capacity.runs(without_workspace)
     assert capacity.runs(lambda: None)
+    with pytest.raises(RuntimeError, match="shapes"):
+        capacity.runs(broken)
 
 
 # ---- models and inputs ---------------------------------------------------------------------------------------------

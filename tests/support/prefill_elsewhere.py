@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from reccomp_hf.core import front, tensors
+from reccomp_hf.core import front, prefill, tensors
+from reccomp_hf.core.graphs import GraphCache
 
 
 class DeviceCosts(TorchDispatchMode):
@@ -36,7 +37,11 @@ class DeviceCosts(TorchDispatchMode):
         given, made = (devices(tree) for tree in ((args, kwargs), result))
         if name == "copy_":
             given, made = devices(args[1]), devices(args[0])
-        if made == {DEVICE} and given == {"cpu"}:
+        if (
+            made == {DEVICE}
+            and given == {"cpu"}
+            and any(leaf.numel() for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+        ):
             self.copies[name] += 1
         if DEVICE in made:
             self.operators[name] += 1
@@ -61,8 +66,22 @@ def constants_kept():
         yield
 
 
-def costs_elsewhere(architecture, batch, fields, times=2):
-    """Costs of each of several equal prefills, up to the language model, on the second device."""
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def model_elsewhere(architecture, batch, fields, dtype=torch.float32):
+    """A model on the second device, its inputs, and embeddings of the shape that it should make of them.
+
+    Reads are answered by the numbers of a run on the CPU.
+    """
     numbers, stock = [], front.ChosenPrompts.sync_and_validate
 
     def note(chosen, splice=None):
@@ -73,25 +92,61 @@ def costs_elsewhere(architecture, batch, fields, times=2):
         return values
 
     def answer(chosen, splice=None):
-        if chosen.pictures.unread:
-            chosen.pictures.read(numbers[1])
+        if unread := chosen.pictures.unread:  # the last ones, where a bound takes the place of the first ones
+            chosen.pictures.read(numbers[1][-sum(map(len, unread)) :])
         return numbers[0]
 
     model = architecture.compressed()
     with torch.no_grad(), mock.patch.object(front.ChosenPrompts, "sync_and_validate", note):
         wanted = model.compress_inputs(**batch, token_recovery=fields)[0]["inputs_embeds"]
-    known = mock.patch.object(torch, "is_autocast_enabled", lambda *kind: False)  # autocast has no device `meta`
-    found = []
-    with FakeTensorMode(), constants_kept(), known, torch.no_grad():
-        with torch.device(DEVICE):
+    # Autocast has no device `meta`.
+    unknown = {"is_autocast_enabled": lambda *kind: False, "autocast": lambda *kind, **how: contextlib.nullcontext()}
+    # `torch.tensor([])`, an empty cache of transformers, is not a fake tensor there.
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, constants_kept(), mock.patch.multiple(torch, **unknown), torch.no_grad():
+        with torch.device(DEVICE), default_dtype(dtype):
             elsewhere = architecture.model_class(model.config).eval()
         inputs = {name: torch.zeros(value.shape, dtype=value.dtype, device=DEVICE) for name, value in batch.items()}
+        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
         if "image_sizes" in batch:
             inputs["image_sizes"] = batch["image_sizes"].tolist()
         with mock.patch.object(front.ChosenPrompts, "sync_and_validate", answer):
-            for _ in range(times):
-                with DeviceCosts() as costs:
-                    embeds = elsewhere.compress_inputs(**inputs, token_recovery=fields)[0]["inputs_embeds"]
-                assert embeds.shape == wanted.shape and embeds.device.type == DEVICE
-                found.append(costs)
+            yield elsewhere, inputs, wanted
+
+
+def costs_elsewhere(architecture, batch, fields, times=2):
+    """Costs of each of several equal prefills, up to the language model, on the second device."""
+    found = []
+    with model_elsewhere(architecture, batch, fields) as (model, inputs, wanted):
+        for _ in range(times):
+            with DeviceCosts() as costs:
+                embeds = model.compress_inputs(**inputs, token_recovery=fields)[0]["inputs_embeds"]
+            assert embeds.shape == wanted.shape and embeds.device.type == DEVICE
+            found.append(costs)
+    return found
+
+
+def recorded_elsewhere(architecture, batch, fields, dtype=torch.float32):
+    """Costs of every computation of a prefill that a GPU records, as it runs for the second time, by its name."""
+    found = {}
+
+    def run(graphs, name, modules, key, computation, inputs):
+        assert {value.device.type for value in inputs.values()} == {DEVICE}, name
+        try:
+            computation(inputs)
+            with DeviceCosts() as costs:
+                outputs = computation(inputs)
+        except RuntimeError as error:
+            if "depends on the images" not in str(error):
+                raise
+            return None
+        found[name] = costs
+        assert {value.device.type for value in outputs.values()} == {DEVICE}, name
+        return {part: value.clone() for part, value in outputs.items()}
+
+    with model_elsewhere(architecture, batch, fields, dtype) as (model, inputs, wanted):
+        model.use_cuda_graph()
+        with mock.patch.object(GraphCache, "run", run), mock.patch.object(prefill, "MOST_TOKENS", 10**6):
+            output = model(**inputs, token_recovery=fields, logits_to_keep=1)
+        assert output.logits.shape[:2] == (len(wanted), 1) and output.logits.dtype == dtype
     return found

@@ -8,8 +8,9 @@ from .capacity import check_gpu, largest_batches
 from .comparing import BATCH_SIZES, BUDGETS, DYNAMIC, compare
 from .models import CONFIGS, named_config, random_model, sharpen
 from .plotting import plot_comparison
+from .published_speed import published_parts
 from .reporting import comparison_text
-from .speed import Case, equal_answers, published_cases, published_report, speed_report
+from .speed import Case, Part, equal_answers, speed_report
 from .speed_text import speed_markdown
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "CONFIGS",
     "DYNAMIC",
     "Case",
+    "Part",
     "check_gpu",
     "compare",
     "comparison_text",
@@ -26,8 +28,7 @@ __all__ = [
     "named_config",
     "noise_batch",
     "plot_comparison",
-    "published_cases",
-    "published_report",
+    "published_parts",
     "random_model",
     "scene_batch",
     "sharpen",

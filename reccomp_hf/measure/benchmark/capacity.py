@@ -16,6 +16,8 @@ from .timing import Spread, Stopwatch
 LIMIT = 1024
 """Largest number of rows that is tried."""
 ROUNDS = 3
+_NO_WORKSPACE = "ALLOC_FAILED"
+"""In the error of cuBLAS and cuDNN where memory suffices for tensors alone."""
 
 
 def largest_batches(
@@ -95,7 +97,9 @@ def runs(work: Callable[[], Any]) -> bool:
     """Do the work; return whether the GPU's memory sufficed."""
     try:
         work()
-    except torch.cuda.OutOfMemoryError:
+    except RuntimeError as error:
+        if not isinstance(error, torch.cuda.OutOfMemoryError) and _NO_WORKSPACE not in str(error):
+            raise
         return False
     finally:
         torch.cuda.empty_cache()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,8 @@ def trace(work: Callable[[], Any], device: torch.device, memory: bool = False) -
         Events in the format of Chrome's traces; `"ts"` and `"dur"` in microseconds.
     """
     gpu = device.type == "cuda"
+    if gpu:  # as torch does for its own CUDA graphs: where the profiler goes away, the next one crashes on a graph
+        os.environ |= {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     with profile(activities=activities, profile_memory=memory) as profiler:
         work()
