@@ -19,11 +19,13 @@ from .options import (
     add_dtype,
     add_json_file,
     add_preset,
+    add_section,
     budgets,
     count,
     counts,
     image_size,
     output_image,
+    start_fields,
 )
 from .output import say, write_results
 
@@ -105,6 +107,7 @@ def register(commands: Any) -> None:
         "--report", metavar="DIR", help="write the table of speeds of published sizes, in nine minutes of an H100"
     )
     add_preset(command, text=f"settings of a --config (default: {DEFAULT_PRESET})")
+    add_section(command, "in place of --preset or a checkpoint's own; --budgets replaces its budget and its rules")
     add_device(command)
     add_dtype(command, "float32 on a CPU, elsewhere bfloat16, or as a checkpoint stores them")
     command.add_argument(
@@ -145,12 +148,14 @@ def _contender(arguments: argparse.Namespace) -> tuple[str, Any, Any]:
     if arguments.config is None:
         if arguments.preset is not None:
             raise ValueError("--preset goes with --config; a checkpoint has its own settings.")
-        model, processor = load(arguments.model, {}, arguments.device, arguments.dtype)
+        model, processor = load(arguments.model, start_fields(arguments), arguments.device, arguments.dtype)
         inputs_of = functools.partial(scene_batch, model, processor, picture=arguments.image_size, seed=arguments.seed)
         return arguments.model, model, inputs_of
     import torch
 
     config = named_config(arguments.config, arguments.preset or DEFAULT_PRESET)
+    if arguments.section:
+        config.token_recovery = config.token_recovery.replace(start_fields(arguments))
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.empty(1, device=device)  # before anything is built
     dtype = getattr(torch, arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
