@@ -3,13 +3,13 @@
 Only `run` imports torch, transformers and the rooms that need them, so that help and errors appear at once.
 """
 
-from . import app, bench, card, convert, cost, demo, embed, eval, info, plot, predict, push, serve, tune
+from . import app, ask, bench, card, convert, cost, demo, embed, eval, info, plot, predict, push, serve, tune
 
 GROUPS = {
     "try": (demo, plot),
     "make": (convert, info, card, push),
     "measure": (eval, tune, cost, bench),
-    "use": (predict, embed),
+    "use": (ask, predict, embed),
     "serve": (serve, app),
 }
 """The commands by purpose, in the order of the help."""

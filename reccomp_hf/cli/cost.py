@@ -84,7 +84,8 @@ def report(name: str, facts: dict[str, Any]) -> str:
             "",
             "Estimated, not measured: per operator the slower of computing and moving at the card's ceilings.",
             "Vision side in fp16. Real kernels take longer, and launching them is not in it. Neither is the choice",
-            "of tokens, which `reccomp-hf bench` measures as less than 1 % of a prefill.",
+            "of tokens: less than 1 % of a prefill on a CPU, but on a GPU launching its kernels can cost more than",
+            "it saves at batch 1. `reccomp-hf bench` measures it.",
         ]
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -29,13 +28,10 @@ def compare(model: Any, processor: Any, picture: ImageQuestions) -> tuple[dict[s
     inputs = processor(
         images=[picture.image] * len(prompts), text=prompts, padding=True, padding_side="left", return_tensors="pt"
     ).to(model.device, model.dtype)
-    answers, seconds = [], []
+    answers = []
     for override in ({}, {"enabled": False}):
         options = {"max_new_tokens": _MAX_NEW_TOKENS, "do_sample": False, "token_recovery": override}
-        model.generate(**inputs, **options)  # a first call takes longer
-        began = time.perf_counter()
         ids = model.generate(**inputs, **options)
-        seconds.append(round((time.perf_counter() - began) / len(prompts), 5))
         replies = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         answers.append([reply.strip() for reply in replies])
     records = model.recover(**inputs)
@@ -44,7 +40,6 @@ def compare(model: Any, processor: Any, picture: ImageQuestions) -> tuple[dict[s
         "picture": picture.source,
         "seed": picture.seed,
         "budget": model.config.token_recovery.budget,
-        "seconds_per_question": dict(zip(("compressed", "uncompressed"), seconds, strict=True)),
         "answers": [
             {"question": question, "expected": expected, "compressed": short, "uncompressed": full, "tokens": tokens}
             for question, expected, short, full, tokens in rows

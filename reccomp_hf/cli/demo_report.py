@@ -24,9 +24,8 @@ def report(facts: dict[str, Any]) -> str:
     lines = _table(rows, [_WIDEST_CELLS[column] for column in columns])
     lines += ["", "Tokens: salient in the image + recovered for the question + spread for coverage + merged = total"]
     lines += ["", *textwrap.wrap(_sentence(facts, known), 100)]
-    times = {name: f"{1000 * seconds:.1f} ms" for name, seconds in facts["seconds_per_question"].items()}
-    lines += [f"Time per question here: {times['compressed']} compressed, {times['uncompressed']} uncompressed."]
     lines += [f"Wrote {facts['output']}: the image under each question, with the patches that were read."]
+    lines += ["This model is too small to save time; `reccomp-hf bench` measures that on larger ones."]
     lines += ["Next: README.md, and `reccomp-hf convert --help` for a LLaVA-1.5 or LLaVA-NeXT of your own."]
     return "\n".join(lines)
 

@@ -74,7 +74,9 @@ def unreadable_note(processor: Any, texts: list[str]) -> list[str]:
 
 def _checked(texts: list[str] | None) -> list[str] | None:
     if texts and not all(text.strip() for text in texts):
-        raise ValueError("A question is empty: write --question TEXT.")
+        raise ValueError("A question is empty: write one.")
+    if texts and len(texts) > 2 and all(text.isascii() and len(text.split()) == 1 for text in texts):
+        raise ValueError(f"{len(texts)} questions of one word each, {texts}: put each question in quotes.")
     return texts
 
 

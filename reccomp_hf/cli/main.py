@@ -13,6 +13,7 @@ from typing import NoReturn
 from .. import __version__, register
 from ..core.settings import did_you_mean
 from . import GROUPS
+from .choices import EVAL_METHODS
 from .output import say
 
 
@@ -64,6 +65,8 @@ class _Parser(argparse.ArgumentParser):
         """Say what is wrong with the arguments and where help is; exit with 2."""
         choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
         hint = did_you_mean(choice[1], re.findall(r"[\w.-]+", choice[2])) if choice else ""
+        if choice and "--preset" in message and choice[1] in EVAL_METHODS:
+            hint = f"for a published method write --set method={choice[1]}"
         self.exit(2, f"reccomp-hf: error: {message}{hint and '; ' + hint} (see {self.prog} --help)\n")
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..core.settings import FIELDS, PRESETS, did_you_mean
+from ..core.settings import FIELDS, PRESETS, did_you_mean, is_budget
 from .choices import CHECKPOINTS, DTYPES, DYNAMIC
 
 IMAGE_ENDINGS = (".png", ".pdf", ".svg", ".jpg", ".webp")
@@ -150,7 +150,8 @@ def budget(text: str) -> int | float | None:
         return None
     for number in (int, float):
         with contextlib.suppress(ValueError):
-            return number(text)
+            if is_budget(number(text)):
+                return number(text)
     raise argparse.ArgumentTypeError(f"expected a number of tokens, a share of them or 'dynamic', got {text!r}")
 
 

@@ -117,7 +117,9 @@ def plot_recovery(
     if panels < down * across:
         place = (figure.add_subplot(down, across, panels + 1), 1)
         place[0].set_axis_off()
-    place[0].text(0, place[1], _EXPLANATION, fontsize=8, color="dimgrey", va="top", transform=place[0].transAxes)
+    place[0].text(
+        0, place[1], _explanation(records), fontsize=8, color="dimgrey", va="top", transform=place[0].transAxes
+    )
     for axis in axes:
         _name_regions(axis, regions)
     if title:
@@ -125,12 +127,12 @@ def plot_recovery(
     return figure
 
 
-_EXPLANATION = (
-    "The picture is cut into patches, and the language\n"
-    "model reads a token for each. Compression lets it\n"
-    "read fewer: the framed patches as they are, tinted\n"
-    "areas as one average each, grey ones not at all."
-)
+def _explanation(records: Sequence[TokenRecoveryOutput]) -> str:
+    tinted = ", tinted\nareas as one average each" if any(one.stage_counts()["merged"] for one in records) else ""
+    return (
+        "The picture is cut into patches, and the language\nmodel reads a token for each. Compression lets it\n"
+        f"read fewer: the framed patches as they are{tinted},\ngrey ones not at all."
+    )
 
 
 def _columns(panels: int) -> int:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +15,11 @@ from PIL import Image
 from torchao_noise import without_torchao
 
 import reccomp_hf
+from reccomp_hf.checkpoints.loading import load
+from reccomp_hf.checkpoints.quiet import quiet
 from reccomp_hf.cli.demo import demo_fields
 from reccomp_hf.cli.image_questions import file_questions, scene_questions
+from reccomp_hf.data.prompts import encode_rows
 from reccomp_hf.demo import EVALUATION_SEEDS
 from reccomp_hf.measure.plot import COLORS, plot_recovery
 
@@ -31,7 +33,7 @@ LONG_QUESTION = "Is there a red circle anywhere near the upper left corner of th
     ("arguments", "message"),
     [
         (["--budget", "few"], "a share of them or 'dynamic', got 'few'"),
-        (["--budget", "0"], "token_recovery.budget must be"),
+        (["--budget", "0"], "a share of them or 'dynamic', got '0'"),
         (["--budget", "145"], "only 144 patches"),
         (["--preset", "authors", "--budget", "8"], "method 'authors' fixes the number of tokens itself"),
         (["--seed", "-1"], "A seed must be 0 or more, got -1"),
@@ -123,7 +125,6 @@ def test_demo_answers_from_a_ninth_of_the_tokens(tmp_path):
     facts = json.loads(done.stdout)
     assert facts["seed"] == EVALUATION_SEEDS[0]
     assert facts["output"] == "reccomp-demo.png" and not list(tmp_path.rglob("*.safetensors"))
-    assert 0 < facts["seconds_per_question"]["compressed"] < 5
     answers = facts["answers"]
     check_counts(answers)
     assert all(answer["tokens"]["total"] == 16 for answer in answers)
@@ -141,7 +142,6 @@ def test_demo_prints_a_table_and_draws(run, tmp_path, monkeypatch):
     assert max(len(line) for line in lines if not line.startswith("Model:")) <= 100
     assert "expected" in out and "visual tokens of 144" in out
     assert "of 144 visual tokens (" in out
-    assert re.search(r"^Time per question here: [\d.]+ ms compressed, [\d.]+ ms uncompressed\.$", out, re.MULTILINE)
     assert "Wrote here.png: " in out
     assert lines[-1].startswith("Next: README.md")
     assert Image.open("here.png").size[0] > 900
@@ -181,6 +181,45 @@ def test_plot_draws_with_a_checkpoints_own_settings_or_others(run, error, conver
     assert "token_recovery.enabled is false" in error("plot", converted, *asked, "--set", "enabled=false")
     assert "did you mean 'budget'" in error("plot", converted, *asked, "--set", "budgt=3")
     assert "only 100 patches" in error("plot", converted, *asked, "--budget", "101")
+
+
+def test_ask_prints_what_generate_answers(run, error, converted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture, questions = tiny.pictures(1)[0], list(tiny.SENTENCES[:2])
+    picture.save("mine.png")
+    with quiet():
+        model, processor = load(str(converted), {"budget": 9}, "cpu")
+    wanted = []
+    for override in ({}, {"enabled": False}):
+        inputs = encode_rows(processor, [[picture]] * 2, questions, questions)
+        ids = model.generate(**inputs, max_new_tokens=4, do_sample=False, token_recovery=override)
+        answers = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        wanted.append([answer.strip() for answer in answers])
+    asked = ["ask", converted, "mine.png", *questions, "--max-new-tokens", "4"]
+    code, out, err = run(*asked, "--budget", "9", "--compare", "--json", "--plot", "read.png")
+    assert (code, err) == (0, "")
+    rows = json.loads(out)["answers"]
+    assert [row["question"] for row in rows] == questions
+    assert [[row[name] for row in rows] for name in ("answer", "uncompressed")] == wanted
+    assert {(row["visual_tokens"], row["of"]) for row in rows} == {(9, 100)}
+    assert Image.open("read.png").size[0] > 900
+    code, out, err = run(*asked, "--budget", "9")
+    assert (code, err) == (0, "")
+    assert out.count("  9 of 100 visual tokens were read\n") == 2 and "uncompressed" not in out
+    rows = json.loads(run(*asked, "--set", "enabled=false", "--json")[1])["answers"]
+    assert {(row["visual_tokens"], row["of"]) for row in rows} == {(100, 100)}
+    assert "token_recovery.enabled is false" in error(*asked, "--set", "enabled=false", "--plot", "read.png")
+    assert "is the input and would be overwritten" in error(*asked, "--plot", "mine.png")
+    assert "no such file" in error("ask", converted, "other.png", "How many?")
+
+
+def test_a_question_without_quotes_is_not_several(error, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.pictures(1)[0].save("mine.png")
+    words = ["What", "color", "is", "it?"]
+    for command in (["ask", "demo", "mine.png", *words], ["demo", "--question", *words]):
+        assert "4 questions of one word each" in error(*command)
+    assert not (tmp_path / "reccomp-demo.png").exists()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "RGBA", "CMYK", "I;16"])

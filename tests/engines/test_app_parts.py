@@ -44,12 +44,14 @@ def test_the_own_settings_change_nothing(menu):
     assert menu.fields(OWN, 40) == {"budget": 40}
     assert menu.fields(OWN, 0) == {"budget": None}
     assert menu.fields(OFF, 0) == {"enabled": False}
+    assert menu.tokens_for(OFF, 16) == 144 and menu.tokens_for("method:divprune", 144) == 16
 
 
 def test_every_entry_gives_settings_that_the_model_takes(menu, desk):
     for _, entry in menu.entries():
         tokens = menu.tokens_for(entry, menu.own_tokens)
-        assert (tokens == 0) == (menu.takes_budget(entry) == "none" or entry in ("preset:paper", "preset:authors"))
+        chosen = menu.takes_budget(entry) == "none" or entry in ("preset:paper", "preset:authors")
+        assert (tokens == 0) == (chosen and entry != OFF)
         asked = desk.ask(Visit(SCENE, QUESTIONS[:1]), entry, tokens)
         assert asked.turns[0].answer and 0 < asked.turns[0].visual_tokens <= 144
         if tokens:

@@ -69,15 +69,17 @@ class Menu:
         return get_method(self._section(entry, None).method).budget
 
     def tokens_for(self, entry: str, tokens: int) -> int:
-        """The number that the slider moves to when an entry is chosen; 0 for the dynamic budget.
+        """The number that the slider moves to when an entry is chosen; 0 where the method decides.
 
         Args:
             entry: The new entry.
             tokens: The number that it shows.
         """
-        use = self.takes_budget(entry)
-        if use == "none":
+        if entry == OFF:
+            return self.most
+        if self.takes_budget(entry) == "none":
             return 0
+        tokens = 0 if tokens == self.most else tokens  # the number of no compression
         kind, _, name = entry.partition(":")
         if kind == "preset":
             return (tokens or self.usual) if "budget" in PRESETS[name] else 0

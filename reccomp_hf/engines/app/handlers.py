@@ -9,8 +9,10 @@ from typing import Any
 
 import gradio as gr
 
+from ...core.checks import is_tiled
 from ...demo import draw_scene
 from . import pictures
+from .choices import OFF
 from .limits import Refused, check_question, read_picture
 from .talks import Asked, Talks, Visit
 
@@ -49,8 +51,10 @@ class Handlers:
             image = read_picture(path)
         except Refused as error:
             return None, None, _refused(error), *BLANK
-        note = pictures.note(f"The picture has {image.width} x {image.height} pixels. Ask a question about it.")
-        return gr.skip(), Visit(image), note, *BLANK
+        cropped = image.width != image.height and not is_tiled(self._talks.menu.config)
+        middle = " The model sees its middle square." if cropped else ""
+        text = f"The picture has {image.width} x {image.height} pixels.{middle} Ask a question about it."
+        return gr.skip(), Visit(image), pictures.note(text), *BLANK
 
     def answer(self, before: Visit | None, text: str, mode: str, *chosen: Any) -> tuple[Any, ...]:
         """Ask a further question: values for visit, question, status and results."""
@@ -98,7 +102,7 @@ class Handlers:
         """Whether a slider can be moved, and a sentence about it."""
         use = self._talks.menu.takes_budget(entry)
         sentences = {
-            "none": "These settings fix the number themselves.",
+            "none": "Every token is read." if entry == OFF else "The method decides for each picture.",
             "required": "This method needs a number.",
             "optional": "0: the method decides for each picture.",
         }
