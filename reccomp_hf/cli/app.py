@@ -11,7 +11,17 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from .options import add_address, add_checkpoint, add_command, add_cuda_graph, add_device, add_dtype, count
+from .options import (
+    add_address,
+    add_checkpoint,
+    add_command,
+    add_cuda_graph,
+    add_device,
+    add_dtype,
+    add_section,
+    count,
+    file_fields,
+)
 from .output import say
 
 DEFAULT_NEW_TOKENS = 128
@@ -21,6 +31,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
     _check_packages()
     if arguments.space is not None:
+        if arguments.section is not None:
+            raise ValueError(
+                "--section holds for a page that is opened here; for a Space put it into the checkpoint, with "
+                "`reccomp-hf tune --write`."
+            )
         _write_space(arguments)
         return
     if arguments.package is not None:
@@ -32,10 +47,11 @@ def run(arguments: argparse.Namespace) -> None:
     from ..engines.server.listening import listen
     from .serve import names_of
 
+    fields = file_fields(arguments.section) if arguments.section else {}
     listen(arguments.host, arguments.port).close()  # before anything is loaded
     with quiet(progress_bars=sys.stderr.isatty()):
         model, processor = load(
-            arguments.model, {}, arguments.device, arguments.dtype, cuda_graph=arguments.cuda_graph
+            arguments.model, fields, arguments.device, arguments.dtype, cuda_graph=arguments.cuda_graph
         )
         talks = Talks(model, processor, arguments.max_new_tokens)
         talks.warm_up()
@@ -82,6 +98,7 @@ def register(commands: Any) -> None:
         " me/llava-reccomp --space ./my-space",
     )
     add_checkpoint(command)
+    add_section(command, "in place of the checkpoint's own")
     add_address(command, 7860)
     command.add_argument(
         "--allow-host",

@@ -30,11 +30,13 @@ from .options import (
     add_dtype,
     add_json_file,
     add_preset,
+    add_section,
     budgets,
     count,
     counts,
     image_size,
     output_image,
+    start_fields,
 )
 from .output import say, write_results
 
@@ -117,7 +119,7 @@ def _check_throughput_options(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: One is given, or several budgets.
     """
-    for name in ("device", "cpu_time", "cuda_graph", "largest_batch", "plot"):
+    for name in ("section", "device", "cpu_time", "cuda_graph", "largest_batch", "plot"):
         if getattr(arguments, name):
             raise ValueError(
                 f"--{name.replace('_', '-')} is an option of the engine transformers. With --engine vllm these fit: "
@@ -186,6 +188,7 @@ def register(commands: Any) -> None:
         "--engine", choices=("transformers", "vllm"), default="transformers", help="what runs; vllm must be installed"
     )
     add_preset(command, text=f"settings of a --config (default: {DEFAULT_PRESET})")
+    add_section(command, "in place of --preset or a checkpoint's own; --budgets replaces its budget and its rules")
     add_device(command)
     add_dtype(command, "float32 on a CPU, elsewhere bfloat16, or as a checkpoint stores them")
     command.add_argument(
@@ -238,12 +241,14 @@ def _contender(arguments: argparse.Namespace) -> tuple[str, Any, Any]:
 
     _check_preset(arguments)
     if arguments.config is None:
-        model, processor = load(arguments.model, {}, arguments.device, arguments.dtype)
+        model, processor = load(arguments.model, start_fields(arguments), arguments.device, arguments.dtype)
         inputs_of = functools.partial(scene_batch, model, processor, picture=arguments.image_size, seed=arguments.seed)
         return arguments.model, model, inputs_of
     import torch
 
     config = named_config(arguments.config, arguments.preset or DEFAULT_PRESET)
+    if arguments.section:
+        config.token_recovery = config.token_recovery.replace(start_fields(arguments))
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.empty(1, device=device)  # before anything is built
     dtype = getattr(torch, arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16"))

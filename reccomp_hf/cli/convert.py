@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .choices import DTYPES
-from .options import add_command, add_preset, add_settings
+from .options import add_command, add_preset, add_section, add_settings, start_fields
 from .output import line, say, section_lines
 
 if TYPE_CHECKING:
     from ..checkpoints.conversion.plan import Plan, Source
     from ..checkpoints.hub import Pushed
+
+
+DEFAULT_PRESET = "paper"
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -29,14 +32,17 @@ def run(arguments: argparse.Namespace) -> None:
     from ..checkpoints.convert import check_output, convert, plan_processor, section_of
     from ..checkpoints.info import describe
     from ..checkpoints.quiet import quiet
+    from ..core.configuration import overridden
 
     if arguments.push is None and (arguments.private or arguments.revision):
         option = "--private" if arguments.private else "--revision"
         raise ValueError(f"{option} says how to push, but nothing is pushed: add --push REPO, or leave it out.")
     if arguments.push is not None:
         validate_repo_id(arguments.push)
-    overrides = dict(arguments.set)
-    section = section_of(arguments.preset, overrides)  # before anything is loaded
+    preset, overrides = arguments.preset or DEFAULT_PRESET, dict(arguments.set)
+    if arguments.section:
+        overrides = overridden(start_fields(arguments), overrides)
+    section = section_of(preset, overrides)  # before anything is loaded
     output = Path(arguments.output).expanduser()
     check_output(output)
     clip = None if arguments.visual_only else arguments.clip or "auto"
@@ -47,10 +53,10 @@ def run(arguments: argparse.Namespace) -> None:
             say(*_plan_lines(plan, output, arguments))
             return
         settings = {"dtype": arguments.dtype, "force": arguments.force, "repo": arguments.push}
-        folder = convert(arguments.llava, clip, output, arguments.preset, **settings, **overrides)
+        folder = convert(arguments.llava, clip, output, preset, **settings, **overrides)
         facts, record = describe(folder, str(folder)), ConversionRecord.read(folder)
     say(
-        f"Wrote {folder} (preset {arguments.preset}).",
+        f"Wrote {folder} ({f'section of {arguments.section}' if arguments.section else f'preset {preset}'}).",
         *section_lines(facts),
         *_share_hint(facts),
         *([] if record is None else [line("proven", record.proof)]),
@@ -165,7 +171,8 @@ def register(commands: Any) -> None:
         "clip", metavar="CLIP", nargs="?", help="the CLIP of its vision tower (default: guessed by the tower's sizes)"
     )
     command.add_argument("output", metavar="OUTPUT", help="folder to write")
-    add_preset(command, default="paper")
+    add_preset(command, text=f"settings to start from (default: {DEFAULT_PRESET})")
+    add_section(command)
     add_settings(
         command, "one field of the token_recovery section, its value as JSON or a plain word; may be repeated"
     )

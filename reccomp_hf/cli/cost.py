@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from .choices import CHECKPOINTS, COST_DTYPES, COST_IMAGE_SIZE, HARDWARE, PUBLISHED
-from .options import add_command, add_preset, count, image_size
+from .options import add_command, add_preset, add_section, count, image_size, start_fields
 from .output import line, say
 
 DEFAULT_CONFIG, DEFAULT_PRESET = "llava-1.5-7b", "balanced"
@@ -42,6 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
     from ..measure.cost import compare_costs
 
     name, config = _config(arguments)
+    if arguments.section:
+        config.token_recovery = config.token_recovery.replace(start_fields(arguments))
     facts = compare_costs(
         config,
         arguments.visual_tokens,
@@ -125,6 +127,7 @@ def register(commands: Any) -> None:
         help=f"one of {', '.join(PUBLISHED)} (default: {DEFAULT_CONFIG})",
     )
     add_preset(command, text=f"settings of a named --config (default: {DEFAULT_PRESET})")
+    add_section(command, "in place of --preset or a checkpoint's own")
     command.add_argument(
         "--hardware", type=_hardware, default="A100", metavar="NAME", help=f"one of {', '.join(HARDWARE)}"
     )

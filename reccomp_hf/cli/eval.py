@@ -15,13 +15,16 @@ from .options import (
     add_device,
     add_dtype,
     add_json_file,
+    add_section,
     check_not_overwritten,
     count,
+    file_fields,
     output_image,
 )
 from .output import say, write_results
 
 DEMO_DATA, DEMO_QUESTIONS = "demo", 2000
+STORED = "stored"
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -29,9 +32,12 @@ def run(arguments: argparse.Namespace) -> None:
     from ..checkpoints.loading import load
     from ..checkpoints.quiet import quiet
     from ..core.rules import rule_text
-    from ..measure.evaluation import evaluate, parse_settings, plot_accuracy
+    from ..measure.evaluation import evaluate, parse_setting, parse_settings, plot_accuracy
 
+    fields = file_fields(arguments.section) if arguments.section else {}
     settings = parse_settings(arguments.settings)  # before anything is loaded
+    if arguments.section and STORED not in [setting.name for setting in settings]:
+        settings = [parse_setting(STORED), *settings]
     names = {setting.name for setting in settings} | {"off"}
     for pair in arguments.compare:
         unknown = [name for name in pair if name not in names]
@@ -41,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     samples = _samples(arguments)
     with quiet():
         where = {"device": arguments.device, "dtype": arguments.dtype, "cuda_graph": arguments.cuda_graph}
-        model, processor = load(arguments.model, {}, **where)
+        model, processor = load(arguments.model, fields, **where)
         report = evaluate(
             model,
             processor,
@@ -94,6 +100,7 @@ def register(commands: Any) -> None:
         "runs. An answer is right if it equals an expected one up to case, punctuation, articles and white space.",
         " demo --settings paper,balanced:0.1,visual:16,text:16,random:16 --compare text:16 visual:16",
         " demo --settings 'cdpruner:16,prumerge:dynamic,random:16+method_options={\"seed\":1}'",
+        " ./llava-reccomp --data questions.jsonl --settings paper:64 --section tuned.json",
         " ./llava-reccomp --data questions.jsonl --settings stored,text:64+text_relevance=value --json out.json",
     )
     add_checkpoint(command)
@@ -105,6 +112,7 @@ def register(commands: Any) -> None:
         "Parquet file or a folder of the datasets library with these columns",
     )
     command.add_argument("--settings", default=EVAL_SETTINGS, metavar="LIST", help="settings separated by commas")
+    add_section(command, f"evaluated as {STORED!r}, in place of the checkpoint's own")
     command.add_argument(
         "--compare",
         nargs=2,

@@ -109,10 +109,10 @@ def add_address(parser: Any, port: int) -> None:
     parser.add_argument("--port", type=int, default=port, metavar="N", help="port to listen on, 0 for a free one")
 
 
-def add_section(parser: Any) -> None:
+def add_section(parser: Any, text: str = "in place of --preset") -> None:
     """Declare `--section`, a file that `reccomp-hf tune` wrote, or a config.json."""
-    text = "file with a token_recovery section, from `reccomp-hf tune` or a config.json (in place of --preset)"
-    parser.add_argument("--section", metavar="FILE", help=text)
+    source = "file with a token_recovery section, from `reccomp-hf tune` or a config.json"
+    parser.add_argument("--section", metavar="FILE", help=f"{source} ({text})")
 
 
 def add_model_options(parser: Any) -> None:
@@ -230,14 +230,24 @@ def section_fields(arguments: argparse.Namespace) -> dict[str, Any]:
         ValueError: Both of the first two, or a file without a section.
         OSError: The file cannot be read.
     """
-    if arguments.preset and arguments.section:
-        raise ValueError("--preset and --section both name settings to start from: give one of them.")
-    fields = preset_fields(arguments.preset) if arguments.preset else {}
-    if arguments.section:
-        fields = file_fields(arguments.section)
+    fields = start_fields(arguments)
     if arguments.budget is not UNSET:
         fields["budget"] = arguments.budget
     return fields | dict(arguments.set)
+
+
+def start_fields(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `token_recovery` that `--preset` or `--section` name; none without these options.
+
+    Raises:
+        ValueError: Both options, or a file without a section.
+        OSError: The file cannot be read.
+    """
+    if arguments.preset and arguments.section:
+        raise ValueError("--preset and --section both name settings to start from: give one of them.")
+    if arguments.section:
+        return file_fields(arguments.section)
+    return preset_fields(arguments.preset) if arguments.preset else {}
 
 
 def preset_fields(preset: str, **overrides: Any) -> dict[str, Any]:
@@ -315,4 +325,5 @@ __all__ = [
     "preset_fields",
     "section_fields",
     "setting",
+    "start_fields",
 ]

@@ -148,14 +148,19 @@ def _begins(text: str, beginning: str) -> bool:
     if not text.startswith(beginning):
         return False
     last, following = beginning[-1], text[len(beginning) : len(beginning) + 1]
-    if not following or not last.isalnum():
+    if not following or not in_word(last):
         return True
     if unicodedata.category(following)[0] == "M":  # an accent on the last letter
         return False
-    return not following.isalnum() or (_is_unspaced(last) and _is_unspaced(following))
+    return not following.isalnum() or (is_unspaced(last) and is_unspaced(following))
 
 
-def _is_unspaced(character: str) -> bool:
+def in_word(character: str) -> bool:
+    """Whether a character is a letter, a digit, or a mark on one, as the vowels of Devanagari."""
+    return character.isalnum() or unicodedata.category(character)[0] == "M"
+
+
+def is_unspaced(character: str) -> bool:
     """Whether a letter belongs to writing that has no spaces between words."""
     scripts = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
     return unicodedata.name(character, "").startswith(scripts)
@@ -168,6 +173,8 @@ __all__ = [
     "beginnings",
     "check_rules",
     "find_rule",
+    "in_word",
+    "is_unspaced",
     "plain_question",
     "read_rules",
     "rule_text",

@@ -116,8 +116,18 @@ class Parts:
         return self.output.read_text(encoding="utf-8").split("\n")[:-1]
 
     def finish(self, lines: Iterable[str]) -> None:
-        """Write an output that was made of the rows, and remove the folder."""
-        self._replace(self.output, lines)
+        """Write an output that was made of the rows, and remove the folder.
+
+        Raises:
+            FileExistsError: Another run has finished the output meanwhile, with other contents.
+        """
+        text = "".join(lines)
+        if not self.finished:
+            self._replace(self.output, [text])
+        elif self.output.read_text(encoding="utf-8") != text:
+            raise FileExistsError(
+                f"{self.output} was written by another run meanwhile and was left unchanged: name another file."
+            )
         self._remove_folder()
 
     def _row_of(self, line: bytes, path: Path) -> int:

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import tiny
 from predictions import read_lines, save_pictures, write_lines
 
 import reccomp_hf
@@ -59,6 +60,39 @@ def test_a_section_with_rules_is_read_by_other_commands(run, tmp_path):
     lines = read_lines(answers)
     assert {line["visual_tokens"] for line in lines} == {14, 36}
     assert all((line["visual_tokens"] == 36) == line["question"].startswith("How many") for line in lines)
+
+
+def test_commands_that_measure_take_a_section_file(run, error, tmp_path):
+    section, found = tmp_path / "section.json", tmp_path / "found.json"
+    fields = {"method": "divprune", "budget": 9, "rules": [BEGINNING]}
+    section.write_text(json.dumps({"token_recovery": fields}))
+    options = ["--section", section, "--json", found, "--max-new-tokens", 1, "--limit", 12]
+    code, out, _ = run("eval", "demo", *options, "--settings", "balanced:14")
+    assert code == 0 and 'stored, rule 0: "how many": budget 36' in out
+    given = [row["given"]["stored"]["tokens"] for row in json.loads(found.read_text())["answers"]]
+    kinds = [row["kind"] for row in json.loads(found.read_text())["answers"]]
+    assert given == [36 if kind == "count" else 9 for kind in kinds]
+    options = ["--batch-sizes", 1, "--budgets", 16, "--new-tokens", 1, "--repeats", 1, "--json", found]
+    assert run("bench", "demo", *options, "--section", section)[0] == 0
+    assert json.loads(found.read_text())["settings"]["token_recovery"]["method"] == "divprune"
+    code, out, _ = run("cost", "demo", "--section", section, "--json")
+    assert code == 0 and json.loads(out)["rows"][1]["visual_tokens"] == 36  # the most that a rule allows
+    code, out, _ = run("cost", "--section", section, "--json")
+    assert code == 0 and json.loads(out)["rows"][1]["visual_tokens"] == 36
+    assert "give one of them" in error("cost", "--section", section, "--preset", "paper")
+    assert "no such file" in error("eval", "demo", "--section", tmp_path / "none.json")
+
+
+def test_a_checkpoint_is_converted_with_a_section_file(run, tmp_path):
+    section, folders = tmp_path / "section.json", [tmp_path / "llava", tmp_path / "clip", tmp_path / "out"]
+    tiny.save_stock(folders[0])
+    tiny.save_clip(folders[1])
+    fields = {"method": "divprune", "budget": 9, "rules": [BEGINNING]}
+    section.write_text(json.dumps({"token_recovery": fields}))
+    assert run("convert", *folders, "--section", section, "--set", "position_ids=original")[0] == 0
+    written = reccomp_hf.TokenRecoveryConfig(**json.loads((folders[2] / "config.json").read_text())["token_recovery"])
+    expected = reccomp_hf.TokenRecoveryConfig(**fields, position_ids="original")
+    assert written.overridable() == expected.overridable()
 
 
 def test_a_checkpoint_is_tuned_in_place(run, folder):

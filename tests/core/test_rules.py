@@ -62,6 +62,9 @@ def test_the_first_rule_that_fits_holds(question, rule):
         ("how many?", "How many? Say it.", True),
         ("3", "3 cats?", True),
         ("3", "34 cats?", False),
+        ("की", "की मत", True),
+        ("की", "कीमत क्या है?", False),  # a vowel is a mark, and the word goes on after it
+        ("คำถามที่", "คำถามที่สอง", True),
     ],
 )
 def test_beginnings_in_other_writing(beginning, question, fits):

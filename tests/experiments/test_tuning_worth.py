@@ -18,19 +18,16 @@ def test_a_plan_is_reported_with_the_answers_of_its_settings():
     assert both.results["plan"].tokens.tolist() == [36 if counted else 4 for counted in counts]
     for name, part in (("balanced:36", np.array(counts)), ("balanced:4", ~np.array(counts))):
         assert (both.results["plan"].right == report.results[name].right)[part].all()
-    table = tuning.table(report, {("4: balanced", 0): Plan("balanced:4"), ("4: tuned", 9): plan})
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [
-        "4: balanced",
-        "4: tuned",
-        "uncompressed",
-    ]
 
 
-def test_a_small_run(monkeypatch):
+def test_a_small_run(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "REPORTED_BUDGETS", (7,))
     monkeypatch.setattr(tuning, "FEW", ("balanced", "divprune"))
+    monkeypatch.setattr(tuning, "PUBLISHED", ("paper", "divprune"))
     monkeypatch.setattr(tuning, "COUNTS", (12,))
-    text = tuning.run("demo", 24, 12)
-    for way in ("balanced", "tuned", "tuned by question", "budget by question"):
+    text = tuning.run("demo", 24, 12, tmp_path / "kept.jsonl")
+    ways = [tuning.PAPER, tuning.BALANCED, tuning.ONE, tuning.KINDS, tuning.MEAN_BUDGET, tuning.LABELS, tuning.ORACLE]
+    for way in ways:
         assert f"| 7: {way} " in text
+    assert "| 7: best published in hindsight (" in text
     assert "14 settings were measured on 24 questions" in text

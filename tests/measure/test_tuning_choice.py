@@ -1,9 +1,12 @@
 """Plans are chosen by hand-made measurements: one setting for all, or one for each kind of question."""
 
+import unicodedata
+
 import numpy as np
 import pytest
 
 import reccomp_hf
+from reccomp_hf.core.rules import MOST_RULES, find_rule
 from reccomp_hf.measure.evaluation import parse_setting
 from reccomp_hf.measure.tuning.choosing import (
     SHRINKAGE,
@@ -102,12 +105,95 @@ def test_half_of_the_settings_of_a_budget_survive():
     [
         ("How many objects are there?", "how many"),
         ('  "How   MANY, please"', "how many"),
-        ("What?", "what"),
         ("\nIs there a dog?", "is there"),
+        ("Is it's colour red?", "is it"),
+        ("What's this?", "what's this"),
+        ("How many\u0301 dogs?", "how many\u0301"),
+        ("क्या यहाँ कुत्ता है?", "क्या यहाँ"),
+        ("What?", ""),
+        ("Yes - or no?", ""),
+        ("???", ""),
+        ("ここに何人いますか", ""),
+        ("OK ここに何人いますか", ""),
+        ("what " + "w" * 200, ""),
     ],
 )
 def test_a_kind_of_question_is_its_first_two_words(question, expected):
-    assert beginning(question) == expected
+    assert beginning(question) == unicodedata.normalize("NFKC", expected)
+
+
+def test_a_rule_fits_the_questions_of_its_group_alone():
+    """Whatever the order of the rules: no group's words begin those of another one."""
+    names = [f"balanced:{budget}" for budget in range(2, 9)]
+    settings = {name: parse_setting(name).fields for name in names}
+    questions = [
+        *(
+            "Why?",
+            "Why is it?",
+            "Why is-it?",
+            "Why is it's",
+            "Why isn't it?",
+            "why, is it",
+            "Why - is it?",
+            "what's up",
+        ),
+        *(
+            "What is it",
+            "What isit",
+            "what is",
+            "What",
+            "की मत",
+            "की मती",
+            "कीमत क्या",
+            "??",
+            "OK ここに",
+            "OK ここ",
+            "a1 2b",
+        ),
+    ]
+    groups = [group for group in dict.fromkeys(map(beginning, questions)) if group]
+    for shift in range(len(names)):
+        order = groups[shift:] + groups[:shift]
+        plan = Plan(names[0], {group: names[1 + row % 6] for row, group in enumerate(order)})
+        section = reccomp_hf.TokenRecoveryConfig(**section_of(plan, settings))
+        for question in questions:
+            read = section.of_rule(find_rule(section.rules, question))
+            assert read.budget == int(plan.setting(beginning(question)).partition(":")[2]), question
+
+
+def test_questions_without_a_group_and_the_smaller_of_many_groups_have_the_common_setting():
+    groups = [""] * 300
+    for number in range(70):
+        groups += [f"what {number:02}"] * (30 - number % 2)
+    without = np.array([group == "" for group in groups])
+    table = scores([np.where(without, 0.0, 0.5), np.where(without, 3.0, 0.2)], [8, 8])
+    plan = plans_by_group(table, groups)[0]
+    assert plan.common == "a" and len(plan.groups) == 64 == MOST_RULES
+    assert "" not in plan.groups
+    assert {group for group in plan.groups if int(group[-2:]) % 2 == 0} == {f"what {n:02}" for n in range(0, 70, 2)}
+    settings = {name: parse_setting(f"balanced:{size}").fields for name, size in (("a", 9), ("b", 12))}
+    assert reccomp_hf.TokenRecoveryConfig(**section_of(plan, settings)).rules
+
+
+def test_rules_hold_the_options_of_another_method():
+    """Also where two methods have equal options: a section takes none over from another method."""
+    options = {"neighbors": 16}
+    sections = {
+        "a": {"method": "prumerge", "method_options": options},
+        "b": {"method": "prumerge_plus", "method_options": options},
+        "c": {"method": "divprune"},
+        "d": {"method": "scope"},
+    }
+    settings = {
+        name: reccomp_hf.TokenRecoveryConfig(**fields, budget=9).overridable() for name, fields in sections.items()
+    }
+    for common in "abcd":
+        groups = {f"what {name}": name for name in "abcd" if name != common}
+        section = section_of(Plan(common, groups), settings)
+        read = reccomp_hf.TokenRecoveryConfig(**section)
+        for rule, name in zip(read.all_settings[1:], groups.values(), strict=True):
+            assert rule.overridable() == settings[name]
+    assert "method_options" not in section["rules"][2]  # divprune has none, and neither has scope
 
 
 def test_rules_hold_what_differs_from_the_common_setting():

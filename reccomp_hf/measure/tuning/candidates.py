@@ -65,6 +65,8 @@ LADDER = (0.03, 0.05, 0.07, 0.1, 0.15, 0.25, 0.5)
 
 SHARED = {"position_ids": "original"}
 """Fields that all settings share unless the user gives others: rules by question cannot change them."""
+_TUNED = ("enabled", "method", "budget", "rules")
+"""Fields that are tuned, and therefore not shared."""
 
 
 def candidate_settings(
@@ -93,6 +95,9 @@ def candidate_settings(
     found: dict[str, Setting] = {}
     present = model.config.token_recovery
     reasons: list[str] = []
+    for field in _TUNED:
+        if field in shared:
+            raise ValueError(f"{field} is what tuning chooses, so that candidates cannot share it: leave it out.")
     for name in names:
         try:
             setting = _setting(at_budget(name, budget), {**SHARED, **shared})
@@ -112,6 +117,12 @@ def candidate_settings(
 
 def _setting(text: str, shared: Mapping[str, Any]) -> Setting:
     parsed = parse_setting(text)
+    for field in shared:
+        if f"+{field}=" in text:
+            raise ValueError(
+                f"Setting {text!r} sets {field}, which all candidates share: give it for all of them "
+                f"(--set {field}=...)."
+            )
     if "method" not in parsed.fields:  # off, and what the checkpoint has stored
         raise ValueError(f"Setting {text!r} chooses no tokens of its own; name a preset or a method.")
     return Setting(parsed.name, overridden(parsed.fields, shared))

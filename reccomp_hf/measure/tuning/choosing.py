@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...core.rules import MOST_RULES
+from .kinds import NO_GROUP
 from .measuring import Measurement
 
 SHRINKAGE = 10
 """A group's mean counts as if this many more questions had the common mean."""
 SMALLEST_GROUP = 5
 """Questions of smaller groups keep the common setting."""
+MOST_GROUPS = MOST_RULES
+"""Groups, the largest ones, that can have a setting of their own: each may need a rule."""
 _PRICES = (0.0, *np.geomspace(1e-6, 1.0, 241))  # bits of divergence that a visual token may cost
 
 _Floats = npt.NDArray[np.float64]
@@ -96,7 +100,9 @@ def plans_by_group(scores: Scores, groups: Sequence[str]) -> list[Plan]:
     """
     keys, index, sizes = np.unique(list(groups), return_inverse=True, return_counts=True)
     members = np.eye(len(keys))[index]  # (Q, G)
-    large = sizes >= SMALLEST_GROUP
+    large = np.zeros(len(keys), bool)
+    large[np.argsort(-np.where(keys == NO_GROUP, 0, sizes), kind="stable")[:MOST_GROUPS]] = True
+    large &= (sizes >= SMALLEST_GROUP) & (keys != NO_GROUP)
     means = {name: getattr(scores, name).mean(1) for name in ("divergence", "tokens")}
     shrunk = (scores.divergence @ members + SHRINKAGE * means["divergence"][:, None]) / (sizes + SHRINKAGE)
     tokens = scores.tokens @ members / sizes
@@ -170,6 +176,7 @@ def survivors(scores: Scores, families: Sequence[Any], least: int) -> list[str]:
 
 
 __all__ = [
+    "MOST_GROUPS",
     "SHRINKAGE",
     "SMALLEST_GROUP",
     "Plan",

@@ -38,11 +38,11 @@ def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
         second: (..., V) logits.
 
     Returns:
-        (...,) float32, from 0 for equal distributions to 1 for those that share no token.
+        (...,) float32, from 0 for equal distributions to 1 for those that share no token; NaN where logits are.
     """
     logs = [torch.log_softmax(logits.float(), -1) for logits in (first, second)]
     mean = torch.logaddexp(*logs) - math.log(2)
-    parts = [torch.where(log > -math.inf, log.exp() * (log - mean), 0.0).sum(-1) for log in logs]
+    parts = [torch.where(log == -math.inf, 0.0, log.exp() * (log - mean)).sum(-1) for log in logs]
     return (sum(parts) / (2 * math.log(2))).clamp(0, 1)  # type: ignore[union-attr]
 
 
@@ -70,6 +70,9 @@ def measure(
 
     Returns:
         A measurement for each question, by the name of the setting.
+
+    Raises:
+        ValueError: The logits are NaN or infinite.
     """
     inputs = encode_samples(processor, samples, instruction).to(model.device, model.dtype)
     reference = _Reference.of(model, inputs, max_new_tokens)
@@ -146,6 +149,11 @@ class _Reference:
         divergences = jensen_shannon(self.logits, logits).masked_fill(~self.counted, 0.0)
         equal = (self.logits.argmax(-1) == logits.argmax(-1)) | ~self.counted
         columns = (divergences.sum(-1) / self.counted.sum(-1)).tolist(), equal.all(-1).tolist(), counts
+        if any(map(math.isnan, columns[0])):
+            raise ValueError(
+                "The model's logits are NaN or infinite, so that answers cannot be compared: check its weights, or "
+                "load it in another --dtype; float16 overflows where bfloat16 does not."
+            )
         return [Measurement(*row) for row in zip(*columns, strict=True)]
 
 

@@ -182,9 +182,10 @@ def section_of(plan: Plan, settings: Mapping[str, Mapping[str, Any]]) -> dict[st
     rules: dict[str, dict[str, Any]] = {}
     for group, name in plan.groups.items():
         fields = settings[name]
-        # Another method would bring its own defaults of some fields, so these are written too.
-        needed = METHOD_FIELDS if fields["method"] != common["method"] else ()
-        changed = {field: fields[field] for field in fields if fields[field] != common.get(field) or field in needed}
+        # Another method would bring its own defaults of some fields and no options, so these are written too.
+        needed = () if fields["method"] == common["method"] else (*METHOD_FIELDS, "method_options")
+        kept = {field: value for field, value in common.items() if field not in needed or value == {}}
+        changed = {field: value for field, value in fields.items() if field not in kept or value != kept[field]}
         rules.setdefault(name, {"begins": [], **changed})["begins"].append(group)
     return {**common, **({"rules": list(rules.values())} if rules else {})}
 

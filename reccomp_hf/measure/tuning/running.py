@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...core.rules import CHANGED_BY_RULES
+from ...core.settings import FIELDS
 from ...data.parts import Parts
 from ...data.progress import progress_bar
 from ..evaluation.samples import Sample
@@ -91,14 +94,16 @@ def tune(
             raise ValueError(f"{name} must be at least 1, got {value}.")
     choosing, reporting = _split(samples, seed)
     settings, budgets = _candidates(model, goal, candidates, shared or {})
-    parts = None if output is None else Parts(output)
+    parts, store, halving = None if output is None else Parts(output), Store(), candidates == "many"
     if parts is not None:
         parts.check_output(overwrite)
-        asked = {"goal": dataclasses.asdict(goal), "settings": settings, "batch_size": batch_size}
+        asked = {"goal": dataclasses.asdict(goal), "settings": settings, "halving": halving, "batch_size": batch_size}
         asked |= {"max_new_tokens": max_new_tokens, "instruction": instruction, "seed": seed}
-        parts.prepare(fingerprint(model, processor, [*choosing, *reporting], asked), overwrite)
+        asked = fingerprint(model, processor, [*choosing, *reporting], asked)
+        parts.prepare(asked, overwrite)
+        store = Store(parts, asked)
     batches = [_batches(part, batch_size) for part in (choosing, reporting)]
-    with _open(model, processor, parts, sum(map(len, batches)), max_new_tokens, instruction, progress) as measured:
+    with _open(model, processor, store, sum(map(len, batches)), max_new_tokens, instruction, progress) as measured:
         scores, plans = None, {}
         if goal.dynamic:
             assert average is not None  # `Goal` has checked it
@@ -106,7 +111,7 @@ def tune(
             name = f"paper+outlier_threshold={fields['outlier_threshold']}"
             settings, plans = {name: fields}, {DYNAMIC: Plan(name)}
         else:
-            scores = _choose(measured, batches[0], settings, budgets, halving=candidates == "many")
+            scores = _choose(measured, batches[0], settings, budgets, halving=halving)
             groups = beginnings([sample.question for sample in choosing])
             plans = goal.contenders(scores, groups, halves(choosing), budgets, model.config)
         plans = {PRESENT: Plan(PRESENT), **plans}
@@ -169,7 +174,20 @@ def _candidates(
         settings = candidate_settings(model, listed, budget, shared, strict=strict)
         found |= {name: setting.fields for name, setting in settings.items()}
         budgets |= dict.fromkeys(settings, budget)
+    if goal.by_question:
+        _check_rules(found)
     return found, budgets
+
+
+def _check_rules(settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse settings of which rules by question could not choose: those that differ in a field of all rows."""
+    first, *others = settings.items()
+    for (name, fields), field in itertools.product(others, sorted({*FIELDS} - CHANGED_BY_RULES)):
+        if fields.get(field) != first[1].get(field):
+            raise ValueError(
+                f"Candidates {first[0]!r} and {name!r} differ in {field}, which rules by question cannot change: give "
+                f"it for all of them (--set {field}=...), or tune without --by-question."
+            )
 
 
 def _batches(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
@@ -180,14 +198,14 @@ def _batches(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
 def _open(
     model: Any,
     processor: Any,
-    parts: Parts | None,
+    store: Store,
     total: int,
     max_new_tokens: int,
     instruction: str,
     show: bool | None,
 ) -> Iterator[Any]:
     """A function `measured(number, samples, settings)` that measures a batch, or reads its stored measurements."""
-    with progress_bar(total, "batches", show) as bar, Store(parts).open() as stored:
+    with progress_bar(total, "batches", show) as bar, store.open() as stored:
 
         def measured(
             number: int, samples: Sequence[Sample], settings: Mapping[str, Mapping[str, Any]]

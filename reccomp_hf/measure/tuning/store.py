@@ -23,13 +23,18 @@ class Store:
 
     Args:
         parts: The folder of the run's output; `None` keeps them in memory.
+        run: Everything that the measurements depend on, see `fingerprint`; those of another run that began in the same
+            folder at the same time are not read.
     """
 
-    def __init__(self, parts: Parts | None) -> None:
-        self._parts = parts
+    def __init__(self, parts: Parts | None = None, run: Mapping[str, Any] | None = None) -> None:
+        self._parts, self._run = parts, hashlib.sha256(json.dumps(run).encode()).hexdigest()
         self._batches: dict[int, Batch] = {}
-        if parts is not None:
-            self._batches = {row: _read(line) for row, line in parts.lines().items()}
+        for row, line in {} if parts is None else parts.lines().items():
+            stored = json.loads(line)
+            if stored["run"] == self._run:
+                measured = stored["measured"].items()
+                self._batches[row] = {name: [Measurement(*one) for one in rows] for name, rows in measured}
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Callable[[int, Callable[[], Batch]], Batch]]:
@@ -40,10 +45,15 @@ class Store:
                 if number not in self._batches:
                     self._batches[number] = make()
                     if write is not None:
-                        write([_line(number, self._batches[number])])
+                        write([self._line(number)])
                 return self._batches[number]
 
             yield measured
+
+    def _line(self, number: int) -> str:
+        batch = self._batches[number].items()
+        rows = {name: [dataclasses.astuple(one) for one in measurements] for name, measurements in batch}
+        return json.dumps({"row": number, "run": self._run, "measured": rows}) + "\n"
 
 
 def fingerprint(model: Any, processor: Any, samples: Sequence[Sample], asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,15 +81,6 @@ def fingerprint(model: Any, processor: Any, samples: Sequence[Sample], asked: Ma
         "dtype": str(model.dtype),
         **asked,
     }
-
-
-def _line(number: int, batch: Batch) -> str:
-    rows = {name: [dataclasses.astuple(one) for one in measurements] for name, measurements in batch.items()}
-    return json.dumps({"row": number, "measured": rows}) + "\n"
-
-
-def _read(line: str) -> Batch:
-    return {name: [Measurement(*one) for one in rows] for name, rows in json.loads(line)["measured"].items()}
 
 
 __all__ = ["Batch", "Store", "fingerprint"]
