@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..core.checks import check_supported
 from ..core.configuration import TokenRecoveryConfig
 from .json_files import read_json, write_json
+from .processors import load_config
 
 FILE = "tuning.json"
 _CONFIG = "config.json"
@@ -26,7 +28,7 @@ def write_section(folder: Path, fields: Mapping[str, Any] | None, record: Mappin
         The files that were written.
 
     Raises:
-        ValueError: The folder holds no compressed checkpoint, or the fields are not valid.
+        ValueError: The folder holds no compressed checkpoint, or the fields are not valid or do not fit it.
         OSError: A file cannot be read or written.
     """
     path = folder / _CONFIG
@@ -35,6 +37,7 @@ def write_section(folder: Path, fields: Mapping[str, Any] | None, record: Mappin
     if fields is None or not isinstance(present, dict):
         raise ValueError(f"{path} has no token_recovery section to replace.")
     section = TokenRecoveryConfig.from_value(present).replace(fields)
+    check_supported(load_config(folder), section)
     _replace(folder / FILE, {**record, "token_recovery": section.overridable()})
     _replace(path, {**config, "token_recovery": section.to_dict()})
     return [path, folder / FILE]

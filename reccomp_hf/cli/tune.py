@@ -20,6 +20,7 @@ from .options import (
     budget,
     check_not_overwritten,
     count,
+    file_fields,
     output_file,
     output_image,
 )
@@ -31,6 +32,9 @@ _FEW = 100  # questions below which a warning is printed
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
+    if arguments.apply is not None:
+        _apply(arguments)
+        return
     from ..checkpoints.loading import load
     from ..checkpoints.quiet import quiet
     from ..checkpoints.tuning_record import write_section
@@ -39,11 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
     goal = {name: getattr(arguments, name) for name in ("budget", "average", "agreement", "frontier")}
     goal |= {"dynamic": arguments.dynamic, "by_question": arguments.by_question}
     Goal(**goal)  # before anything is loaded
-    if arguments.write and (arguments.model in CHECKPOINTS or not Path(arguments.model).is_dir()):
-        raise ValueError(
-            f"--write changes the config.json of a folder of yours, got {arguments.model}: name a folder, or write a "
-            "section file with --output."
-        )
+    if arguments.write:
+        _check_folder(arguments.model, "--write")
     if arguments.write and arguments.frontier:
         raise ValueError("--frontier chooses no section, so there is nothing to write: name a --budget.")
     check_not_overwritten(arguments.data, [arguments.output, arguments.json, arguments.plot])
@@ -66,6 +67,9 @@ def run(arguments: argparse.Namespace) -> None:
                 instruction=arguments.instruction,
                 seed=arguments.seed,
             )
+        except FileExistsError as error:
+            apply = f"reccomp-hf tune {arguments.model} --apply {arguments.output}"
+            raise FileExistsError(f"{error} To put its section into config.json: {apply}") from error
         except KeyboardInterrupt:
             if arguments.output:
                 kept = f"{arguments.output}.parts keeps the measurements so far; the same command resumes."
@@ -77,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
         sys.stderr.write(f"reccomp-hf: warning: {len(samples)} questions are few; 100 to 200 choose reliably.\n")
     if arguments.write:
         changed = write_section(Path(arguments.model), tuning.section, {"data": arguments.data, **tuning.record()})
-        say("", f"Wrote {' and '.join(map(str, changed))}.", f"Next: reccomp-hf card {arguments.model}")
+        say("", *_written(arguments.model, changed))
     if arguments.output:
         next_step = f"Next: reccomp-hf predict DATA --model {arguments.model} --section {arguments.output}"
         say("", f"Wrote {arguments.output}.", *([] if tuning.section is None else [next_step]))
@@ -86,6 +90,30 @@ def run(arguments: argparse.Namespace) -> None:
         lambda: {"model": arguments.model, "data": arguments.data, **tuning.record()},
         lambda: plot_tuning(tuning, f"{arguments.model}: {tuning.reported_on} questions"),
     )
+
+
+def _apply(arguments: argparse.Namespace) -> None:
+    """Put the section of a file that an earlier run wrote into a checkpoint; nothing is measured."""
+    from ..checkpoints.json_files import read_json
+    from ..checkpoints.tuning_record import write_section
+
+    _check_folder(arguments.model, "--apply")
+    fields, record = file_fields(arguments.apply), read_json(Path(arguments.apply)).get("tuning")
+    if not isinstance(record, dict):
+        raise ValueError(f"{arguments.apply} has no record of tuning: expected the --output of reccomp-hf tune.")
+    say(*_written(arguments.model, write_section(Path(arguments.model), fields, record)))
+
+
+def _check_folder(model: str, option: str) -> None:
+    if model in CHECKPOINTS or not Path(model).is_dir():
+        raise ValueError(
+            f"{option} changes the config.json of a folder of yours, got {model}: name a folder, or write a section "
+            "file with --output."
+        )
+
+
+def _written(model: str, files: list[Path]) -> list[str]:
+    return [f"Wrote {' and '.join(map(str, files))}.", f"Next: reccomp-hf card {model}"]
 
 
 def _names(arguments: argparse.Namespace) -> list[str]:
@@ -167,6 +195,9 @@ def register(commands: Any) -> None:
     command.add_argument("--output", type=output_file, metavar="FILE", help="section file, for --section elsewhere")
     command.add_argument("--overwrite", action="store_true", help="start over: remove the output, finished or not")
     command.add_argument("--write", action="store_true", help="put the section into the checkpoint's config.json")
+    command.add_argument(
+        "--apply", metavar="FILE", help="put the section of a finished --output into config.json; measures nothing"
+    )
     command.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the split and of the intervals")
     add_answer_options(command, TUNE_BATCH_SIZE, TUNE_NEW_TOKENS)
     add_json_file(command)

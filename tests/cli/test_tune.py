@@ -113,6 +113,33 @@ def test_a_checkpoint_is_tuned_in_place(run, folder):
     assert sentence not in " ".join(run("card", folder, "--stdout", "--no-measure")[1].split())
 
 
+def test_a_finished_section_file_is_applied_later(run, error, folder, tmp_path):
+    output = tmp_path / "tuned.json"
+    asked = ["tune", folder, *FAST, "--output", output]
+    assert run(*asked)[0] == 0
+    before = (folder / "config.json").read_bytes()
+    message = error(*asked, "--write")
+    assert "is finished and was left unchanged" in message and f"tune {folder} --apply {output}" in message
+    assert (folder / "config.json").read_bytes() == before
+    code, out, _ = run("tune", folder, "--apply", output)
+    assert code == 0 and "tuning.json" in out and f"reccomp-hf card {folder}" in out
+    applied = [(folder / name).read_bytes() for name in ("config.json", "tuning.json")]
+    config = json.loads(before)
+    config["token_recovery"] |= file_fields(str(output))
+    assert json.loads(applied[0]) == config
+    assert "Its settings were chosen by `reccomp-hf tune`" in run("card", folder, "--stdout", "--no-measure")[1]
+
+    content = json.loads(output.read_text())
+    for changed, refused in (
+        ({"token_recovery": {**content["token_recovery"], "budget": 145}}, "only 144 patches"),
+        ({"tuning": None}, "has no record of tuning"),
+    ):
+        (tmp_path / "other.json").write_text(json.dumps({**content, **changed}))
+        assert refused in error("tune", folder, "--apply", tmp_path / "other.json")
+    assert "--apply changes the config.json of a folder of yours" in error("tune", "demo", "--apply", output)
+    assert [(folder / name).read_bytes() for name in ("config.json", "tuning.json")] == applied
+
+
 def test_a_card_says_nothing_of_a_section_that_was_changed_afterwards(run, folder):
     assert run("tune", folder, *FAST, "--write", "--average", 14)[0] == 0
     card = " ".join(run("card", folder, "--stdout", "--no-measure")[1].split())
