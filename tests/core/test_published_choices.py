@@ -20,7 +20,7 @@ from reccomp_hf.demo import checkpoint_folder, draw_scene
 GOLDEN, SCENES = DATA / "golden", 12
 NAMES, COMPACT = ("demo", "demo-global"), {"position_ids": "compact"}
 # One image differs each, by rounding; the tests at the end show how.
-ONE_DIFFERS = {("demo-global", "trim", "36"): 6, ("demo-global", "vispruner", "16"): 11, ("demo", "cdpruner", "36"): 3}
+ONE_DIFFERS = {("demo-global", "trim", "36"): 6, ("demo", "cdpruner", "36"): 3}
 
 
 @functools.lru_cache
@@ -58,7 +58,10 @@ def test_the_same_patches_are_kept(name, method, budget):
     for record, case in zip(found, cases.values(), strict=True):
         equal.append(record.kept_mask[0].nonzero().flatten().tolist() == sorted(case[method][budget]))
     different = [image for image, same in enumerate(equal) if not same]
-    assert different in ([], [ONE_DIFFERS.get((name, method, budget))]), different
+    if method == "vispruner":  # of patches that are equally alike the processor's instructions choose
+        assert len(different) <= 1, different
+    else:
+        assert different in ([], [ONE_DIFFERS.get((name, method, budget))]), different
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -78,8 +81,8 @@ def test_the_same_tokens_are_made(name):
 # ---- the images that differ ----------------------------------------------------------------------------------------
 
 
-def disagreement(name, method, budget, monkeypatch):
-    """The features of the image that differs, the patches that the method keeps, and the published ones."""
+def watched(name, method, budget, monkeypatch):
+    """The features of all images, and the patches that are kept of each."""
     seen, chosen = [], get_method(method)
 
     def select(features, settings):
@@ -87,12 +90,17 @@ def disagreement(name, method, budget, monkeypatch):
         return chosen.select(features, settings)
 
     monkeypatch.setitem(registry._METHODS, method, dataclasses.replace(chosen, select=select))
-    model, inputs, cases = encoded(name)
-    section, image = {"method": method, "budget": budget, **COMPACT}, ONE_DIFFERS[name, method, str(budget)]
+    model, inputs, _ = encoded(name)
     with torch.no_grad():
-        record = model.recover(**inputs, token_recovery=section)[image]
-    kept = set(record.kept_mask[0].nonzero().flatten().tolist())
-    return seen[0], image, kept, set(cases[str(image)][method][str(budget)])
+        found = model.recover(**inputs, token_recovery={"method": method, "budget": budget, **COMPACT})
+    return seen[0], [set(record.kept_mask[0].nonzero().flatten().tolist()) for record in found]
+
+
+def disagreement(name, method, budget, monkeypatch):
+    """The features of the image that differs, its number, the patches that are kept, and the published ones."""
+    features, kept = watched(name, method, budget, monkeypatch)
+    image = ONE_DIFFERS[name, method, str(budget)]
+    return features, image, kept[image], set(encoded(name)[2][str(image)][method][str(budget)])
 
 
 def test_trim_differs_among_patches_whose_softmax_is_0(monkeypatch):
@@ -128,14 +136,18 @@ def queue_of_vispruner(states, saliency, important, wanted, swapped=None):
     return set(order[:important] + left), gaps
 
 
-def test_vispruner_differs_by_two_patches_that_are_equally_alike(monkeypatch):
-    features, image, ours, published = disagreement("demo-global", "vispruner", 16, monkeypatch)
-    arguments = features.hidden_states[image], features.saliency("mean")[image], 8, 8
-    found, gaps = queue_of_vispruner(*arguments)
-    assert found == ours
-    ties = [(turn, place) for turn, row in gaps.items() for place, gap in enumerate(row) if gap < 1e-7]
-    swapped = {tie: queue_of_vispruner(*arguments, tie)[0] == published for tie in ties}
-    assert sum(swapped.values()) == 1, f"cosines nearer to each other than 1e-7, and whether they matter: {swapped}"
+@pytest.mark.parametrize("budget", [16, 36])
+@pytest.mark.parametrize("name", NAMES)
+def test_vispruner_differs_only_by_patches_that_are_equally_alike(name, budget, monkeypatch):
+    """Which images these are depends on the processor: one with AVX-512, other ones with AVX2."""
+    features, kept = watched(name, "vispruner", budget, monkeypatch)
+    for image, ours in enumerate(kept):
+        published = set(encoded(name)[2][str(image)]["vispruner"][str(budget)])
+        arguments = features.hidden_states[image], features.saliency("mean")[image], budget // 2, budget - budget // 2
+        _, gaps = queue_of_vispruner(*arguments)
+        ties = [(turn, place) for turn, row in gaps.items() for place, gap in enumerate(row) if gap < 5e-7]
+        allowed = [queue_of_vispruner(*arguments, tie)[0] for tie in (None, *ties)]
+        assert ours in allowed and published in allowed, (image, len(ties))
 
 
 def greedy_of_cdpruner(projected, similarity, budget):
