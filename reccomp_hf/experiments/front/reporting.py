@@ -118,7 +118,7 @@ def _line_of(axis: Axes, report: EvaluationReport, name: str, budgets: Sequence[
     cells = [report.accuracy(at_budget(name, budget)) for budget in budgets]
     axis.plot(budgets, [cell.value for cell in cells], label=short(name).partition(",")[0], **style)  # type: ignore[arg-type]
     low, high = [cell.low for cell in cells], [cell.high for cell in cells]
-    axis.fill_between(budgets, low, high, color=style["color"], alpha=0.12, linewidth=0)  # type: ignore[arg-type]
+    axis.fill_between(budgets, low, high, color=style["color"], alpha=0.12, linewidth=0)
 
 
 def short(name: str) -> str:
