@@ -1,4 +1,4 @@
-"""What a demo model measures and answers, kept in a file so that an experiment resumes after a kill."""
+"""Measurements and answers of a demo model, kept in a file so that an experiment resumes after a kill."""
 
 from __future__ import annotations
 
