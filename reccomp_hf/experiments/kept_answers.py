@@ -1,4 +1,4 @@
-"""What a demo model measures and answers, kept in a file so that an experiment resumes after a kill."""
+"""Measurements and answers of a demo model, kept in a file so that an experiment resumes after a kill."""
 
 from __future__ import annotations
 
@@ -68,8 +68,11 @@ class KeptAnswers:
 
         def make(piece: Sequence[Sample], missing: Settings) -> dict[str, Any]:
             wanted = [Setting(name, dict(fields)) for name, fields in missing.items()]
-            options = {"batch_size": _BATCH, "max_new_tokens": NEW_TOKENS, "progress": False}
-            results = evaluate(self.model, self.processor, piece, wanted, **options).results
+            model, processor = self.model, self.processor
+            report = evaluate(
+                model, processor, piece, wanted, batch_size=_BATCH, max_new_tokens=NEW_TOKENS, progress=False
+            )
+            results = report.results
             pairs = {name: (results[name].answers, results[name].tokens.tolist()) for name in missing}
             return {name: list(zip(*columns, strict=True)) for name, columns in pairs.items()}
 
@@ -79,8 +82,13 @@ class KeptAnswers:
         for name, rows in kept.items():
             answers, tokens = zip(*rows, strict=True)
             results[name] = result_of(name, answers, is_right(samples, answers), tokens)
-        columns = [[getattr(sample, field) for sample in samples] for field in ("question", "kind", "picture")]
-        return EvaluationReport(*columns, results, off.name)
+        return EvaluationReport(
+            [sample.question for sample in samples],
+            [sample.kind for sample in samples],
+            [sample.picture for sample in samples],
+            results,
+            off.name,
+        )
 
     def _kept(self, what: str, samples: Sequence[Sample], settings: Settings, make: Any) -> dict[str, list[Any]]:
         """Rows of settings by name, those of all pieces of the questions one after the other."""
