@@ -27,6 +27,11 @@ from .options import (
 from .output import say, write_results
 
 DEMO_DATA, DEMO_QUESTIONS = "demo", 200
+_WORDS = (
+    "present section: the checkpoint's own settings, at the budget that was asked for. divergence: how far the next\n"
+    "tokens' probabilities along the answer are from those of the uncompressed model, in bits; 0 is equal. agreement:\n"
+    "the share of answers that are the uncompressed model's."
+)
 _FEW = 100  # questions below which a warning is printed
 
 
@@ -76,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
                 sys.stderr.write(f"reccomp-hf: {kept}\n")
             raise
     chosen_on = f"{arguments.model}: chosen on {tuning.chosen_on} questions of {arguments.data} without answers"
-    say(f"{chosen_on}, reported on {tuning.reported_on} others; 95 % intervals", "", tuning.markdown())
+    say(f"{chosen_on}, reported on {tuning.reported_on} others; 95 % intervals", "", tuning.markdown(), "", _WORDS)
     if len(samples) < _FEW:
         sys.stderr.write(f"reccomp-hf: warning: {len(samples)} questions are few; 100 to 200 choose reliably.\n")
     if arguments.write:

@@ -1,5 +1,6 @@
 """Plans are chosen by hand-made measurements: one setting for all, or one for each kind of question."""
 
+import types
 import unicodedata
 
 import numpy as np
@@ -18,6 +19,7 @@ from reccomp_hf.measure.tuning.choosing import (
     survivors,
     within,
 )
+from reccomp_hf.measure.tuning.goal import COMMON, RULES, Goal
 from reccomp_hf.measure.tuning.kinds import beginning
 from reccomp_hf.measure.tuning.result import section_of
 
@@ -41,29 +43,51 @@ def test_a_group_is_shrunk_toward_all_questions():
         )
         mean = (others * loss - count * gain) / (count + others)
         assert (count * gain > SHRINKAGE * mean) == differs  # what shrinkage says by hand
-        plan, *_ = plans_by_group(table, group)
+        plan, *_ = plans_by_group(table, group, "a")
         assert plan == Plan("a", {"how many": "b"} if differs else {})
 
 
 def test_groups_that_are_too_small_keep_the_common_setting():
     group = ["how many"] * 4 + ["what color"] * 4 + ["is there"] * 40
     table = scores([[0.9] * 8 + [0.1] * 40, [0.0] * 8 + [0.2] * 40], [8, 8])
-    plans = plans_by_group(table, group)
-    assert all(plan.setting("how many") == plan.setting("what color") == plan.common for plan in plans)
+    plans = plans_by_group(table, group, "b")
+    assert all(plan.setting("how many") == plan.setting("what color") == plan.common == "b" for plan in plans)
 
 
 def test_a_mean_number_of_tokens_is_spent_where_it_helps():
     """Counting needs 16 tokens, colours do with 4: at a mean of 10 each group gets its own budget."""
     group = ["how many"] * 50 + ["what color"] * 50
     table = scores([[0.8] * 50 + [0.1] * 50, [0.4] * 50 + [0.09] * 50, [0.1] * 50 + [0.08] * 50], [4, 10, 16])
-    plans = plans_by_group(table, group)
+    plans = plans_by_group(table, group, "b")
     plan = within(plans, table, group, 10)
     assert {key: plan.setting(key) for key in ("how many", "what color")} == {"how many": "c", "what color": "a"}
     assert table.of_plan(plan, group).tokens.mean() == 10
+    assert plan.setting("is there") == "b"  # as many tokens as were asked for, where the data says nothing
     means = [table.of_plan(plan, group).tokens.mean() for plan in plans]
     divergences = [table.of_plan(plan, group).divergence.mean() for plan in plans]
     assert means == sorted(means, reverse=True) and divergences == sorted(divergences)
     assert within(plans, table, group, 1) == plans[-1]  # nothing fits: the fewest
+
+
+@pytest.mark.parametrize(
+    ("goal", "common"),
+    [({"budget": 10}, "b"), ({"average": 10}, "b"), ({"agreement": 0.9}, "c"), ({"frontier": True}, None)],
+)
+def test_rules_leave_other_questions_the_setting_for_all(goal, common):
+    """Counting needs 16 tokens, the rest does with 4: a question of another kind must get neither of them."""
+    group = ["how many"] * 50 + ["what color"] * 50
+    divergence = [[0.8] * 50 + [0.1] * 50, [0.4] * 50 + [0.09] * 50, [0.1] * 50 + [0.08] * 50]
+    agrees = [[0] * 50 + [1] * 50, [0] * 50 + [1] * 50, [1] * 100]
+    table, budgets = scores(divergence, [4, 10, 16], agrees), {"a": 4, "b": 10, "c": 16}
+    config = types.SimpleNamespace(token_recovery=reccomp_hf.TokenRecoveryConfig())
+    folds = np.arange(100) % 2 == 0
+    found = Goal(by_question=True, **goal).contenders(table, group, folds, budgets, config)
+    rules = {name: plan for name, plan in found.items() if name.startswith(RULES)}
+    assert rules or "budget" in goal  # of one setting at this budget no rules can be made
+    for name, plan in rules.items():
+        assert plan.common == found[name.replace(RULES, COMMON)].common
+        assert common in (None, plan.common)
+        assert table.of_plan(plan, group).tokens.mean() <= table.of_plan(Plan(plan.common), group).tokens.mean()
 
 
 def each_setting(table, groups):
@@ -167,7 +191,7 @@ def test_questions_without_a_group_and_the_smaller_of_many_groups_have_the_commo
         groups += [f"what {number:02}"] * (30 - number % 2)
     without = np.array([group == "" for group in groups])
     table = scores([np.where(without, 0.0, 0.5), np.where(without, 3.0, 0.2)], [8, 8])
-    plan = plans_by_group(table, groups)[0]
+    plan = plans_by_group(table, groups, "a")[0]
     assert plan.common == "a" and len(plan.groups) == 64 == MOST_RULES
     assert "" not in plan.groups
     assert {group for group in plan.groups if int(group[-2:]) % 2 == 0} == {f"what {n:02}" for n in range(0, 70, 2)}

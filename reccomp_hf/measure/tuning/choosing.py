@@ -88,27 +88,28 @@ class Plan:
         return tuple(dict.fromkeys((self.common, *self.groups.values())))
 
 
-def plans_by_group(scores: Scores, groups: Sequence[str]) -> list[Plan]:
+def plans_by_group(scores: Scores, groups: Sequence[str], common: str) -> list[Plan]:
     """A setting for each group of questions, for each of 242 prices of a token, from no price up.
 
-    A group's mean divergence is shrunk toward the mean of all questions. A plan is the best at its price, so no other
-    plan has both fewer tokens and a smaller divergence by these means.
+    A group's mean divergence is shrunk toward the mean of all questions. What the groups get is the best at its price,
+    so nothing else has both fewer tokens and a smaller divergence by these means.
 
     Args:
         scores: The measurements.
         groups: Each question's group.
+        common: The setting of questions of no group. The price does not choose it: where all questions of the data
+            have a group, it would cost nothing there, and more than was asked for with other questions.
     """
     keys, index, sizes = np.unique(list(groups), return_inverse=True, return_counts=True)
     members = np.eye(len(keys))[index]  # (Q, G)
     large = np.zeros(len(keys), bool)
     large[np.argsort(-np.where(keys == NO_GROUP, 0, sizes), kind="stable")[:MOST_GROUPS]] = True
     large &= (sizes >= SMALLEST_GROUP) & (keys != NO_GROUP)
-    means = {name: getattr(scores, name).mean(1) for name in ("divergence", "tokens")}
-    shrunk = (scores.divergence @ members + SHRINKAGE * means["divergence"][:, None]) / (sizes + SHRINKAGE)
+    mean = scores.divergence.mean(1, keepdims=True)
+    shrunk = (scores.divergence @ members + SHRINKAGE * mean) / (sizes + SHRINKAGE)
     tokens = scores.tokens @ members / sizes
     plans = []
     for price in _PRICES:
-        common = scores.names[int(np.argmin(means["divergence"] + price * means["tokens"]))]
         best = np.argmin(shrunk + price * tokens, axis=0)
         chosen = {str(key): scores.names[row] for key, row in zip(keys[large], best[large], strict=True)}
         plans.append(Plan(common, {key: name for key, name in chosen.items() if name != common}))

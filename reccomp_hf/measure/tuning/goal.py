@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -96,16 +97,18 @@ class Goal:
             return [closest(scores.some(names)) for names in families.values()]
 
         if self.agreement is not None:
-            ways = {COMMON: one_for_all} | ({RULES: plans_by_group} if self.by_question else {})
-            found = {way: cheapest(make, scores, groups, folds, self.agreement) for way, make in ways.items()}
+            found = {COMMON: cheapest(one_for_all, scores, groups, folds, self.agreement)}
+            if self.by_question:
+                by_group = functools.partial(plans_by_group, common=found[COMMON].common)
+                found[RULES] = cheapest(by_group, scores, groups, folds, self.agreement)
         elif self.frontier:
             found = {f"{COMMON}, budget {budgets[plan.common]}": plan for plan in one_for_all(scores, groups)}
         else:
             found = {COMMON: closest(scores.some(families[self.fixed(config)]))}
         if self.by_question and self.agreement is None:
-            plans = plans_by_group(scores, groups)
             for name, plan in list(found.items()):
                 tokens = scores.of_plan(plan, groups).tokens.mean()  # the rules may read as many
+                plans = plans_by_group(scores, groups, plan.common)
                 found[name.replace(COMMON, RULES)] = within(plans, scores, groups, tokens)
         return {name: plan for name, plan in found.items() if plan.groups or not name.startswith(RULES)}
 
