@@ -28,9 +28,9 @@ from .output import say, write_results
 
 DEMO_DATA, DEMO_QUESTIONS = "demo", 200
 _WORDS = (
-    "present section: the checkpoint's own settings, at the budget that was asked for. divergence: how far the next\n"
-    "tokens' probabilities along the answer are from those of the uncompressed model, in bits; 0 is equal. agreement:\n"
-    "the share of answers that are the uncompressed model's."
+    "present section: the checkpoint's own settings, at the budget that was asked for. divergence: how far the\n"
+    "next tokens' probabilities along the answer are from the uncompressed model's, in bits; 0 is equal.\n"
+    "agreement: the share of answers that are the uncompressed model's."
 )
 _FEW = 100  # questions below which a warning is printed
 

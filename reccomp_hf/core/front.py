@@ -331,7 +331,7 @@ class FrontMixin(RecoveryModulesMixin):
         """`encode_images` with its settings."""
         check_not_empty(pixel_values)
         pixel_values, layout = self._layout(pixel_values, image_sizes)
-        needed = set[int]().union(*(self._needed_states(section, feature_layer) for section in sections))
+        needed: set[int] = set().union(*(self._needed_states(section, feature_layer) for section in sections))
         states = self._any_states(pixel_values, needed)
         return EncodedImages(states, layout, self._grid(pixel_values))
 

@@ -18,8 +18,8 @@ _LARGEST_TABLE = 1024
 """Patches of an image of which all products with each other are kept elsewhere."""
 _BLOCK_BYTES = 4 * 2**20
 """Features that a greedy loop reads in every step on a CPU: more would not stay in its cache."""
-_BLOCKS, _LEAST_BLOCK = 4, 32
-"""Blocks of an image's patches of which a CPU computes the products one by one, and the least size of a block."""
+_BLOCKS = 4
+"""Blocks of an image's patches of which a CPU computes the products one by one."""
 
 _USED: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar("_USED", default=None)
 
@@ -294,7 +294,7 @@ def products_of_all(vectors: Tensor) -> Tensor:
     On a CPU, where a product takes the longest, those of different blocks are computed once and copied.
     """
     count = vectors.shape[1]
-    if vectors.device.type != "cpu" or count < _LEAST_BLOCK * _BLOCKS:
+    if vectors.device.type != "cpu":
         return vectors @ vectors.transpose(1, 2)
     products = vectors.new_empty(len(vectors), count, count)
     ends = [count * block // _BLOCKS for block in range(_BLOCKS + 1)]

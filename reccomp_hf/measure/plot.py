@@ -105,7 +105,7 @@ def plot_recovery(
     total = sum(int((region.patches >= 0).sum()) for region in regions)
     for axis, one, question, reply in zip(axes, records, titles, replies, strict=False):
         tokens = int(one.counts.sum())
-        lines = [f"answer: {textwrap.shorten(reply, 60)}"] if reply else []
+        lines = [f"answer: {_drawable(textwrap.shorten(reply, 60))}"] if reply else []
         _show(
             axis,
             draw_regions(regions, one),
@@ -310,12 +310,15 @@ def _show(axis: Any, canvas: Image.Image, title: Sequence[str]) -> None:
 
 
 def _drawable(text: str) -> str:
-    """The text, or a sentence where matplotlib's font lacks one of its characters and would draw boxes."""
+    """The text for matplotlib, or a sentence where its font lacks one of the characters and would draw boxes.
+
+    A dollar sign is escaped: between two of them matplotlib reads a formula.
+    """
     from matplotlib.font_manager import findfont, get_font
 
     font = get_font(findfont("DejaVu Sans"))
     if all(font.get_char_index(ord(character)) or character.isspace() for character in text):
-        return text
+        return text.replace("$", r"\$")
     return "(a text whose script the font of this plot lacks)"
 
 

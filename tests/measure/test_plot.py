@@ -168,6 +168,16 @@ def test_a_text_without_glyphs_is_a_sentence_and_the_title_is_drawn():
     assert figure.get_suptitle() == "demo, preset paper"
 
 
+def test_answers_are_drawn_as_they_are(recwarn):
+    questions, answers = ["Is it $5 or $6?", "Why?"], ["$\\frac{5}$ or $x_", "\x14 \u5728"]
+    figure = plot_recovery(GREY, [record_of()] * 2, questions=questions, answers=answers)
+    pixels_of(figure)
+    assert not [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)]
+    assert figure.axes[0].get_title(loc="left").replace("\\$", "$") == questions[0]
+    assert figure.axes[0].get_xlabel().startswith("answer: \\$\\frac{5}\\$ or \\$x_\n")
+    assert "script" in figure.axes[1].get_xlabel()
+
+
 @pytest.mark.parametrize(("questions", "across", "empty"), [(1, 2, 0), (3, 4, 0), (4, 3, 1), (5, 3, 0), (6, 4, 1)])
 def test_rows_of_panels_have_few_empty_places(questions, across, empty):
     figure = plot_recovery(GREY, [record_of()] * questions)

@@ -48,7 +48,7 @@ def _covering_patches(states: Tensor, saliency: Tensor, valid: Tensor, counts: T
     cosine = products_of_all(unit).to(weight.dtype)
     cosine.masked_fill_(~valid.unsqueeze(1), -torch.inf)  # (B, N, N), symmetric
     covered, larger = torch.zeros_like(weight).unsqueeze(1), torch.empty_like(cosine)
-    picks = list[Tensor]()
+    picks: list[Tensor] = []
     taken, now = ~valid, torch.zeros_like(weight[:, :1])
     for _ in range(steps):
         total = torch.maximum(cosine, covered, out=larger).sum(-1)  # (B, N), the coverage with every patch as the next
