@@ -125,8 +125,15 @@ def test_settings_that_would_change_positions_are_refused(parallel, speculative,
 
     text = types.SimpleNamespace(rope_parameters=rope)
     given = types.SimpleNamespace(
-        model_config=types.SimpleNamespace(uses_mrope=True, hf_text_config=text),
-        parallel_config=types.SimpleNamespace(pipeline_parallel_size=parallel, worker_cls="auto"),
+        model_config=types.SimpleNamespace(
+            uses_mrope=True,
+            hf_text_config=text,
+            hf_config=types.SimpleNamespace(token_recovery=types.SimpleNamespace(enabled=True)),
+            multimodal_config=None,
+        ),
+        parallel_config=types.SimpleNamespace(
+            pipeline_parallel_size=parallel, tensor_parallel_size=1, worker_cls="auto"
+        ),
         speculative_config=speculative,
     )
     if message is None:
