@@ -20,7 +20,7 @@ from .options import (
     add_dtype,
     add_section,
     count,
-    file_fields,
+    start_fields,
 )
 from .output import say
 
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..engines.server.listening import listen
     from .serve import names_of
 
-    fields = file_fields(arguments.section) if arguments.section else {}
+    fields = start_fields(arguments)
     listen(arguments.host, arguments.port).close()  # before anything is loaded
     with quiet(progress_bars=sys.stderr.isatty()):
         model, processor = load(

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from .image_questions import file_questions, unreadable_note
+from .image_questions import answers_to, check_drawable, encoded_questions, file_questions, unreadable_note
 from .options import (
     add_checkpoint,
     add_command,
@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
     from ..checkpoints.loading import load
     from ..checkpoints.quiet import quiet
-    from ..data.prompts import count_visual_tokens, encode_rows
+    from ..data.prompts import count_visual_tokens
     from ..measure.plot import plot_recovery
 
     check_not_overwritten(arguments.image, [arguments.plot])
@@ -34,25 +34,16 @@ def run(arguments: argparse.Namespace) -> None:
     with quiet(progress_bars=sys.stderr.isatty()):
         model, processor = load(arguments.model, section_fields(arguments), arguments.device, arguments.dtype)
         section, questions = model.config.token_recovery, picture.questions
-        if arguments.plot and not section.enabled:
-            raise ValueError("There is nothing to plot: token_recovery.enabled is false, and every token is read.")
-        inputs = encode_rows(processor, [[picture.image]] * len(questions), questions, questions)
-        inputs = inputs.to(model.device, model.dtype)
-        length = inputs["input_ids"].shape[1]
+        if arguments.plot:
+            check_drawable(section)
+        inputs = encoded_questions(model, processor, picture)
         placeholders = (inputs["input_ids"] == model.config.image_token_id).sum(-1).tolist()
         rows: list[dict[str, Any]] = [{"question": text} for text in questions]
         for name, override in [("answer", {})] + [("uncompressed", {"enabled": False})] * arguments.compare:
-            output = model.generate(
-                **inputs,
-                max_new_tokens=arguments.max_new_tokens,
-                do_sample=False,
-                token_recovery=override,
-                return_dict_in_generate=True,
-            )
-            answers = processor.batch_decode(output.sequences[:, length:], skip_special_tokens=True)
+            answers, output = answers_to(model, processor, inputs, override, arguments.max_new_tokens)
             tokens = count_visual_tokens(output, [1] * len(rows), placeholders)
             for row, answer, read, most in zip(rows, answers, tokens, placeholders, strict=True):
-                row[name] = answer.strip()
+                row[name] = answer
                 if name == "answer":
                     row |= {"visual_tokens": read, "of": most}
         if arguments.plot:

@@ -8,7 +8,7 @@ import torch
 
 from ..core.features import TokenRecoveryOutput
 from ..measure.plot import plot_recovery
-from .image_questions import ImageQuestions
+from .image_questions import ImageQuestions, answers_to, encoded_questions
 
 _MAX_NEW_TOKENS = 8  # the demo model's answers are one word
 
@@ -20,20 +20,10 @@ def compare(model: Any, processor: Any, picture: ImageQuestions) -> tuple[dict[s
     Returns:
         Plain values, see the keys, and the record of the image for each question.
     """
-    turns = [[{"type": "image"}, {"type": "text", "text": text}] for text in picture.questions]
-    prompts = [
-        processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True)
-        for turn in turns
+    inputs = encoded_questions(model, processor, picture)
+    answers = [
+        answers_to(model, processor, inputs, override, _MAX_NEW_TOKENS)[0] for override in ({}, {"enabled": False})
     ]
-    inputs = processor(
-        images=[picture.image] * len(prompts), text=prompts, padding=True, padding_side="left", return_tensors="pt"
-    ).to(model.device, model.dtype)
-    answers = []
-    for override in ({}, {"enabled": False}):
-        options = {"max_new_tokens": _MAX_NEW_TOKENS, "do_sample": False, "token_recovery": override}
-        ids = model.generate(**inputs, **options)
-        replies = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers.append([reply.strip() for reply in replies])
     records = model.recover(**inputs)
     rows = zip(picture.questions, picture.expected, *answers, map(_count, records), strict=True)
     facts = {

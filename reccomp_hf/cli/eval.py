@@ -18,8 +18,8 @@ from .options import (
     add_section,
     check_not_overwritten,
     count,
-    file_fields,
     output_image,
+    start_fields,
 )
 from .output import say, write_results
 
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..core.rules import rule_text
     from ..measure.evaluation import evaluate, parse_setting, parse_settings, plot_accuracy
 
-    fields = file_fields(arguments.section) if arguments.section else {}
+    fields = start_fields(arguments)
     settings = parse_settings(arguments.settings)  # before anything is loaded
     if arguments.section and STORED not in [setting.name for setting in settings]:
         settings = [parse_setting(STORED), *settings]

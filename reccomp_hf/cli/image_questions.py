@@ -1,4 +1,4 @@
-"""An image and questions about it, for `reccomp-hf demo` and `plot`."""
+"""An image, questions about it and their answers, for `reccomp-hf demo`, `ask` and `plot`."""
 
 from __future__ import annotations
 
@@ -63,6 +63,47 @@ def file_questions(path: str, texts: list[str] | None = None) -> ImageQuestions:
     return ImageQuestions(image, source, texts, [None] * len(texts), None)
 
 
+def encoded_questions(model: Any, processor: Any, picture: ImageQuestions) -> Any:
+    """The questions as a batch on the model's device, a row each."""
+    from ..data.prompts import encode_rows
+
+    rows = [[picture.image]] * len(picture.questions)
+    return encode_rows(processor, rows, picture.questions, picture.questions).to(model.device, model.dtype)
+
+
+def answers_to(
+    model: Any, processor: Any, inputs: Any, token_recovery: dict[str, Any], max_new_tokens: int
+) -> tuple[list[str], Any]:
+    """Greedy answers to a batch under some settings, and the output of `generate`.
+
+    Args:
+        model: A compressed LLaVA.
+        processor: The model's processor.
+        inputs: The output of `encoded_questions`.
+        token_recovery: Fields of the section to override.
+        max_new_tokens: Tokens of the longest answer.
+    """
+    output = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        token_recovery=token_recovery,
+        return_dict_in_generate=True,
+    )
+    texts = processor.batch_decode(output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts], output
+
+
+def check_drawable(section: Any) -> None:
+    """Refuse to draw which tokens were read where all are.
+
+    Raises:
+        ValueError: The section is switched off.
+    """
+    if not section.enabled:
+        raise ValueError("There is nothing to plot: token_recovery.enabled is false, and every token is read.")
+
+
 def unreadable_note(processor: Any, texts: list[str]) -> list[str]:
     """A line for each question in a script that the text encoder has no words of: more tokens than characters."""
     tokenizer = processor.recovery_tokenizer
@@ -84,6 +125,9 @@ __all__ = [
     "DEFAULT_SEED",
     "IMAGE_QUESTIONS",
     "ImageQuestions",
+    "answers_to",
+    "check_drawable",
+    "encoded_questions",
     "file_questions",
     "scene_questions",
     "unreadable_note",

@@ -243,11 +243,12 @@ def start_fields(arguments: argparse.Namespace) -> dict[str, Any]:
         ValueError: Both options, or a file without a section.
         OSError: The file cannot be read.
     """
-    if arguments.preset and arguments.section:
+    preset = getattr(arguments, "preset", None)  # not every command has it
+    if preset and arguments.section:
         raise ValueError("--preset and --section both name settings to start from: give one of them.")
     if arguments.section:
         return file_fields(arguments.section)
-    return preset_fields(arguments.preset) if arguments.preset else {}
+    return preset_fields(preset) if preset else {}
 
 
 def preset_fields(preset: str, **overrides: Any) -> dict[str, Any]:

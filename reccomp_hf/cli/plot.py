@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from .image_questions import file_questions, unreadable_note
+from .image_questions import check_drawable, encoded_questions, file_questions, unreadable_note
 from .options import (
     add_checkpoint,
     add_command,
@@ -22,7 +22,6 @@ def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
     from ..checkpoints.loading import load
     from ..checkpoints.quiet import quiet
-    from ..data.prompts import encode_rows
     from ..measure.plot import plot_recovery
 
     check_not_overwritten(arguments.image, [arguments.output])
@@ -30,12 +29,9 @@ def run(arguments: argparse.Namespace) -> None:
     with quiet(progress_bars=sys.stderr.isatty()):
         model, processor = load(arguments.model, section_fields(arguments), arguments.device, arguments.dtype)
         section = model.config.token_recovery
-        if not section.enabled:
-            raise ValueError("There is nothing to plot: token_recovery.enabled is false, and every token is read.")
+        check_drawable(section)
         say(*unreadable_note(processor, picture.questions))
-        images = [[picture.image]] * len(picture.questions)
-        inputs = encode_rows(processor, images, picture.questions, picture.questions).to(model.device, model.dtype)
-        records = model.recover(**inputs)
+        records = model.recover(**encoded_questions(model, processor, picture))
         figure = plot_recovery(
             picture.image,
             records,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -13,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
+from ..cli.options import output_file
 from ..data.fingerprint import model_digest
 from ..data.progress import progress_bar
+from ..demo import CHECKPOINTS
 from ..measure.evaluation.report import EvaluationReport, SettingResult
 from ..measure.evaluation.running import evaluate
 from ..measure.evaluation.samples import Sample, normalize_answer
@@ -82,13 +85,7 @@ class KeptAnswers:
         for name, rows in kept.items():
             answers, tokens = zip(*rows, strict=True)
             results[name] = result_of(name, answers, is_right(samples, answers), tokens)
-        return EvaluationReport(
-            [sample.question for sample in samples],
-            [sample.kind for sample in samples],
-            [sample.picture for sample in samples],
-            results,
-            off.name,
-        )
+        return EvaluationReport.of_samples(samples, results, off.name)
 
     def _kept(self, what: str, samples: Sequence[Sample], settings: Settings, make: Any) -> dict[str, list[Any]]:
         """Rows of settings by name, those of all pieces of the questions one after the other."""
@@ -113,6 +110,25 @@ class KeptAnswers:
                 file.writelines("\n" + json.dumps(pair) for pair in lines.items())
 
 
+def experiment_arguments(
+    description: str, questions: int, arguments: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Read the command line of an experiment that chooses on validation scenes and reports on held-out ones.
+
+    Args:
+        description: Description of the experiment, for its help.
+        questions: Number of held-out questions by default.
+        arguments: The arguments; `None` for those of the process.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("model", choices=CHECKPOINTS)
+    parser.add_argument("--chosen-on", type=int, default=400, metavar="N", help="validation questions")
+    parser.add_argument("--questions", type=int, default=questions, metavar="N", help="held-out questions")
+    keep = "keep what was measured in this file of JSON lines; the same command resumes"
+    parser.add_argument("--keep", type=output_file, metavar="FILE", help=keep)
+    return parser.parse_args(arguments)
+
+
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
@@ -124,9 +140,9 @@ def is_right(samples: Sequence[Sample], answers: Sequence[str]) -> Any:
 
 
 def result_of(name: str, answers: Sequence[str], right: Any, tokens: Any) -> SettingResult:
-    """A result of which only answers and tokens are known."""
-    unknown = np.full(len(answers), np.nan)
+    """A result of which only answers and tokens are known; without answers, whether they are right."""
+    unknown = np.full(len(right), np.nan)
     return SettingResult(name, {}, list(answers), np.array(right), np.array(tokens), float("nan"), unknown, unknown)
 
 
-__all__ = ["NEW_TOKENS", "KeptAnswers", "is_right", "result_of"]
+__all__ = ["NEW_TOKENS", "KeptAnswers", "experiment_arguments", "is_right", "result_of"]

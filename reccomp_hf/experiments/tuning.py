@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
@@ -15,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints.loading import load
-from ..cli.options import output_file
 from ..cli.output import say
-from ..demo import CHECKPOINTS, VALIDATION_SEEDS
+from ..demo import VALIDATION_SEEDS
 from ..measure.evaluation.report import EvaluationReport
 from ..measure.evaluation.samples import Sample, demo_samples
 from ..measure.evaluation.settings import parse_setting
@@ -27,7 +25,7 @@ from ..measure.tuning.choosing import Plan, Scores
 from ..measure.tuning.goal import COMMON, RULES, Goal
 from ..measure.tuning.kinds import beginnings
 from ..measure.tuning.running import halves
-from .kept_answers import KeptAnswers, is_right, result_of
+from .kept_answers import KeptAnswers, experiment_arguments, is_right, result_of
 
 COUNTS = (25, 50, 100, 200, 400)
 REPORTED_BUDGETS = (7, 14, 22, 36)
@@ -189,13 +187,7 @@ def table(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description="Chooses settings on validation scenes, and reports their accuracy.")
-    parser.add_argument("model", choices=CHECKPOINTS)
-    parser.add_argument("--chosen-on", type=int, default=400, metavar="N", help="validation questions")
-    parser.add_argument("--questions", type=int, default=2000, metavar="N", help="held-out questions")
-    keep = "keep what was measured in this file of JSON lines; the same command resumes"
-    parser.add_argument("--keep", type=output_file, metavar="FILE", help=keep)
-    given = parser.parse_args(arguments)
+    given = experiment_arguments("Chooses settings on validation scenes, and reports their accuracy.", 2000, arguments)
     say(run(given.model, given.chosen_on, given.questions, given.keep))
 
 

@@ -7,7 +7,6 @@ settings that were chosen without it. Agreement is that with the model's own unc
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -15,14 +14,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..checkpoints.loading import load
-from ..cli.options import output_file
 from ..cli.output import say
-from ..demo import CHECKPOINTS, VALIDATION_SEEDS
+from ..demo import VALIDATION_SEEDS
 from ..measure.evaluation.report import EvaluationReport
 from ..measure.evaluation.samples import Sample, demo_samples
 from ..measure.tables import markdown_table
 from ..measure.tuning.choosing import Plan, Scores
-from .kept_answers import KeptAnswers
+from .kept_answers import KeptAnswers, experiment_arguments
 from .tuning import BALANCED, MEAN_BUDGET, ONE, REPORTED_BUDGETS, Candidates, combined
 
 WORDINGS = {
@@ -170,13 +168,7 @@ def kinds_table(report: EvaluationReport, plans: Mapping[str, Plan], without: Ma
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description="Measures rules by question on reworded questions and unseen kinds.")
-    parser.add_argument("model", choices=CHECKPOINTS)
-    parser.add_argument("--chosen-on", type=int, default=400, metavar="N", help="validation questions")
-    parser.add_argument("--questions", type=int, default=1200, metavar="N", help="held-out questions")
-    keep = "keep what was measured in this file of JSON lines; the same command resumes"
-    parser.add_argument("--keep", type=output_file, metavar="FILE", help=keep)
-    given = parser.parse_args(arguments)
+    given = experiment_arguments("Measures rules by question on reworded questions and unseen kinds.", 1200, arguments)
     say(run(given.model, given.chosen_on, given.questions, given.keep))
 
 

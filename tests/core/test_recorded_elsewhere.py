@@ -1,4 +1,4 @@
-"""What a GPU records, run on a device that need not exist: no read, no copy from the host, no mix of devices.
+"""The parts that a GPU records, run on a device that need not exist: no read, no host copy, no mix of devices.
 
 Every method with a fixed budget and every preset, from the images to the first token's logits, with rows of different
 lengths and numbers of pictures, in three dtypes.
@@ -10,14 +10,16 @@ from architectures import LLAVA, LLAVA_NEXT, ROWS, each_architecture
 from fixed_budgets import each_budget
 from prefill_elsewhere import recorded_elsewhere
 
-from reccomp_hf import method_names
+from reccomp_hf import TokenRecoveryConfig, method_names
 from reccomp_hf.core.methods.registry import get_method
-from reccomp_hf.measure.benchmark.published_speed import preset_fields
 
 SETTINGS = {
     name: {"method": name, **({} if get_method(name).budget == "none" else {"budget": 16})} for name in method_names()
 }
-SETTINGS |= {f"preset {name}": {**preset_fields(name), "budget": 16} for name in ("paper", "balanced", "balanced-v1")}
+SETTINGS |= {
+    f"preset {name}": {**TokenRecoveryConfig.from_preset(name).overridable(), "budget": 16}
+    for name in ("paper", "balanced", "balanced-v1")
+}
 DEPENDS_ON_THE_IMAGES = ("authors", "base_tile")
 LANGUAGE_MODEL = "language model"
 each_setting = pytest.mark.parametrize("setting", SETTINGS)

@@ -13,9 +13,10 @@ from demo_model import demo_model
 from noise import noise_inputs
 from tape import TapeRecorder
 
+from reccomp_hf import TokenRecoveryConfig
 from reccomp_hf.core.graphs import GraphCache
 from reccomp_hf.measure.benchmark import Case, Part, contenders, counting, speed, speed_markdown, speed_report
-from reccomp_hf.measure.benchmark.published_speed import gpu_parts, preset_fields
+from reccomp_hf.measure.benchmark.published_speed import gpu_parts
 from reccomp_hf.measure.benchmark.speed import OURS_GRAPHED, RATIOS, STATIC
 
 pytest_plugins = ("command_line",)
@@ -222,7 +223,9 @@ def test_the_published_parts_fit_the_models():
     changes = sum(one is not other for one, other in itertools.pairwise(models))
     assert changes == 4  # 7B, the demo, NeXT, 13B, 7B
     for preset in ("paper", "balanced"):
-        LLAVA.build().config.token_recovery.replace({**preset_fields(preset), "budget": 16}).validate()
+        LLAVA.build().config.token_recovery.replace(
+            {**TokenRecoveryConfig.from_preset(preset).overridable(), "budget": 16}
+        ).validate()
 
 
 def test_launches_are_counted():

@@ -1,4 +1,4 @@
-"""What could go wrong in tuning without being seen: mixed runs, broken numbers, names of other settings."""
+"""Faults of tuning that nobody would see: mixed runs, broken numbers, names of other settings."""
 
 import copy
 

@@ -12,32 +12,30 @@ import torch
 from torch import Tensor
 
 from ...checkpoints.loading import load
+from ...cli.choices import EVAL_METHODS
+from ...core.methods.registry import get_method
 from ...data.parts import Parts
 from ...data.progress import progress_bar
 from ...data.prompts import build_prompt
-from ...measure.evaluation.report import EvaluationReport, SettingResult
+from ...measure.evaluation.report import EvaluationReport
 from ...measure.evaluation.samples import Sample, demo_samples, encode_samples
-from ...measure.evaluation.settings import OFF, parse_setting
+from ...measure.evaluation.settings import OFF, named_settings, parse_setting
 from ...measure.tuning.candidates import at_budget
 from ...measure.tuning.measuring import read_along
 from ...measure.tuning.store import fingerprint
+from ..kept_answers import result_of
 
 BUDGETS = (4, 7, 10, 14, 16, 22, 36, 72)
 OWN = ("balanced", "balanced-v1")
+_SAID_OTHERWISE = ("recoverable", "pooling")
+"""Methods whose settings `paper` and `pool` are."""
 PUBLISHED = (
     "paper",
-    "fastervlm",
-    "prumerge",
-    "prumerge_plus",
-    "visionzip",
-    "trim",
-    "vispruner",
-    "divprune",
-    "cdpruner",
-    "scope",
-    "holov",
-    "hiprune",
-    "random",
+    *(
+        name
+        for name in EVAL_METHODS
+        if get_method(named_settings()[name]["method"]).budget != "none" and name not in _SAID_OTHERWISE
+    ),
     "pool",
 )
 _PLACES = "+position_ids=original"
@@ -132,14 +130,12 @@ def report_of(
     samples: Sequence[Sample], batches: Sequence[Mapping[str, Sequence[Sequence[int]]]], least: int
 ) -> EvaluationReport:
     """The report of grades of at least `least`, with intervals over scenes."""
-    unknown = np.full(len(samples), np.nan)
     results = {}
     for name in batches[0]:
         columns = (np.concatenate([batch[name][part] for batch in batches]) for part in (0, 1))
         grades, tokens = (column[: len(samples)] for column in columns)
-        results[name] = SettingResult(name, {}, [], grades >= least, tokens, float("nan"), unknown, unknown)
-    kinds, pictures = [sample.kind for sample in samples], [sample.picture for sample in samples]
-    return EvaluationReport([sample.question for sample in samples], kinds, pictures, results, OFF)
+        results[name] = result_of(name, [], grades >= least, tokens)
+    return EvaluationReport.of_samples(samples, results, OFF)
 
 
 __all__ = [

@@ -42,7 +42,7 @@ def tables(first: EvaluationReport, whole: EvaluationReport, budgets: Sequence[i
             rows.append([panel, *(_best(report, budget, moved) for budget in budgets)])
         parts.append("\n".join(markdown_table(rows)))
         losses = list(not_ahead(report, budgets))
-        lines = (f"- {short(name)} at {budget}: {_signed(value)}" for name, budget, value in losses)
+        lines = (f"- {short(name)} at {budget}: {value.signed()}" for name, budget, value in losses)
         counted = f"{len(losses)} of {len(rivals(report)) * len(budgets)}"
         parts.append("\n".join([f"Not ahead outside the interval, {counted} cases:", "", *lines]))
     return "\n\n".join(parts)
@@ -136,11 +136,7 @@ def _best(report: EvaluationReport, budget: int, moved: bool) -> str:
     names = [name for name in rivals(report) if ("+" in name) is moved]
     best = max(names, key=lambda name: report.accuracy(at_budget(name, budget)).value)
     difference = report.difference(at_budget(BALANCED, budget), at_budget(best, budget))
-    return f"{best.partition('+')[0]} {_signed(difference)}"
-
-
-def _signed(value: Interval) -> str:
-    return f"{value.value:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
+    return f"{best.partition('+')[0]} {difference.signed()}"
 
 
 __all__ = ["BALANCED", "names_of", "not_ahead", "plot_front", "rivals", "short", "tables"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...core.configuration import TokenRecoveryConfig
 from .batches import Inputs, noise_batch, scene_batch
 from .models import named_config, random_model
 from .speed import Case, Part, answers, equality, largest, launched, prefills
@@ -39,7 +40,7 @@ def published_parts(model: Any, processor: Any, dtype: torch.dtype) -> list[Part
 
 def gpu_parts(equal: Part, device: torch.device, dtype: torch.dtype) -> list[Part]:
     """The parts for a GPU, with one that compares answers; successive parts share a model."""
-    paper, balanced = (preset_fields(preset) for preset in ("paper", "balanced"))
+    paper, balanced = (TokenRecoveryConfig.from_preset(preset).overridable() for preset in ("paper", "balanced"))
     seven, thirteen, tiled = (
         _build(name, device, dtype) for name in ("llava-1.5-7b", "llava-1.5-13b", "llava-v1.6-vicuna-7b")
     )
@@ -69,10 +70,4 @@ def _build(name: str, device: torch.device, dtype: torch.dtype) -> Callable[[], 
     return model_and_inputs
 
 
-def preset_fields(preset: str) -> dict[str, Any]:
-    """The fields of a preset that a call can override."""
-    fields = named_config("llava-1.5-7b", preset).token_recovery.to_dict()
-    return {name: value for name, value in fields.items() if name not in ("version", "text_encoder_config")}
-
-
-__all__ = ["gpu_parts", "preset_fields", "published_parts"]
+__all__ = ["gpu_parts", "published_parts"]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ..intervals import Draws, Interval, interval
 from ..tables import markdown_table
-from .samples import normalize_answer
+from .samples import Sample, normalize_answer
 
 MEAN, ALL = "mean", "all questions"
 _QUANTILES = {"min": 0.0, "q10": 0.1, "median": 0.5, "q90": 0.9, "max": 1.0}
@@ -68,6 +68,19 @@ class EvaluationReport:
     reference: str
     resamples: int = 1000
     seed: int = 0
+
+    @classmethod
+    def of_samples(
+        cls, samples: Sequence[Sample], results: dict[str, SettingResult], reference: str
+    ) -> EvaluationReport:
+        """The report of results on these questions."""
+        return cls(
+            questions=[sample.question for sample in samples],
+            kinds=[sample.kind for sample in samples],
+            pictures=[sample.picture for sample in samples],
+            results=results,
+            reference=reference,
+        )
 
     @property
     def kind_names(self) -> list[str]:

@@ -74,13 +74,8 @@ def evaluate(
                     run.ask(model, processor, inputs, batch, max_new_tokens=1)
                 run.take(batch, *run.ask(model, processor, inputs, batch, max_new_tokens))
                 bar.update()
-    return EvaluationReport(
-        questions=[sample.question for sample in samples],
-        kinds=[sample.kind for sample in samples],
-        pictures=[sample.picture for sample in samples],
-        results={name: run.result(samples) for name, run in runs.items()},
-        reference=next(setting.name for setting in table if setting.is_off),
-    )
+    results = {name: run.result(samples) for name, run in runs.items()}
+    return EvaluationReport.of_samples(samples, results, next(setting.name for setting in table if setting.is_off))
 
 
 class _Inputs:

@@ -97,7 +97,7 @@ class Tuning:
             low, high = contender.spread
             spread = "" if low == high else f" ({low:.0f} to {high:.0f})"
             cells = [contender.plan.common, f"{contender.tokens:.1f}{spread}", str(contender.divergence)]
-            difference = "-" if name == PRESENT else _signed(contender.difference)
+            difference = "-" if name == PRESENT else contender.difference.signed()
             rows.append([name, *cells, str(contender.agreement), difference])
         lines = markdown_table(rows)
         for name, contender in self.contenders.items():
@@ -153,7 +153,7 @@ def decide(
         difference = draws.mean(divergence[name] - divergence[holder])
         better = difference.high < 0
         verdict = "is closer to the uncompressed model than" if better else "is not shown to be closer than"
-        steps.append(f"{name!r} {verdict} {holder!r} (difference {_signed(difference)})")
+        steps.append(f"{name!r} {verdict} {holder!r} (difference {difference.signed()})")
         holder = name if better else holder
     taken = f"{PRESENT!r} is kept" if holder == PRESENT else f"{holder!r} is taken"
     return holder, f"{'; '.join(steps)}: {taken}."
@@ -188,10 +188,6 @@ def section_of(plan: Plan, settings: Mapping[str, Mapping[str, Any]]) -> dict[st
         changed = {field: value for field, value in fields.items() if field not in kept or value != kept[field]}
         rules.setdefault(name, {"begins": [], **changed})["begins"].append(group)
     return {**common, **({"rules": list(rules.values())} if rules else {})}
-
-
-def _signed(interval: Interval) -> str:
-    return f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
 
 
 __all__ = ["Contender", "Tuning", "contenders_of", "decide", "section_of"]
