@@ -230,7 +230,10 @@ def scope(tile: Tile, k: int | None) -> Choice:
     """SCOPE: each patch is the one with the largest product of saliency and gain in coverage."""
     assert k is not None
     patches = tile.patches
-    cos = {i: {j: cosine(tile.h[i], tile.h[j]) for j in patches} for i in patches}
+    cos: dict[int, dict[int, float]] = {i: {} for i in patches}
+    for i in patches:
+        for j in patches[: patches.index(i) + 1]:
+            cos[i][j] = cos[j][i] = cosine(tile.h[i], tile.h[j])
     covered, chosen = dict.fromkeys(patches, 0.0), []
     while len(chosen) < k:
         free = [j for j in patches if j not in chosen]
