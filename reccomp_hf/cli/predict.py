@@ -67,9 +67,10 @@ def _by_transformers(arguments: argparse.Namespace, state: Any, options: dict[st
 
 def _by_vllm(arguments: argparse.Namespace, options: dict[str, Any]) -> Prediction:
     from ..checkpoints.loading import folder_with_weights
-    from ..engines.vllm.prediction import predict_with_vllm
+    from ..engines.vllm.prediction import check_one_process, predict_with_vllm
     from ..engines.vllm.starting import start_engine
 
+    check_one_process()
     batch_size, folder = options.pop("batch_size"), folder_with_weights(arguments.model)
     llm = start_engine(folder, section_fields(arguments), arguments.dtype, batch_size)
     try:

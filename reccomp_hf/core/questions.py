@@ -36,7 +36,7 @@ def check_turns(turns: str) -> str:
         ValueError: It is neither.
     """
     if turns not in TURNS:
-        raise ValueError(f"recovery_turns must be 'last' or 'all', got {turns!r}.")
+        raise ValueError(f"recovery_turns must be 'last' or 'all', got {shown(turns)}.")
     return turns
 
 

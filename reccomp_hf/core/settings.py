@@ -164,7 +164,7 @@ def did_you_mean(word: Any, known: Collection[str], otherwise: str = "") -> str:
         known: The known ones.
         otherwise: The text to return if no word is near.
     """
-    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.7)
+    near = difflib.get_close_matches(str(word)[:200], known, n=1, cutoff=0.7)
     return f"did you mean {near[0]!r}?" if near else otherwise
 
 

@@ -224,6 +224,9 @@ def test_what_is_not_finite_is_refused(llm, transformers, expected):
     tokens, _ = embeddings(transformers, text, SCENES[:1], **PAPER)
     with pytest.raises(ValueError, match="image_embeds of image 0 hold NaN or infinity"):
         ask(llm, [prompt(text, [tokens[0].index_fill(0, torch.tensor([1]), float("nan"))])])
+    for wrong in (tokens[0][:0], tokens[0].long()):
+        with pytest.raises(ValueError, match=r"image_embeds of image 0 must be floats.* of at least one token, got"):
+            ask(llm, [prompt(text, [wrong])])
     assert ask(llm, requests(PAIRS[:1])) == [expected(user(PAIRS[0][1]), (PAIRS[0][0],))]
     inputs = transformers[1](images=[scene(SCENES[0])], text=text, return_tensors="pt")
     inputs["pixel_values"][..., 5, 5] = float("inf")

@@ -21,7 +21,7 @@ from reccomp_hf.engines.vllm.budgets import (
     request_budget,
     request_section,
 )
-from reccomp_hf.engines.vllm.checks import check_servable
+from reccomp_hf.engines.vllm.checks import check_request, check_servable
 from reccomp_hf.engines.vllm.tower import clip_tower
 
 PICTURE = (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
@@ -177,6 +177,43 @@ def test_more_than_the_servers_budget_is_refused(own, overrides, message):
 def test_an_invalid_request_is_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         request_budget(config_of(budget=24).token_recovery, overrides)
+
+
+LONG = "x" * 10_000_000
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"size": {"height": 9}}, r"Unknown field 'size' in mm_processor_kwargs; a request may set token_recovery, "),
+        ({"budget": LONG}, r"Unknown field 'budget' .* write \{'token_recovery': \{'budget': 'x+\.\.\."),
+        ({LONG: 1}, r"Unknown field 'x+\.\.\. in mm_processor_kwargs; a request"),
+        ({"recovery_text": {LONG: 1}}, r"recovery_text in mm_processor_kwargs must be a string or a list of strings"),
+        ({"recovery_turns": ["all"]}, r"recovery_turns in mm_processor_kwargs must be a string, got \['all'\]"),
+        ({"recovery_text": "x" * 8193}, r"must have at most 8192 characters, .* prompt of 512 tokens has: shorten it"),
+        ({"recovery_text": ["x"] * 8193}, r"must have at most 8192 characters"),
+        ({"recovery_turns": LONG}, r"recovery_turns in mm_processor_kwargs must have at most 8192 characters"),
+    ],
+    ids=range(8),
+)
+def test_an_invalid_argument_is_refused_in_a_short_message(given, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        check_request(given, {}, 512)
+    assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize("overrides", [LONG, {LONG: 1}, {"budget": LONG}], ids=["text", "field", "budget"])
+def test_a_long_budget_is_refused_in_a_short_message(overrides):
+    with pytest.raises(ValueError, match="budget") as raised:
+        request_budget(config_of(budget=24).token_recovery, overrides)
+    assert len(str(raised.value)) < 600
+
+
+def test_arguments_of_a_request_and_of_the_server_are_let_through():
+    check_request({"recovery_text": ["x" * 8000, "x" * 192], "recovery_turns": "all", "token_recovery": {}}, {}, 512)
+    check_request({"recovery_text": None, "recovery_turns": None, "num_crops": 4}, {"num_crops": 4}, 512)
+    with pytest.raises(ValueError, match="Unknown field 'num_crops'"):
+        check_request({"num_crops": 5}, {"num_crops": 4}, 512)
 
 
 @torch.no_grad()

@@ -33,10 +33,13 @@ def test_without_vllm_the_error_says_how_to_install_it(error, command, monkeypat
     assert error(*command).startswith("vLLM is not installed: pip install 'reccomp_hf[vllm]'")
 
 
-def test_several_processes_are_refused(monkeypatch, tmp_path):
+def test_several_processes_are_refused_before_an_engine_starts(error, command, monkeypatch, tmp_path):
     monkeypatch.setattr(prediction, "process_state", lambda device: types.SimpleNamespace(num_processes=2))
-    with pytest.raises(ValueError, match="answers in one process, got 2: start the command without accelerate"):
+    monkeypatch.setattr(starting, "start_engine", lambda *arguments: pytest.fail("an engine was started"))
+    refusal = "vLLM answers in one process, got 2: start the command without accelerate or torchrun."
+    with pytest.raises(ValueError, match=refusal):
         prediction.predict_with_vllm(None, tmp_path, tmp_path / "out.jsonl")
+    assert error(*command).startswith(refusal)
 
 
 def test_a_digest_is_that_of_config_and_weights(tmp_path):

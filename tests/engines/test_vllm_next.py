@@ -3,57 +3,28 @@
 The weights are random, so that logits are compared besides the ids.
 """
 
-import dataclasses
-import functools
-
 import pytest
 import tiny
 import torch
-from architectures import LLAVA_NEXT, prompt_of
-from next_model import PINPOINTS, SIZES, picture, stock_model
-from transformers import LlamaConfig
-from vllm_engines import ask, copy_checkpoint, engine, forget, prompt, reference, run
-from vllm_scenes import environment  # noqa: F401
+from architectures import prompt_of
+from next_model import SIZES
+from vllm_engines import ask, engine, forget, prompt, reference, run
+from vllm_next import NONE, QUESTIONS, ROWS, SHARE, expected, inputs_of, requests, save_checkpoint
+from vllm_scenes import environment, loaded  # noqa: F401
 
 from reccomp_hf.core.counting import picture_tokens
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
-SHARE = 0.2
-FIELDS = {"text_relevance": "value", "visual_layer": -2, "coverage_share": 0.25, "coverage_by": "content"}
-NONE = {"newlines": "none"}
-QUESTIONS = tiny.SENTENCES[:3]
-ROWS = [(names, question) for names in [(name,) for name in SIZES] for question in QUESTIONS]
-ROWS += [(("wide", "tiny"), QUESTIONS[0]), (("large", "square", "tall"), QUESTIONS[1]), ((), QUESTIONS[2])]
-
-
-@functools.lru_cache
-def stock():
-    """A stock LLaVA-NeXT whose heads are as wide as vLLM's attention on a CPU wants them."""
-    wide = LlamaConfig(**{**tiny.llava_config().text_config.to_dict(), **WIDE})
-    return stock_model("llama", seed=0, text_config=wide)  # answers differ from row to row
-
-
-WIDE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 96}
-NEXT = dataclasses.replace(LLAVA_NEXT, stock=stock)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint that keeps its newlines, as they usually are."""
-    folder = tmp_path_factory.mktemp("next")
-    NEXT.build(budget=SHARE, **FIELDS).save_pretrained(folder / "built")
-    processor = NEXT.processor()
-    processor.image_processor.image_grid_pinpoints = PINPOINTS
-    processor.save_pretrained(folder / "built")
-    return copy_checkpoint(folder / "built", folder / "checkpoint", "4x")
+    return save_checkpoint(tmp_path_factory.mktemp("next"))
 
 
 @pytest.fixture(scope="module")
 def transformers(folder):
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    return loaded(folder)
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +32,6 @@ def llm(folder):
     options = {"enable_mm_embeds": True, "limit_mm_per_prompt": {"image": 3}, "max_model_len": 2048}
     with engine(folder, hf_overrides={"token_recovery": NONE}, **options) as llm:
         yield llm
-
-
-def inputs_of(transformers, names, question):
-    images = [picture(name) for name in names] or None
-    return transformers[1](images=images, text=prompt_of(question, len(names)), return_tensors="pt")
-
-
-def expected(transformers, rows=ROWS, **fields):
-    return [reference(transformers[0], inputs_of(transformers, *row), **{**NONE, **fields}) for row in rows]
-
-
-def requests(rows=ROWS, **arguments):
-    return [
-        prompt(prompt_of(question, len(names)), [picture(name) for name in names], **(arguments if names else {}))
-        for names, question in rows
-    ]
 
 
 def compare_logits(llm, transformers, rows=ROWS, **fields):

@@ -1,8 +1,11 @@
-"""Tensor parallelism: two processes on a CPU answer as transformers does, by the tokens that the first one chose."""
+"""Two processes on a CPU answer as transformers does: two models, or parts of one, of which the first chooses."""
+
+import asyncio
 
 import pytest
 import torch
-from vllm_engines import ask, engine, forget, prompt, reference
+import vllm_next
+from vllm_engines import NEW_TOKENS, ask, engine, forget, prompt, reference
 from vllm_scenes import PAIRS, QUESTIONS, SCENES, environment, loaded, requests, scene, user, wanted  # noqa: F401
 
 from reccomp_hf.demo import checkpoint_folder
@@ -10,6 +13,7 @@ from reccomp_hf.demo import checkpoint_folder
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
 DEMO = checkpoint_folder("demo")
+PARTS = {"tensor_parallel_size": 2, "mm_encoder_tp_mode": "data"}
 
 
 @pytest.fixture(scope="module")
@@ -17,12 +21,18 @@ def demo():
     return loaded(DEMO)
 
 
-@pytest.fixture(scope="module")
-def llm(environment):  # noqa: F811
+@pytest.fixture(scope="module", autouse=True)
+def cores(environment):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def llm(cores):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for functions that `apply_model` sends
-        with engine(DEMO, tensor_parallel_size=2, mm_encoder_tp_mode="data", limit_mm_per_prompt={"image": 2}) as llm:
+        with engine(DEMO, **PARTS, limit_mm_per_prompt={"image": 2}) as llm:
             yield llm
 
 
@@ -47,6 +57,43 @@ def decide_alone(model):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_llava_next_at_consecutive_positions(tmp_path):
+    """It starts an engine of its own, and so stands before the tests of `llm`, a LLaVA-1.5 at original positions."""
+    folder = vllm_next.save_checkpoint(tmp_path)
+    right = vllm_next.expected(loaded(folder))
+    assert len({*map(tuple, right)}) > len(vllm_next.ROWS) // 2
+    options = {"hf_overrides": {"token_recovery": vllm_next.NONE}, "limit_mm_per_prompt": {"image": 3}}
+    with engine(folder, **PARTS, **options, max_model_len=2048) as llm:
+        batch = vllm_next.requests()
+        assert ask(llm, batch) == ask(llm, batch[::-1])[::-1] == right
+
+
+def test_two_models_share_the_requests(demo):
+    """Data parallelism. A request may say which of the two answers it; the others go to either."""
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    greedy = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
+    options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 64}
+
+    async def answer(llm, name, request, rank):
+        async for output in llm.generate(request, greedy, name, data_parallel_rank=rank):
+            ids = list(output.outputs[0].token_ids)
+        return ids
+
+    async def answers():
+        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(str(DEMO), data_parallel_size=2, **options))
+        try:
+            batch = [(rank, request) for rank in (0, 1, None) for request in requests()]
+            asked = (answer(llm, str(name), request, rank) for name, (rank, request) in enumerate(batch))
+            return await asyncio.gather(*asked)
+        finally:
+            llm.shutdown()
+
+    assert asyncio.run(answers()) == wanted(demo) * 3
 
 
 def test_the_language_model_is_divided_and_the_tower_is_not(llm):

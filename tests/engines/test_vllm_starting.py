@@ -1,6 +1,7 @@
 """Checkpoints that vLLM starts with or refuses; the advice of each refusal is tried."""
 
 import contextlib
+import functools
 import json
 import threading
 import urllib.error
@@ -258,6 +259,31 @@ def test_a_request_over_http_may_say_its_budget(address, demo):
     assert status == 400
     assert "budget of 17 is 17 tokens of an image, more than the 16" in message
     assert chat(address, QUESTIONS[0], SCENES[:1]) == "N"
+
+
+HOSTILE = [
+    *({"token_recovery": {"budget": budget}} for budget in (True, 0, "8", [8], {"budget": 8})),
+    *({"token_recovery": {"budget": budget}} for budget in (float("inf"), 10**400, -1, 1.5)),
+    *({"token_recovery": section} for section in (True, "x" * 10**7, {"budget": 4, "a": {"b": 1}})),
+    *({name: 1} for name in ("size", "crop_size", "return_tensors", "budget", "token_recovry")),
+    *({"recovery_text": text} for text in (5, {"a": {"a": [1]}}, [None], "", "x" * 10**6)),
+    *({"recovery_turns": turns} for turns in ("first", ["all"], 1)),
+    ["token_recovery"],
+]
+
+
+def test_hostile_requests_end_nothing(address, demo):
+    """Each is a 400, also among others that are answered rightly."""
+    right = texts(demo, wanted(demo, PAIRS, **COMPACT))
+    with ThreadPoolExecutor(8) as pool:
+        one = functools.partial(chat, address, QUESTIONS[0], SCENES[:1])
+        refused = [pool.submit(one, mm_processor_kwargs=arguments) for arguments in HOSTILE]
+        answers = [pool.submit(chat, address, question, (number,)) for number, question in PAIRS]
+        assert [future.result() for future in answers] == right
+    for arguments, future in zip(HOSTILE, refused, strict=True):
+        status, message = future.result()
+        assert (status, len(message) < 2000) == (400, True), (str(arguments)[:99], message[:999])
+    assert one() == right[0]
 
 
 def test_embeddings_over_http(address, demo):

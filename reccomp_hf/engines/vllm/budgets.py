@@ -12,6 +12,7 @@ from torch import Tensor
 from ...core.configuration import TokenRecoveryConfig
 from ...core.counting import fixed_tokens, picture_tokens
 from ...core.rules import NO_RULE, beginnings, find_rule
+from ...core.settings import shown
 from .checks import override
 
 Budget = int | float | str | None
@@ -41,7 +42,7 @@ def request_budget(section: TokenRecoveryConfig, overrides: Any) -> Budget:
     if not isinstance(overrides, Mapping) or set(overrides) != {"budget"}:
         raise ValueError(
             "A request's token_recovery may set only the budget, for example {'budget': 32}, got "
-            f"{overrides!r}. Other fields are set for the whole server: {override()}."
+            f"{shown(overrides)}. Other fields are set for the whole server: {override()}."
         )
     if overrides["budget"] is None or not section.enabled:
         raise ValueError(

@@ -11,10 +11,12 @@ from ...core.configuration import TokenRecoveryConfig
 from ...core.counting import fixed_tokens
 from ...core.methods.registry import get_method
 from ...core.rules import NO_RULE
-from ...core.settings import FIELDS, did_you_mean
+from ...core.settings import FIELDS, did_you_mean, shown
 
 REQUEST_KEYS = ("token_recovery", "recovery_text", "recovery_turns")
 """Keys of a request's `mm_processor_kwargs` that this plug-in handles."""
+_CHARACTERS = 16
+"""More than the tokens of a text have on average."""
 
 
 def override(**fields: Any) -> str:
@@ -80,15 +82,16 @@ def check_servable(config: Any, *, pictures: bool = True, embeds: bool = False) 
         )
 
 
-def check_request(given: Mapping[str, Any], server: Mapping[str, Any]) -> None:
-    """Refuse arguments of a request's `mm_processor_kwargs` that would be ignored, or end the engine.
+def check_request(given: Mapping[str, Any], server: Mapping[str, Any], positions: int) -> None:
+    """Refuse arguments of a request's `mm_processor_kwargs` that would be ignored, or end or occupy the engine.
 
     Args:
         given: The request's arguments, with those of the server perhaps.
         server: The server's own `--mm-processor-kwargs`.
+        positions: The longest sequence, which bounds a question in a prompt.
 
     Raises:
-        ValueError: An argument that is not one of `REQUEST_KEYS`, or not of its type.
+        ValueError: An argument that is not one of `REQUEST_KEYS`, not of its type, or longer than a prompt can be.
     """
     for name, value in given.items():
         if name in server and server[name] == value:
@@ -96,12 +99,17 @@ def check_request(given: Mapping[str, Any], server: Mapping[str, Any]) -> None:
         if name not in REQUEST_KEYS:
             hint = did_you_mean(name, REQUEST_KEYS, f"a request may set {', '.join(REQUEST_KEYS)}.")
             if name in FIELDS:
-                hint = f"write {{'token_recovery': {{{name!r}: {value!r}}}}}."
-            raise ValueError(f"Unknown field {name!r} in mm_processor_kwargs; {hint}")
+                hint = f"write {{'token_recovery': {{{name!r}: {shown(value)}}}}}."
+            raise ValueError(f"Unknown field {shown(name)} in mm_processor_kwargs; {hint}")
         texts = value if name == "recovery_text" and isinstance(value, list | tuple) else [value]
         if name != "token_recovery" and not all(text is None or isinstance(text, str) for text in texts):
             several = " or a list of strings" if name == "recovery_text" else ""
-            raise ValueError(f"{name} in mm_processor_kwargs must be a string{several}, got {value!r:.80}.")
+            raise ValueError(f"{name} in mm_processor_kwargs must be a string{several}, got {shown(value)}.")
+        if name != "token_recovery" and sum(map(len, filter(None, texts))) > (most := _CHARACTERS * positions):
+            raise ValueError(
+                f"{name} in mm_processor_kwargs must have at most {most} characters, which is more than a prompt of "
+                f"{positions} tokens has: shorten it."
+            )
 
 
 def _how_to_fix_the_count(section: TokenRecoveryConfig) -> str:

@@ -56,12 +56,24 @@ def predict_with_vllm(
             among them, or several processes.
         OSError: Data that cannot be read.
     """
-    if (processes := process_state("cpu").num_processes) > 1:
-        raise ValueError(f"vLLM answers in one process, got {processes}: start the command without accelerate.")
+    check_one_process()
     answerer = VllmAnswerer(llm, instruction, max_new_tokens)
     return predict_by(
         answerer, data, output, columns=columns, limit=limit, overwrite=overwrite, progress=progress, batch_size=1
     )
+
+
+def check_one_process() -> None:
+    """Check that no launcher started this process among others, each of which would start an engine of its own.
+
+    Raises:
+        ValueError: There are several.
+    """
+    if (processes := process_state("cpu").num_processes) > 1:
+        raise ValueError(
+            f"vLLM answers in one process, got {processes}: start the command without accelerate or torchrun. One "
+            "engine batches all questions."
+        )
 
 
 class VllmAnswerer(Answerer):
@@ -173,4 +185,4 @@ class _Sent:
     uncompressed: int
 
 
-__all__ = ["VllmAnswerer", "predict_with_vllm"]
+__all__ = ["VllmAnswerer", "check_one_process", "predict_with_vllm"]

@@ -175,13 +175,20 @@ class RecoveryProcessorMixin:
                 request may not set, or embeddings that are not finite.
         """
         given, items = inputs.hf_processor_mm_kwargs, inputs.mm_data_items.get("image")
-        check_request(given, self.info.ctx.get_mm_config().mm_processor_kwargs or {})
+        context = self.info.ctx
+        check_request(given, context.get_mm_config().mm_processor_kwargs or {}, context.model_config.max_model_len)
         arguments = _stock_arguments(given)
         if not items or isinstance(items, ImageEmbeddingItems):
             if given.get("token_recovery") is not None:
                 raise ValueError("image_embeds are compressed already: leave token_recovery out of the request.")
             for index in range(len(items or [])):
-                if not torch.as_tensor(items.get(index)).isfinite().all():
+                embeds = torch.as_tensor(items.get(index))
+                if not embeds.is_floating_point() or not embeds.numel():
+                    raise ValueError(
+                        f"image_embeds of image {index} must be floats (tokens, channels) of at least one token, got "
+                        f"{tuple(embeds.shape)} of {embeds.dtype}: embed it again (reccomp-hf embed)."
+                    )
+                if not embeds.isfinite().all():
                     raise ValueError(f"image_embeds of image {index} hold NaN or infinity: embed it again.")
             return arguments
         section, own = self.info.section, given.get("token_recovery")
