@@ -157,7 +157,7 @@ class FrontMixin(RecoveryModulesMixin):
             layout, grid = pixel_values.layout, pixel_values.grid
             inputs = {_state_name(index): state for index, state in pixel_values.states.items()}
         else:
-            check_not_empty(pixel_values)
+            check_not_empty(pixel_values, self.config.vision_config.num_channels)
             pixel_values, layout = self._layout(pixel_values, image_sizes)
             grid, inputs = self._grid(pixel_values), {"pixel_values": pixel_values}
         lengths = constant(input_ids, tuple, tuple(layout.lengths))
@@ -329,7 +329,7 @@ class FrontMixin(RecoveryModulesMixin):
         feature_layer: int,
     ) -> EncodedImages:
         """`encode_images` with its settings."""
-        check_not_empty(pixel_values)
+        check_not_empty(pixel_values, self.config.vision_config.num_channels)
         pixel_values, layout = self._layout(pixel_values, image_sizes)
         needed: set[int] = set().union(*(self._needed_states(section, feature_layer) for section in sections))
         states = self._any_states(pixel_values, needed)

@@ -267,9 +267,9 @@ class RecCompMixin(FrontMixin):
                 "attention_mask": cut(attention_mask, source, 0),
             }
             if labels is not None:
-                shortened["labels"] = cut(labels, source, -100)
+                shortened["labels"] = cut(labels.long(), source, -100)
             if inputs.get("shift_labels") is not None:
-                shortened["shift_labels"] = cut_shifted(inputs["shift_labels"], splice, source)
+                shortened["shift_labels"] = cut_shifted(inputs["shift_labels"].long(), splice, source)
             if section.position_ids == "original":
                 shortened["position_ids"] = original_positions(
                     position_ids, placeholders, tokens.places.to(source.device), source

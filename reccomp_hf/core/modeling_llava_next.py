@@ -16,6 +16,7 @@ from transformers.models.llava_next.modeling_llava_next import (
     image_size_to_num_patches,
 )
 
+from .checks import check_tensor
 from .compat import register_key_renames
 from .configuration import LlavaNextRecCompConfig
 from .generation import RecCompGenerationMixin
@@ -102,6 +103,8 @@ def _pairs(image_sizes: Any) -> list[list[int]]:
     Raises:
         ValueError: Anything but pairs of whole, positive numbers of pixels.
     """
+    if isinstance(image_sizes, Tensor):
+        check_tensor("image_sizes", image_sizes)
     values = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
     try:
         pairs = [[int(number) for number in size] for size in values]

@@ -22,6 +22,8 @@ TURNS = ("last", "all")
 LARGEST_IS_END = 2
 """`eos_token_id` of published CLIP configs, which stands for the largest id of a text."""
 
+_UNREAD_PARTS = ("video", "audio")
+"""Types of a message's parts that a LLaVA's chat template would leave out in silence."""
 _PROBES = ("Is there a red circle?", "How many blue squares are on the left?")
 _LEAST_SHARE = 0.9  # of a vocabulary, whose size may be padded
 
@@ -65,6 +67,10 @@ def check_messages(messages: Any) -> None:
                 f"{{'type': 'text', 'text': ...}}, got {shown(content)}."
             )
         for part in parts:
+            if not isinstance(part.get("type"), str) or part["type"] in _UNREAD_PARTS:
+                raise ValueError(
+                    f"A part of message {number} of a chat must be of type 'text' or 'image', got {shown(part)}."
+                )
             if part.get("type") == "text" and not isinstance(part.get("text"), str):
                 raise ValueError(f"A text part of message {number} of a chat needs a text, got {shown(part)}.")
 
