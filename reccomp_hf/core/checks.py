@@ -13,13 +13,14 @@ from transformers.utils import logging
 from .choosing import check_budget
 from .compat import CACHE, cache_of
 from .configuration import TokenRecoveryConfig
-from .methods.registry import get_method
+from .methods.registry import get_method, reads_encoded_question, reads_words
 from .settings import is_int, shown
 from .tensors import reads_are_free
 
 logger = logging.get_logger(__name__)
 
 NO_QUESTION = "Text recovery needs the question: recovery_input_ids is None."
+NO_WORDS = "Text recovery needs the question's words: recovery_words is None."
 _WITHOUT_VIRTUAL_TOKENS = (
     "with images use another adapter, such as LoRA, or token_recovery={'enabled': False} to read them uncompressed."
 )
@@ -125,10 +126,27 @@ def _occurs(condition: Tensor) -> bool:
 
 
 def check_question(
-    recovery_input_ids: Tensor | None, recovery_attention_mask: Tensor | None, rows: int, section: TokenRecoveryConfig
+    recovery_input_ids: Tensor | None,
+    recovery_attention_mask: Tensor | None,
+    recovery_words: Tensor | None,
+    rows: int,
+    section: TokenRecoveryConfig,
 ) -> None:
     """Refuse a call without a question if the method reads one, and a question that does not fit the call."""
+    if reads_words(section):
+        if recovery_words is None:
+            raise ValueError(
+                f"{NO_WORDS} The processor of this checkpoint writes them (AutoProcessor.from_pretrained, with the "
+                f"code of this version of reccomp_hf); {no_question_hint(section)}"
+            )
+        check_ids("recovery_words", recovery_words, 2)
+        if recovery_words.shape[0] != rows:
+            raise ValueError(
+                f"recovery_words must have shape (rows, tokens) with {rows} rows, got {tuple(recovery_words.shape)}."
+            )
     if recovery_input_ids is None:
+        if not reads_encoded_question(section):
+            return
         raise ValueError(
             f"{NO_QUESTION} The processor of this checkpoint writes it (AutoProcessor.from_pretrained); "
             f"{no_question_hint(section)}"

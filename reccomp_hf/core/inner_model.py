@@ -79,7 +79,7 @@ class InnerModelMixin:
         if "pixel_values" not in inputs or _stock.get() or not (section := self._section(None)).enabled:
             return None
         question = QuestionIds(*(inputs.pop(f"recovery_{name}", None) for name in QuestionIds._fields))
-        if question[0] is None and self._reads_question(section):
+        if question.input_ids is None and question.words is None and self._reads_question(section):
             raise ValueError(f"{NO_QUESTION} {_TRAINERS}")
         length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
         compressed = self._compress(inputs, question, section, keeps_last_columns=False)

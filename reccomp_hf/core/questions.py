@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import CLIPTextConfig
 
 from .settings import shown
@@ -175,6 +176,13 @@ def encode_windows(
     return ids, mask
 
 
+def converted(field: np.ndarray, example: Any) -> Any:
+    """An array as the kind of a field that a stock processor returned: a tensor, an array or nested lists."""
+    if isinstance(example, torch.Tensor):
+        return torch.from_numpy(field)
+    return field if isinstance(example, np.ndarray) else field.tolist()
+
+
 def check_question_tokenizer(tokenizer: Any, encoder: Mapping[str, Any]) -> None:
     """Check that a tokenizer belongs to a text encoder: vocabulary, start and end of text, and probe questions.
 
@@ -291,6 +299,7 @@ __all__ = [
     "check_question_tokenizer",
     "check_turns",
     "choose_questions",
+    "converted",
     "encode_windows",
     "find_turn_markers",
     "given_questions",

@@ -12,7 +12,7 @@ from torch import Tensor
 from .checks import check_tensor
 from .compat import run_block
 from .layout import PADDING, ImageLayout
-from .methods.registry import get_method, reads_question
+from .methods.registry import get_method, reads_encoded_question
 from .relevance import relevance_state
 from .settings import Settings
 
@@ -94,13 +94,14 @@ def state_indices(settings: Settings, feature_layer: int, blocks: int) -> StateI
 def needed_states(section: Settings, feature_layer: int, blocks: int, text: bool) -> set[int]:
     """The distinct indices of `state_indices` under a section's settings and all of its rules.
 
-    That for the question is left out where settings do not read it, or `text`, whether there is one, is false.
+    That for the question is left out where settings do not read it as the text encoder gives it, or `text`, whether
+    there is one, is false.
     """
     needed: set[int] = set()
     for settings in section.all_settings:
         indices = state_indices(settings, feature_layer, blocks)
         needed |= {indices.projector, indices.saliency, indices.objects}
-        needed |= {indices.relevance} if text and reads_question(settings) else set()
+        needed |= {indices.relevance} if text and reads_encoded_question(settings) else set()
     return needed
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, DynamicCache
 
 from reccomp_hf.core.compat import clip_vision_model
-from reccomp_hf.core.methods.registry import get_method
+from reccomp_hf.core.methods.registry import get_method, reads_encoded_question
 from reccomp_hf.core.splicing import counted_positions
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -273,7 +273,7 @@ def test_vision_tower_and_projector_run_once(architecture, setting, run):
     tower, projector = clip_vision_model(model.model.vision_tower), model.model.multi_modal_projector
     section = model.config.token_recovery.replace(setting)
     blocks = list(tower.encoder.layers)
-    reads_last = section.text_relevance == "last" and model._reads_question(section)
+    reads_last = section.text_relevance == "last" and reads_encoded_question(section)
     before = [projector] if get_method(section.method).reads_projected else []
     parts = [tower.embeddings, *(blocks if reads_last else blocks[:-1]), *before, projector]
     hooks = [

@@ -56,7 +56,8 @@ def further(states):
     """Features that some methods read besides, for images with these hidden states (B, N, C)."""
     batch, patches, width = states.shape
     others = {"projected": torch.randn(batch, patches, PROJECTED), "received": torch.rand(batch, 2, patches)}
-    return {**others, "class_state": torch.randn(batch, width)}
+    words = torch.rand(batch, 3, patches) - 0.5
+    return {**others, "class_state": torch.randn(batch, width), "word_similarity": words}
 
 
 def counted(config, patches, **shape):

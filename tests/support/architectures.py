@@ -60,6 +60,7 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "scope": ({"budget": 16}, ("coverage",)),
     "hiprune": ({"budget": 20, "method_options": {"anchor_share": 0.5}}, ("visual",)),
     "holov": ({"budget": 0.2, "position_ids": "original"}, ("visual",)),
+    "mmtok": ({"budget": 14}, ("coverage",)),
 }
 MODEL_SETTINGS |= {f"method {name}": {"method": name, **fields} for name, (fields, _) in METHODS.items()}
 _PARAMETERS = inspect.signature(LlavaForConditionalGeneration.forward).parameters
