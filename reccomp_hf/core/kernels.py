@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -29,16 +31,17 @@ _TILE_BYTES = 65536
 _USABLE: dict[tuple[str, torch.device], bool] = {}
 _SAID: set[str] = set()
 _LOCK = threading.Lock()
+_LOOPS_ONLY: contextvars.ContextVar[bool] = contextvars.ContextVar("_LOOPS_ONLY", default=False)
 
 
 def in_one_launch(name: str) -> Callable[[Loop], Loop]:
     """Let a Triton kernel stand in for a loop over steps, where it can be used.
 
-    The kernel takes the same arguments and makes the same choice. It is compiled at its first use on a device (about
-    two seconds, once per machine: Triton keeps it on disk) and is compared there with the loop on a small problem. If
+    The kernel takes the same arguments and makes the same choice. It is compiled at its first use on a device, which
+    takes a second or two (Triton keeps the result on disk), and is compared there with the loop on a small problem. If
     it cannot be compiled, or chooses differently, the loop runs, and the reason is logged once. Traced code
     (`torch.compile`, `torch.export`) takes the loop. A CUDA graph records the kernel, which its warm-up compiles; a
-    capture without one takes the loop.
+    capture without a warm-up takes the loop.
 
     Args:
         name: Name of the kernel in this module. The first argument of the loop is a tensor (B, ..., N).
@@ -54,8 +57,18 @@ def in_one_launch(name: str) -> Callable[[Loop], Loop]:
     return decorate
 
 
+@contextlib.contextmanager
+def loops_only() -> Iterator[None]:
+    """A context in which loops run step by step although there are kernels, to compare both."""
+    token = _LOOPS_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _LOOPS_ONLY.reset(token)
+
+
 def _is_usable(name: str, loop: Callable[..., Tensor], values: Tensor) -> bool:
-    if values.device.type not in _DEVICES or is_traced(values):
+    if values.device.type not in _DEVICES or is_traced(values) or _LOOPS_ONLY.get():
         return False
     if not values.numel() or values.shape[-1] > (_LARGEST_GRID if name == "farthest" else _LARGEST_TABLE):
         return False
@@ -212,4 +225,4 @@ _PROBLEMS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "widen": _problem_of_widen,
 }
 
-__all__ = ["in_one_launch"]
+__all__ = ["in_one_launch", "loops_only"]

@@ -105,6 +105,13 @@ def test_traced_code_takes_the_loop(monkeypatch):
     assert compiled(*problem).equal(LOOPS["follow"].__wrapped__(*problem))
 
 
+def test_loops_run_where_only_they_are_wanted(monkeypatch):
+    problem = made_to("follow", monkeypatch, lambda *given: pytest.fail("tried"))
+    with kernels.loops_only():
+        LOOPS["follow"](*problem)
+    assert not kernels._USABLE
+
+
 def test_other_devices_and_large_tables_take_the_loop(monkeypatch):
     made_to("follow", monkeypatch, lambda *given: pytest.fail("tried"))
     table, first, then, candidates, counts, steps, add = kernels._PROBLEMS["follow"]()
