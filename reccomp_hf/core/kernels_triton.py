@@ -46,7 +46,7 @@ def follow(table, first, then, candidates, counts, chosen, patches, ADD: tl.cons
     tl.store(chosen + start + place, taken & candidate, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns", "area", "apart"])
 def farthest(distance, candidates, counts, chosen, patches, columns, area, apart, BLOCK: tl.constexpr):
     """Every pick is the candidate farthest from what is kept; distances are squared and in whole numbers."""
     row = tl.program_id(0).to(tl.int64)
@@ -66,7 +66,7 @@ def farthest(distance, candidates, counts, chosen, patches, columns, area, apart
     tl.store(chosen + start + place, taken & candidate, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def widen(
     table,
     volumes,
@@ -166,7 +166,7 @@ def cover(
     tl.store(chosen + start + place, taken & candidate, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most"])
 def drop_alike(
     likeness,
     queues,
