@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..features import TokenSelection, VisualFeatures
+from ..greedy import first_picks, in_blocks, products_of_all, take_row
 from ..settings import LARGEST, Settings, is_number, shown
-from ..tensors import first_picks, highest_precision, in_blocks, products_of_all, take_row
+from ..tensors import highest_precision
 from .budgets import spend
 from .contract import RecoveryMethod
 
