@@ -76,10 +76,8 @@ def check_tensor(name: str, value: Any) -> None:
         raise ValueError(
             f"{name} must be a tensor, got {type(value).__name__}: call the processor with return_tensors='pt'."
         )
-    if value is not None and (value.is_complex() or value.is_meta or value.layout is not torch.strided):
-        raise ValueError(
-            f"{name} must be a dense tensor of real numbers, got {value.dtype} with {value.layout} on {value.device}."
-        )
+    if value is not None and (value.is_complex() or value.layout is not torch.strided):
+        raise ValueError(f"{name} must be a dense tensor of real numbers, got {value.dtype} with {value.layout}.")
 
 
 def check_ids(name: str, value: Any, dimensions: int | None) -> None:
@@ -281,7 +279,7 @@ def cache_length(cache: Any) -> int:
     """Number of tokens in a cache; `None` counts as empty.
 
     Raises:
-        ValueError: It is no cache.
+        ValueError: It is not a cache.
     """
     if cache is not None and not hasattr(cache, "get_seq_length"):
         raise ValueError(f"{CACHE} must be a cache of transformers, such as DynamicCache(), got {shown(cache)}.")
