@@ -77,10 +77,8 @@ def check_tensor(name: str, value: Any) -> None:
         raise ValueError(
             f"{name} must be a tensor, got {type(value).__name__}: call the processor with return_tensors='pt'."
         )
-    if value is not None and (value.is_complex() or value.is_meta or value.layout is not torch.strided):
-        raise ValueError(
-            f"{name} must be a dense tensor of real numbers, got {value.dtype} with {value.layout} on {value.device}."
-        )
+    if value is not None and (value.is_complex() or value.layout is not torch.strided):
+        raise ValueError(f"{name} must be a dense tensor of real numbers, got {value.dtype} with {value.layout}.")
 
 
 def check_ids(name: str, value: Any, dimensions: int | None) -> None:
@@ -97,8 +95,10 @@ def check_ids(name: str, value: Any, dimensions: int | None) -> None:
 
 def check_known_ids(name: str, ids: Tensor, vocabulary: int, ignored: int | None = None) -> None:
     """Refuse ids, on a CPU, that an embedding of some tokens does not have; `ignored` may occur besides them."""
+    if not reads_are_free(ids):
+        return
     unknown = (ids < 0) | (ids >= vocabulary)
-    if reads_are_free(ids) and _occurs(unknown if ignored is None else unknown & (ids != ignored)):
+    if _occurs(unknown if ignored is None else unknown & (ids != ignored)):
         besides = "" if ignored is None else f" or {ignored}"
         raise ValueError(
             f"{name} must be ids from 0 to {vocabulary - 1}{besides}, got {int(ids.min())} to {int(ids.max())}: use "
@@ -299,7 +299,7 @@ def cache_length(cache: Any) -> int:
     """Number of tokens in a cache; `None` counts as empty.
 
     Raises:
-        ValueError: It is no cache.
+        ValueError: It is not a cache.
     """
     if cache is not None and not hasattr(cache, "get_seq_length"):
         raise ValueError(f"{CACHE} must be a cache of transformers, such as DynamicCache(), got {shown(cache)}.")

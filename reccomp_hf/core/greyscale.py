@@ -115,7 +115,7 @@ def _readable(images: Any) -> Any:
         with Image.open(images) as opened:
             _check_sides(opened.size)
             return _scaled(opened, upright=True) if is_deep(opened) else images
-    shape = images.size if isinstance(images, Image.Image) else getattr(images, "shape", ())
+    shape: Sequence[int] = images.size if isinstance(images, Image.Image) else getattr(images, "shape", ())
     if 0 in shape:
         raise ValueError(f"images must have pixels, got shape {tuple(shape)}.")
     if len(shape) >= 2:

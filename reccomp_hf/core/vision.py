@@ -144,7 +144,7 @@ def check_not_empty(pixel_values: Any, channels: int) -> None:
     """Refuse a batch of no images, and one that is not as a processor returns it.
 
     Raises:
-        ValueError: `pixel_values` is not a tensor of numbers of at least 4 dimensions and so many channels, or has no
+        ValueError: `pixel_values` is not a tensor of numbers of at least 4 dimensions and `channels`, or has no
             rows.
     """
     is_tensor = isinstance(pixel_values, Tensor)

@@ -137,7 +137,10 @@ UNREAD = {
     "small ids": (lambda b: {"input_ids": b["input_ids"].short()}, "input_ids must be an integer tensor.*int16"),
     "sparse ids": (lambda b: {"input_ids": b["input_ids"].to_sparse()}, "input_ids must be a dense tensor.*sparse"),
     "complex ids": (lambda b: {"input_ids": b["input_ids"] * 1j}, "input_ids must be a dense tensor of real"),
-    "meta pixels": (lambda b: {"pixel_values": b["pixel_values"].to("meta")}, "pixel_values must be a dense.*meta"),
+    "sparse pixels": (
+        lambda b: {"pixel_values": b["pixel_values"].to_sparse()},
+        "pixel_values must be a dense tensor",
+    ),
     "bool pixels": (lambda b: {"pixel_values": b["pixel_values"] > 0}, "pixel_values must be numbers, got torch.bool"),
     "one channel": (
         lambda b: {"pixel_values": b["pixel_values"][..., :1, :, :]},
