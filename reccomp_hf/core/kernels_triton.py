@@ -48,7 +48,7 @@ def follow(table, first, then, candidates, counts, chosen, patches, ADD: tl.cons
 
 @triton.jit(do_not_specialize=["columns", "area", "apart"])
 def farthest(distance, candidates, counts, chosen, patches, columns, area, apart, BLOCK: tl.constexpr):
-    """Make picks, each of which is the candidate farthest from what is kept; distances are squared and in whole numbers."""
+    """Make picks, each the candidate farthest from what is kept; distances are squares, in whole numbers."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     exists = place < patches
