@@ -74,12 +74,16 @@ def _is_usable(name: str, loop: Callable[..., Tensor], values: Tensor) -> bool:
         return False
     key = name, values.device
     if key not in _USABLE:
-        if torch.cuda.is_current_stream_capturing():
+        if _is_captured(values):
             return False
         with _LOCK:
             if key not in _USABLE:
                 _USABLE[key] = _agrees(name, loop, values)
     return _USABLE[key]
+
+
+def _is_captured(values: Tensor) -> bool:
+    return values.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _agrees(name: str, loop: Callable[..., Tensor], like: Tensor) -> bool:

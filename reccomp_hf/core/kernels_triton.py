@@ -26,7 +26,7 @@ def _largest(values):
 
 @triton.jit
 def follow(table, first, then, candidates, counts, chosen, patches, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """Of herding and of max-min diversity: every pick changes the scores by its row of the table."""
+    """Make the picks of herding or of max-min diversity: each changes the scores by its row of the table."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     exists = place < patches
@@ -48,7 +48,7 @@ def follow(table, first, then, candidates, counts, chosen, patches, ADD: tl.cons
 
 @triton.jit(do_not_specialize=["columns", "area", "apart"])
 def farthest(distance, candidates, counts, chosen, patches, columns, area, apart, BLOCK: tl.constexpr):
-    """Every pick is the candidate farthest from what is kept; distances are squared and in whole numbers."""
+    """Make picks, each the candidate farthest from what is kept; distances are squares, in whole numbers."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     exists = place < patches
@@ -80,7 +80,7 @@ def widen(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of determinantal choices: every pick adds the most volume; its row of the Cholesky factor is kept in memory."""
+    """Make determinantal picks: each adds the most volume; its row of the Cholesky factor is kept in memory."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     exists = place < patches
@@ -122,7 +122,7 @@ def cover(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of SCOPE: every pick has the largest product of weight and gain in coverage.
+    """Make the picks of SCOPE: each has the largest product of weight and gain in coverage.
 
     A gain is a sum over patches, of which a step changes only those that its pick covers better. Sums of whole numbers
     are exact, so that what is added up here over steps is what a sum over all patches would be.
@@ -180,7 +180,7 @@ def drop_alike(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of VisPruner: rounds in which patches at even places of a queue are dropped, until `wanted` ones are left."""
+    """Make the rounds of VisPruner: patches at even places of a queue are dropped until `wanted` ones are left."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     half = tl.arange(0, BLOCK // 2)

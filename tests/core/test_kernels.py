@@ -41,7 +41,7 @@ def launched(monkeypatch):
 def test_a_choice_launches_few_kernels_whatever_its_budget(used, fields, budget, launched):
     others = operators(TokenRecoveryConfig(budget=budget, **fields), patches=576, width=1024)
     assert launched == used
-    assert others + len(launched) <= 75
+    assert others + len(launched) <= 80
 
 
 @pytest.mark.parametrize("budget", [64, 128])
@@ -92,7 +92,7 @@ def test_without_triton_the_loops_run_and_say_so_once(monkeypatch, caplog):
 
 def test_nothing_is_tried_inside_a_capture(monkeypatch, caplog):
     problem = made_to("follow", monkeypatch, lambda *given: pytest.fail("tried"))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(kernels, "_is_captured", lambda values: True)
     assert LOOPS["follow"](*problem).equal(LOOPS["follow"].__wrapped__(*problem))
     assert not kernels._USABLE
     assert not messages(caplog)

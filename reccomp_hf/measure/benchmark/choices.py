@@ -14,7 +14,7 @@ from ...core.features import VisualFeatures
 from ...core.kernels import loops_only
 from ...core.methods.registry import get_method
 from .counting import launches
-from .speed import ROUNDS, Part
+from .speed import ROUNDS, Build, Part
 from .timing import Measures, Stopwatch, interleave
 
 KERNELS, LOOPS = "kernels", "loops"
@@ -27,14 +27,13 @@ METHODS = ("divprune", "cdpruner", "scope", "vispruner")
 PATCHES, WIDTH, PROJECTED = 576, 1024, 4096
 
 
-def choices(device: torch.device, batch_size: int, budget: int, rounds: int = ROUNDS) -> Part:
+def choices(build: Build, batch_size: int, budget: int, rounds: int = ROUNDS) -> Part:
     """The part that times the choice of `budget` tokens by the preset `balanced` and by every greedy method.
 
-    Features are random, of LLaVA-1.5-7B's size, in float32.
+    Features are random, of LLaVA-1.5-7B's size, in float32, on the device of the model that `build` makes.
     """
     title = f"choices of {budget} tokens, batch {batch_size}"
-    measure = functools.partial(_choices, device, batch_size, budget, rounds)
-    return Part("choices", title, lambda: (None, lambda rows: {}), lambda model, inputs_of: measure())
+    return Part("choices", title, build, lambda model, _: _choices(model.device, batch_size, budget, rounds))
 
 
 @torch.no_grad()
