@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from .checks import check_finite, check_known_ids, check_question, no_question_hint
+from .checks import check_finite, check_question, no_question_hint
 from .compat import clip_vision_model, parameter
 from .configuration import TokenRecoveryConfig
 from .graphs import GraphCache
@@ -27,6 +27,7 @@ from .methods.budgets import budget_tokens
 from .methods.registry import get_method, reads_encoded_question, reads_question, reads_words
 from .picture_tokens import Bounds, Choice, PictureTokens, Question, choose_tokens, window_mask
 from .splicing import PlaceholderMap, Splice, check_placeholders, map_placeholders
+from .tensor_checks import check_known_ids
 from .tensors import constant, reads_are_free
 from .text_encoder import RecoveryModulesMixin
 from .vision import EncodedImages, check_not_empty, needed_states, vision_states

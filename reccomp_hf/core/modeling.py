@@ -15,7 +15,6 @@ from .checks import (
     check_call,
     check_encoder_outputs,
     check_feature_layer,
-    check_ids,
     check_logits_to_keep,
     check_no_cut_logits,
     check_supported,
@@ -37,6 +36,7 @@ from .splicing import (
     padding_id,
     plan_splice,
 )
+from .tensor_checks import check_ids
 from .vision import EncodedImages, check_pixels
 
 

@@ -16,7 +16,6 @@ from transformers.models.llava_next.modeling_llava_next import (
     image_size_to_num_patches,
 )
 
-from .checks import check_tensor
 from .compat import register_key_renames
 from .configuration import LlavaNextRecCompConfig
 from .generation import RecCompGenerationMixin
@@ -24,6 +23,7 @@ from .layout import NEWLINE, ImageLayout
 from .modeling import RecCompMixin
 from .outputs import CompressedFields
 from .settings import shown
+from .tensor_checks import check_tensor
 from .tensors import constant
 
 

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_tensor
 from .compat import run_block
 from .layout import PADDING, ImageLayout
 from .methods.registry import get_method, reads_encoded_question
 from .relevance import relevance_state
 from .settings import Settings
+from .tensor_checks import check_tensor
 
 
 @dataclasses.dataclass
