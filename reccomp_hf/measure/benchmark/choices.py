@@ -46,8 +46,10 @@ def _choices(device: torch.device, size: int, budget: int, rounds: int) -> list[
         (size, PATCHES),
         (size, PATCHES, PROJECTED),
     )
-    *values, projected = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
-    features, rows = VisualFeatures(*values, num_heads=16, projected=projected), []
+    states, query, keys, similarity, projected = (
+        torch.randn(shape, generator=generator).to(device) for shape in shapes
+    )
+    features, rows = VisualFeatures(states, query, keys, similarity, num_heads=16, projected=projected), []
     settings = {"balanced": TokenRecoveryConfig.from_preset("balanced", budget=budget)}
     settings |= {method: TokenRecoveryConfig(method=method, budget=budget) for method in METHODS}
     for name, config in settings.items():
