@@ -355,8 +355,10 @@ def _free() -> None:
 
 def _reserved(device: torch.device) -> int:
     """Bytes that the allocator holds for tensors and graphs."""
+    if device.type != "cuda":
+        return 0
     _free()
-    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+    return torch.cuda.memory_reserved(device)
 
 
 __all__ = [
