@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..measure.tuning.choosing import Scores
 from ..measure.tuning.measuring import Measurement, measure
 
 Settings = Mapping[str, Mapping[str, Any]]
+Make = Callable[[Sequence[Sample], Settings], Mapping[str, Sequence[Any]]]
 
 NEW_TOKENS = 8
 """Longest answer; the right ones have one word."""
@@ -55,40 +56,43 @@ class KeptAnswers:
     def scores(self, samples: Sequence[Sample], settings: Settings) -> Scores:
         """Divergence, agreement and tokens of settings, see [`measure`]; answers are not read."""
 
-        def make(piece: Sequence[Sample], missing: Settings) -> dict[str, Any]:
-            found: dict[str, list[Any]] = {name: [] for name in missing}
-            for start in range(0, len(piece), _BATCH):
-                batch = piece[start : start + _BATCH]
-                for name, rows in measure(self.model, self.processor, batch, missing, NEW_TOKENS).items():
-                    found[name] += [dataclasses.astuple(row) for row in rows]
-            return found
+        def make(batch: Sequence[Sample], missing: Settings) -> dict[str, Any]:
+            found = measure(self.model, self.processor, batch, missing, NEW_TOKENS)
+            return {name: [dataclasses.astuple(row) for row in rows] for name, rows in found.items()}
 
-        kept = self._kept("measure", samples, settings, make)
+        kept = self.kept("measure", samples, settings, make)
         return Scores.of({name: [Measurement(*row) for row in rows] for name, rows in kept.items()})
 
     def report(self, samples: Sequence[Sample], settings: Settings) -> EvaluationReport:
         """Whole answers under settings and of the uncompressed model, see [`evaluate`]."""
 
-        def make(piece: Sequence[Sample], missing: Settings) -> dict[str, Any]:
+        def make(batch: Sequence[Sample], missing: Settings) -> dict[str, Any]:
             wanted = [Setting(name, dict(fields)) for name, fields in missing.items()]
             model, processor = self.model, self.processor
             report = evaluate(
-                model, processor, piece, wanted, batch_size=_BATCH, max_new_tokens=NEW_TOKENS, progress=False
+                model, processor, batch, wanted, batch_size=_BATCH, max_new_tokens=NEW_TOKENS, progress=False
             )
             results = report.results
             pairs = {name: (results[name].answers, results[name].tokens.tolist()) for name in missing}
             return {name: list(zip(*columns, strict=True)) for name, columns in pairs.items()}
 
         off = parse_setting(OFF)
-        kept = self._kept("answers", samples, {off.name: off.fields, **settings}, make)
+        kept = self.kept("answers", samples, {off.name: off.fields, **settings}, make)
         results = {}
         for name, rows in kept.items():
             answers, tokens = zip(*rows, strict=True)
             results[name] = result_of(name, answers, is_right(samples, answers), tokens)
         return EvaluationReport.of_samples(samples, results, off.name)
 
-    def _kept(self, what: str, samples: Sequence[Sample], settings: Settings, make: Any) -> dict[str, list[Any]]:
-        """Rows of settings by name, those of all pieces of the questions one after the other."""
+    def kept(self, what: str, samples: Sequence[Sample], settings: Settings, make: Make) -> dict[str, list[Any]]:
+        """Rows of settings by name, one for each question; missing ones are made and kept.
+
+        Args:
+            what: A name for this kind of row.
+            samples: The questions. Those of a last, shorter piece are made again where more questions are asked.
+            settings: Fields of `token_recovery` by the name of the setting; names may change.
+            make: Makes the rows of a batch of questions under some of the settings, by name.
+        """
         found: dict[str, list[Any]] = {name: [] for name in settings}
         with progress_bar(len(samples), what) as bar:
             for start in range(0, len(samples), _PIECE):
@@ -96,11 +100,16 @@ class KeptAnswers:
                 asked = [*self._about, what, [(sample.picture, sample.question) for sample in piece]]
                 keys = {name: _digest([*asked, fields]) for name, fields in settings.items()}
                 missing = {name: settings[name] for name, key in keys.items() if key not in self._lines}
+                made: dict[str, list[Any]] = {name: [] for name in missing}
+                for first in range(0, len(piece), _BATCH):
+                    batch = piece[first : first + _BATCH]
+                    for name, rows in make(batch, missing).items() if missing else ():
+                        made[name] += rows
+                    bar.update(len(batch))
                 if missing:
-                    self._keep({keys[name]: rows for name, rows in make(piece, missing).items()})
+                    self._keep({keys[name]: rows for name, rows in made.items()})
                 for name, key in keys.items():
                     found[name] += self._lines[key]
-                bar.update(len(piece))
         return found
 
     def _keep(self, lines: Mapping[str, Any]) -> None:
@@ -124,9 +133,14 @@ def experiment_arguments(
     parser.add_argument("model", choices=CHECKPOINTS)
     parser.add_argument("--chosen-on", type=int, default=400, metavar="N", help="validation questions")
     parser.add_argument("--questions", type=int, default=questions, metavar="N", help="held-out questions")
+    add_kept_file(parser)
+    return parser.parse_args(arguments)
+
+
+def add_kept_file(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--keep`, the file of [`KeptAnswers`]."""
     keep = "keep what was measured in this file of JSON lines; the same command resumes"
     parser.add_argument("--keep", type=output_file, metavar="FILE", help=keep)
-    return parser.parse_args(arguments)
 
 
 def _digest(value: Any) -> str:
@@ -145,4 +159,4 @@ def result_of(name: str, answers: Sequence[str], right: Any, tokens: Any) -> Set
     return SettingResult(name, {}, list(answers), np.array(right), np.array(tokens), float("nan"), unknown, unknown)
 
 
-__all__ = ["NEW_TOKENS", "KeptAnswers", "experiment_arguments", "is_right", "result_of"]
+__all__ = ["NEW_TOKENS", "KeptAnswers", "Make", "add_kept_file", "experiment_arguments", "is_right", "result_of"]

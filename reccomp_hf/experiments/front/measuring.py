@@ -1,8 +1,8 @@
-"""Measures the accuracy of every method over the number of visual tokens, batch by batch into a folder."""
+"""Measures the accuracy of every method over the number of visual tokens; what was measured is kept in a file."""
 
 from __future__ import annotations
 
-import json
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,13 @@ from torch import Tensor
 from ...checkpoints.loading import load
 from ...cli.choices import EVAL_METHODS
 from ...core.methods.registry import get_method
-from ...data.parts import Parts
-from ...data.progress import progress_bar
 from ...data.prompts import build_prompt
 from ...measure.evaluation.report import EvaluationReport
 from ...measure.evaluation.samples import Sample, demo_samples, encode_samples
 from ...measure.evaluation.settings import OFF, named_settings, parse_setting
 from ...measure.tuning.candidates import at_budget
 from ...measure.tuning.measuring import read_along
-from ...measure.tuning.store import fingerprint
-from ..kept_answers import result_of
+from ..kept_answers import KeptAnswers, result_of
 
 BUDGETS = (4, 7, 10, 14, 16, 22, 36, 72)
 OWN = ("balanced", "balanced-v1")
@@ -44,7 +41,6 @@ MOVED = tuple(f"{name}{_VALUE if name in ('paper', 'trim', 'cdpruner') else _PLA
 """The published methods with what `balanced` has besides its choice: original positions, and the value path."""
 OWN_COUNT = ("authors",)
 """Methods that take no budget."""
-_BATCH = 64
 WRONG, BEGUN, WHOLE = range(3)
 
 
@@ -87,53 +83,37 @@ def graded(predicted: Tensor, answers: Tensor, counted: Tensor) -> list[int]:
 
 def measured(
     model: Any, processor: Any, samples: Sequence[Sample], settings: Mapping[str, Mapping[str, Any]]
-) -> dict[str, list[list[int]]]:
-    """Grades and visual tokens of a batch, `[grades, tokens]` by the name of the setting."""
+) -> dict[str, list[tuple[int, int]]]:
+    """Grades and visual tokens of a batch, a pair for each question, by the name of the setting."""
     inputs = encode_samples(processor, samples).to(model.device, model.dtype)
     answers, counted = (part.to(model.device) for part in answer_tokens(processor, samples))
     read = read_along(model, inputs, answers, counted, settings)
-    return {name: [graded(logits.argmax(-1), answers, counted), counts] for name, logits, counts in read}
+    return {
+        name: list(zip(graded(logits.argmax(-1), answers, counted), counts, strict=True))
+        for name, logits, counts in read
+    }
 
 
-def run(name: str, questions: int, store: Path, names: Sequence[str]) -> list[EvaluationReport]:
-    """Measure what the store lacks; returns the reports of first words and of whole answers.
+def run(name: str, questions: int, path: str | Path | None, names: Sequence[str]) -> list[EvaluationReport]:
+    """Measure what the file lacks; returns the reports of first words and of whole answers.
 
     Args:
         name: A demo model.
-        questions: Number of held-out questions; whole batches of 64 are measured.
-        store: A file name; the measurements of each batch are appended to the folder `STORE.parts`.
+        questions: Number of held-out questions.
+        path: File that keeps what was measured, see [`KeptAnswers`].
         names: The settings, see `front_settings`.
-
-    Raises:
-        ValueError: The store holds the measurements of another model or of other settings.
     """
-    model, processor = load(name, {})
+    kept, samples = KeptAnswers(*load(name, {}), path), demo_samples(questions)
     settings = {setting: parse_setting(setting).fields for setting in names}
-    parts, batches = Parts(store), -(-questions // _BATCH)
-    store.parent.mkdir(parents=True, exist_ok=True)
-    parts.prepare(fingerprint(model, processor, [], {"settings": settings, "batch": _BATCH}), overwrite=False)
-    samples = demo_samples(batches * _BATCH)
-    held = parts.lines()
-    with parts.writer(0) as write, progress_bar(batches, "batches") as bar:
-        for number in range(batches):
-            if number not in held:
-                batch = samples[number * _BATCH : (number + 1) * _BATCH]
-                values = measured(model, processor, batch, settings)
-                held[number] = json.dumps({"row": number, "measured": values}) + "\n"
-                write([held[number]])
-            bar.update()
-    lines = [json.loads(held[number])["measured"] for number in range(batches)]
-    return [report_of(samples[:questions], lines, least) for least in (BEGUN, WHOLE)]
+    rows = kept.kept("grades", samples, settings, functools.partial(measured, kept.model, kept.processor))
+    return [report_of(samples, rows, least) for least in (BEGUN, WHOLE)]
 
 
-def report_of(
-    samples: Sequence[Sample], batches: Sequence[Mapping[str, Sequence[Sequence[int]]]], least: int
-) -> EvaluationReport:
+def report_of(samples: Sequence[Sample], rows: Mapping[str, Sequence[Sequence[int]]], least: int) -> EvaluationReport:
     """The report of grades of at least `least`, with intervals over scenes."""
     results = {}
-    for name in batches[0]:
-        columns = (np.concatenate([batch[name][part] for batch in batches]) for part in (0, 1))
-        grades, tokens = (column[: len(samples)] for column in columns)
+    for name, pairs in rows.items():
+        grades, tokens = np.array(pairs).T
         results[name] = result_of(name, [], grades >= least, tokens)
     return EvaluationReport.of_samples(samples, results, OFF)
 
