@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,7 @@ os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)  # tests look at them
 
 import hypothesis
 import pytest
-import torch
 
-torch.set_num_threads(1)
 hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine must not fail a test
 hypothesis.settings.load_profile("suite")
 
@@ -50,13 +49,27 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Spare every test work that grows with what was imported.
 
     Pytest attaches its handlers to each logger that does not propagate, three times a test, and torch has about eighty
-    of them. The garbage collector would look at all imported modules again and again.
+    of them. The garbage collector would look at all imported modules again and again. Transformers writes each config
+    that it reads as text, for a line of its log that is not shown.
     """
+    import torch  # not above: the process that hands tests out to others does not need it
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.PretrainedConfig.__repr__ = object.__repr__
     for logger in logging.Logger.manager.loggerDict.values():
         if isinstance(logger, logging.Logger) and logger.name.startswith("torch"):
             logger.propagate = True
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(trylast=True)  # after the module's fixtures are gone
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Spare later modules the same for what this one imported and left, dynamo's records above all."""
+    if nextitem is not None and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +89,13 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("connect", "connect_ex"):
         monkeypatch.setattr(socket.socket, name, guarded(name))
+
+
+@pytest.fixture(autouse=True)
+def no_threads_are_left_over() -> Iterator[None]:
+    """Threads that a command was given would make all later tests slower, which run on all cores already."""
+    yield
+    sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

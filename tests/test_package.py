@@ -1,6 +1,7 @@
 """`import reccomp_hf`: names that come when they are used, and model types that transformers knows at once."""
 
 import ast
+import json
 import pickle
 import subprocess
 import sys
@@ -10,35 +11,46 @@ import pytest
 
 import reccomp_hf
 
-
-def child(source):
-    """What a fresh process prints."""
-    package = str(Path(reccomp_hf.__file__).parents[1])
-    source = f"import sys\nsys.path.insert(0, {package!r})\n{source}"
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_the_auto_classes_know_our_models_after_the_import():
-    source = """
+NAMES = [name for name in reccomp_hf.__all__ if name != "AutoModelForVision2Seq"]
+SOURCE = """
+import json, pickle, sys
+sys.path.insert(0, sys.argv[1])
 import reccomp_hf
+facts = {"rooms": sorted({name.split(".")[1] for name in sys.modules if name.startswith("reccomp_hf.")})}
+facts["peft"] = "peft" in sys.modules
+reccomp_hf.plot_recovery
+facts["matplotlib"] = "matplotlib" in sys.modules
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from reccomp_hf.demo import checkpoint_folder
-folder = checkpoint_folder("demo")
-print(type(AutoModelForImageTextToText.from_pretrained(folder)).__name__)
-print(type(AutoProcessor.from_pretrained(folder)).__name__)
+loaded = [auto.from_pretrained(checkpoint_folder("demo")) for auto in (AutoModelForImageTextToText, AutoProcessor)]
+facts["loaded"] = [type(one).__name__ for one in loaded]
+pickled = pickle.load(open(sys.argv[2], "rb"))
+facts["same"] = [name for name in pickled if pickled[name] is getattr(reccomp_hf, name)]
+print(json.dumps(facts))
 """
-    assert child(source) == "LlavaRecCompForConditionalGeneration\nLlavaRecCompProcessor\n"
 
 
-def test_the_import_loads_core_alone():
-    source = """
-import reccomp_hf
-rooms = {name.split(".")[1] for name in sys.modules if name.startswith("reccomp_hf.")}
-print(sorted(rooms), "matplotlib" in sys.modules, "peft" in sys.modules)
-"""
-    assert child(source) == "['core'] False False\n"
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """What a fresh process finds."""
+    names = tmp_path_factory.mktemp("names") / "names"
+    names.write_bytes(pickle.dumps({name: getattr(reccomp_hf, name) for name in NAMES}))
+    command = [sys.executable, "-c", SOURCE, str(Path(reccomp_hf.__file__).parents[1]), str(names)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_import_loads_core_alone(fresh):
+    assert (fresh["rooms"], fresh["peft"], fresh["matplotlib"]) == (["core"], False, False)
+
+
+def test_the_auto_classes_know_our_models_after_the_import(fresh):
+    assert fresh["loaded"] == ["LlavaRecCompForConditionalGeneration", "LlavaRecCompProcessor"]
+
+
+def test_public_names_can_be_pickled(fresh):
+    assert fresh["same"] == NAMES
 
 
 def test_every_public_name_is_there():
@@ -58,18 +70,6 @@ def test_type_checkers_see_the_same_names_in_the_same_modules():
     seen = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert seen == reccomp_hf._MODULE_OF
     assert sorted([*seen, "AutoModelForVision2Seq", "register"]) == sorted(reccomp_hf.__all__)
-
-
-def test_public_names_can_be_pickled(tmp_path):
-    names = [name for name in reccomp_hf.__all__ if name != "AutoModelForVision2Seq"]
-    (tmp_path / "names").write_bytes(pickle.dumps({name: getattr(reccomp_hf, name) for name in names}))
-    source = f"""
-import pickle
-found = pickle.load(open({str(tmp_path / "names")!r}, "rb"))
-import reccomp_hf
-print([name for name in found if found[name] is not getattr(reccomp_hf, name)], len(found))
-"""
-    assert child(source) == f"[] {len(names)}\n"
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ EVAL_METHODS = (
     "scope",
     "holov",
     "hiprune",
+    "mmtok",
     "random",
     "pooling",
     "pooling_2x2",

@@ -85,7 +85,8 @@ class Conversation:
         turns: A [`Turn`] per question.
 
     Raises:
-        ValueError: An unknown mode, settings that contradict each other, or a processor without chat template.
+        ValueError: An unknown mode, settings that contradict each other, a model or processor that is not of this
+            package, or a processor without chat template.
     """
 
     def __init__(
@@ -99,6 +100,11 @@ class Conversation:
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}.")
+        for name, value, needed in (("model", model, "recover"), ("processor", processor, "encode_questions")):
+            if not hasattr(value, needed):
+                raise ValueError(
+                    f"{name} must be that of a checkpoint from reccomp_hf.convert, got {type(value).__name__}."
+                )
         if not processor.chat_template:
             raise ValueError("A conversation needs a chat template, but the processor's chat_template is None.")
         if max_visual_tokens is not None and (mode != "append" or max_visual_tokens < 1):

@@ -26,7 +26,8 @@ _ALL_TOKENS = {
 }
 _RESERVED_ARGUMENTS = (
     *("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "pixel_values", "image_sizes"),
-    *("recovery_input_ids", "recovery_attention_mask", "recovery_rule", "token_recovery", "return_dict_in_generate"),
+    *("recovery_input_ids", "recovery_attention_mask", "recovery_rule", "recovery_words"),
+    *("token_recovery", "return_dict_in_generate"),
 )
 _LENGTH_ARGUMENTS = ("max_length", "min_length")
 _ARGUMENTS_WITHOUT_CACHE = (
@@ -43,7 +44,7 @@ class TurnInputs:
         text: The question.
         ids: (1, L) int64, the uncut conversation with the question.
         lengths: Number of placeholders of every image.
-        question: The question as CLIP's tokens: arguments of the model.
+        question: The question in tokens: arguments of the model.
         images: Images that come with the question, encoded.
         options: Options of `generate`.
     """

@@ -6,18 +6,20 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.utils import logging
 
 from .choosing import check_budget
 from .compat import CACHE, cache_of
 from .configuration import TokenRecoveryConfig
-from .methods.registry import get_method
+from .methods.registry import get_method, reads_encoded_question, reads_words
+from .settings import is_int, shown
+from .tensor_checks import check_ids, check_known_ids, check_mask
 
 logger = logging.get_logger(__name__)
 
 NO_QUESTION = "Text recovery needs the question: recovery_input_ids is None."
+NO_WORDS = "Text recovery needs the question's words: recovery_words is None."
 _WITHOUT_VIRTUAL_TOKENS = (
     "with images use another adapter, such as LoRA, or token_recovery={'enabled': False} to read them uncompressed."
 )
@@ -56,7 +58,7 @@ def check_feature_layer(config: Any, layer: int | None, strategy: str | None) ->
     layer = config.vision_feature_layer if layer is None else layer
     strategy = config.vision_feature_select_strategy if strategy is None else strategy
     blocks = config.vision_config.num_hidden_layers
-    if not isinstance(layer, int) or not -blocks - 1 <= layer <= blocks or layer % (blocks + 1) == blocks:
+    if not is_int(layer) or not -blocks - 1 <= layer <= blocks or layer % (blocks + 1) == blocks:
         raise ValueError(
             f"vision_feature_layer must be one int below the last of the {blocks} blocks (LLaVA's is -2), "
             f"got {layer!r}."
@@ -65,55 +67,40 @@ def check_feature_layer(config: Any, layer: int | None, strategy: str | None) ->
         raise ValueError(f"vision_feature_select_strategy must be 'default' (no class token), got {strategy!r}.")
 
 
-def check_tensor(name: str, value: Any) -> None:
-    """Refuse an argument that is neither a tensor nor `None`, as a processor gives it without `return_tensors`."""
-    if value is not None and not isinstance(value, Tensor):
-        raise ValueError(
-            f"{name} must be a tensor, got {type(value).__name__}: call the processor with return_tensors='pt'."
-        )
-
-
-def check_ids(name: str, value: Any, dimensions: int | None) -> None:
-    """Refuse ids that are not an integer tensor, or have another number of dimensions than a given one."""
-    check_tensor(name, value)
-    if value.is_floating_point() or value.dtype == torch.bool or dimensions not in (None, value.ndim):
-        raise ValueError(
-            f"{name} must be an integer tensor{'' if dimensions is None else f' of {dimensions} dimensions'}, got "
-            f"{value.dtype} of shape {tuple(value.shape)}."
-        )
-
-
-def check_known_ids(name: str, ids: Tensor, vocabulary: int) -> None:
-    """Refuse ids, on a CPU, that an embedding of some tokens does not have."""
-    unknown = (ids < 0) | (ids >= vocabulary)
-    if len(unknown.flatten().int().bincount()) > 1:  # it has a 1 besides zeros
-        raise ValueError(
-            f"{name} must be ids from 0 to {vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}: use the "
-            "processor of this checkpoint, whose tokenizer fits its text encoder."
-        )
-
-
 def check_question(
-    recovery_input_ids: Tensor | None, recovery_attention_mask: Tensor | None, rows: int, section: TokenRecoveryConfig
+    recovery_input_ids: Tensor | None,
+    recovery_attention_mask: Tensor | None,
+    recovery_words: Tensor | None,
+    rows: int,
+    section: TokenRecoveryConfig,
 ) -> None:
     """Refuse a call without a question if the method reads one, and a question that does not fit the call."""
+    if reads_words(section):
+        if recovery_words is None:
+            raise ValueError(
+                f"{NO_WORDS} The processor of this checkpoint writes them (AutoProcessor.from_pretrained, with the "
+                f"code of this version of reccomp_hf); {no_question_hint(section)}"
+            )
+        check_ids("recovery_words", recovery_words, 2)
+        if recovery_words.shape[0] != rows:
+            raise ValueError(
+                f"recovery_words must have shape (rows, tokens) with {rows} rows, got {tuple(recovery_words.shape)}."
+            )
     if recovery_input_ids is None:
+        if not reads_encoded_question(section):
+            return
         raise ValueError(
             f"{NO_QUESTION} The processor of this checkpoint writes it (AutoProcessor.from_pretrained); "
             f"{no_question_hint(section)}"
         )
     check_ids("recovery_input_ids", recovery_input_ids, None)
-    check_tensor("recovery_attention_mask", recovery_attention_mask)
-    if recovery_input_ids.ndim != 3 or recovery_input_ids.shape[0] != rows:
+    shape = recovery_input_ids.shape
+    if len(shape) != 3 or shape[0] != rows or 0 in shape[1:]:
         raise ValueError(
-            f"recovery_input_ids must have shape (rows, windows, length) with {rows} rows, got "
-            f"{tuple(recovery_input_ids.shape)}."
+            f"recovery_input_ids must have shape (rows, windows, length) with {rows} rows, got {tuple(shape)}; none "
+            "of them may be 0."
         )
-    if recovery_attention_mask is not None and recovery_attention_mask.shape != recovery_input_ids.shape:
-        raise ValueError(
-            f"recovery_attention_mask must have the shape of recovery_input_ids {tuple(recovery_input_ids.shape)}, "
-            f"got {tuple(recovery_attention_mask.shape)}."
-        )
+    check_mask("recovery_attention_mask", recovery_attention_mask, "recovery_input_ids", shape)
 
 
 def check_finite(non_finite: list[int], tiles: list[int]) -> None:
@@ -154,14 +141,18 @@ def check_call(config: Any, section: TokenRecoveryConfig, inputs: Mapping[str, A
             f"{_WITHOUT_VIRTUAL_TOKENS}"
         )
     check_ids("input_ids", input_ids, 2)
-    check_tensor("attention_mask", attention_mask)
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)} with images, got "
-            f"{tuple(attention_mask.shape)}."
-        )
+    vocabulary = config.get_text_config().vocab_size
+    check_known_ids("input_ids", input_ids, vocabulary)
+    check_mask("attention_mask", attention_mask, "input_ids", input_ids.shape)
+    if (position_ids := inputs.get("position_ids")) is not None:
+        check_ids("position_ids", position_ids, 2)
+        if position_ids.shape not in (input_ids.shape, (1, input_ids.shape[1])):
+            raise ValueError(
+                f"position_ids must have the shape of input_ids {tuple(input_ids.shape)} with images, or its columns "
+                f"in one row, got {tuple(position_ids.shape)}."
+            )
     check_encoder_outputs(inputs)
-    check_labels(inputs)
+    check_labels(inputs, vocabulary)
     attention = getattr(config.get_text_config(), "_attn_implementation", None) or ""
     if section.position_ids == "original" and attention.startswith("flash"):
         raise ValueError(
@@ -170,15 +161,18 @@ def check_call(config: Any, section: TokenRecoveryConfig, inputs: Mapping[str, A
         )
 
 
-def check_labels(inputs: Mapping[str, Any]) -> None:
+def check_labels(inputs: Mapping[str, Any], vocabulary: int) -> None:
     """Refuse labels that do not fit the prompts, and a training step whose labels do not reach the model."""
     for name in ("labels", "shift_labels"):
-        labels = inputs.get(name)
-        if labels is not None and labels.shape != inputs["input_ids"].shape:
+        if (labels := inputs.get(name)) is None:
+            continue
+        check_ids(name, labels, None)
+        if labels.shape != inputs["input_ids"].shape:
             raise ValueError(
                 f"{name} must have the shape of input_ids {tuple(inputs['input_ids'].shape)} with images, got "
                 f"{tuple(labels.shape)}: they are cut along with the prompts."
             )
+        check_known_ids(name, labels, vocabulary, inputs.get("ignore_index", -100))
     if inputs.get("num_items_in_batch") is not None and inputs.get("labels") is None:
         raise ValueError(
             "num_items_in_batch without labels: with label_smoothing_factor or compute_loss_func the Trainer keeps "
@@ -244,7 +238,13 @@ def note_empty_answers(new_ids: Tensor, ends: int | list[int] | None) -> None:
 
 
 def cache_length(cache: Any) -> int:
-    """Number of tokens in a cache; `None` counts as empty."""
+    """Number of tokens in a cache; `None` counts as empty.
+
+    Raises:
+        ValueError: It is not a cache.
+    """
+    if cache is not None and not hasattr(cache, "get_seq_length"):
+        raise ValueError(f"{CACHE} must be a cache of transformers, such as DynamicCache(), got {shown(cache)}.")
     return 0 if cache is None else int(cache.get_seq_length())
 
 
@@ -342,15 +342,12 @@ __all__ = [
     "check_encoder_outputs",
     "check_feature_layer",
     "check_finite",
-    "check_ids",
-    "check_known_ids",
     "check_labels",
     "check_logits_to_keep",
     "check_no_cut_logits",
     "check_question",
     "check_reads_embeddings",
     "check_supported",
-    "check_tensor",
     "is_continuation",
     "is_tiled",
     "most_tiles",

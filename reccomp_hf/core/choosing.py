@@ -31,6 +31,7 @@ def recover_tokens(
     projected: Tensor | None = None,
     received: Tensor | None = None,
     class_state: Tensor | None = None,
+    word_similarity: Tensor | None = None,
 ) -> TokenRecoveryOutput:
     """Choose, recover and merge the visual tokens of a batch of images.
 
@@ -50,6 +51,8 @@ def recover_tokens(
         received: (B, 2, N), the attention that patches receive in two blocks, for a method with an `object_block`.
         class_state: (B, C), the class token as LLaVA's projector would read it, for a method that
             `reads_class_token`.
+        word_similarity: (B, M, N), cosines of the question's words with projected patches, -inf in the rows of
+            padding, for a method that `reads_words`.
 
     Returns:
         A [`TokenRecoveryOutput`]; kept and merged tokens are differentiable in `hidden_states`, the choice is not.
@@ -57,7 +60,7 @@ def recover_tokens(
 
     Raises:
         ValueError: Shapes that do not fit, a budget above the number of patches, a method without its question,
-            its projected features, the attention that patches receive or the class token.
+            its projected features, the attention that patches receive, the class token or the question's words.
     """
     features = VisualFeatures(
         hidden_states,
@@ -71,6 +74,7 @@ def recover_tokens(
         projected,
         received,
         class_state,
+        word_similarity,
     )
     covers_by_place = config.budget is not None and config.coverage_share > 0 and config.coverage_by == "place"
     if grid is None and covers_by_place and math.isqrt(hidden_states.shape[1]) ** 2 != hidden_states.shape[1]:
@@ -92,7 +96,9 @@ def check_features(features: VisualFeatures, config: TokenRecoveryConfig) -> Non
     method = get_method(config.method)
     if max(features.tiles) == 1:  # an image with few tiles keeps all its patches if the budget is larger
         check_budget(config, features.valid.shape[1])
-    if features.text_similarity is None and method.text == "required":
+    if features.word_similarity is None and method.reads_words:
+        raise ValueError(f"Method {config.method!r} needs a question's words: word_similarity is None.")
+    if features.text_similarity is None and method.text == "required" and not method.reads_words:
         raise ValueError(f"Method {config.method!r} needs a question: text_similarity is None.")
     if features.projected is None and method.reads_projected:
         raise ValueError(f"Method {config.method!r} reads LLaVA's projected features: projected is None.")

@@ -85,6 +85,7 @@ def blank_selection(section: TokenRecoveryConfig, tiles: int, side: int) -> Toke
         projected=states,
         received=received,
         class_state=keys[:, 0],
+        word_similarity=similarity.unsqueeze(1),
     )
     check_features(features, section)
     return select_tokens(features, section)

@@ -114,6 +114,9 @@ class VisualFeatures:
             be `None`.
         class_state: (B, C), the class token as LLaVA's projector would read it; given to a method that
             `reads_class_token`, otherwise it may be `None`.
+        word_similarity: (B, M, N), cosines of the question's words, as the language model embeds their tokens, with
+            the projected patches, -inf in the rows of padding; given to a method that `reads_words`, otherwise it
+            may be `None`.
 
     Raises:
         ValueError: Shapes that do not fit each other.
@@ -130,6 +133,7 @@ class VisualFeatures:
     projected: Tensor | None = None
     received: Tensor | None = None
     class_state: Tensor | None = None
+    word_similarity: Tensor | None = None
 
     all_valid: bool = dataclasses.field(init=False)
     """Whether `valid` is known, without reading the device, to be all true."""
@@ -159,6 +163,7 @@ class VisualFeatures:
         self.class_query, self.keys = self.class_query.detach(), self.keys.detach()
         self.text_similarity = None if self.text_similarity is None else self.text_similarity.detach().float()
         self.projected = None if self.projected is None else self.projected.detach()
+        self.word_similarity = None if self.word_similarity is None else self.word_similarity.detach().float()
         self.received = None if self.received is None else self.received.detach()
 
     def _check_shapes(self, batch: int, patches: int, width: int) -> None:
@@ -177,6 +182,9 @@ class VisualFeatures:
                     f"{name} must have shape {needed} for hidden_states of shape {states}, "
                     f"got {tuple(tensor.shape)}{hint}"
                 )
+        words = self.word_similarity
+        if words is not None and (words.ndim != 3 or (words.shape[0], words.shape[2]) != (batch, patches)):
+            raise ValueError(f"word_similarity must have shape ({batch}, M, {patches}), got {tuple(words.shape)}.")
         projected = self.projected
         if projected is not None and (projected.ndim != 3 or tuple(projected.shape[:2]) != (batch, patches)):
             raise ValueError(f"projected must have shape ({batch}, {patches}, D), got {tuple(projected.shape)}.")

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,12 +24,14 @@ from .graphs import GraphCache
 from .groups import GroupedPictures, check_rule, read_rules_of_images, take_rows
 from .layout import ImageLayout
 from .methods.budgets import budget_tokens
-from .methods.registry import get_method, reads_question
+from .methods.registry import get_method, reads_encoded_question, reads_question, reads_words
 from .picture_tokens import Bounds, Choice, PictureTokens, Question, choose_tokens, window_mask
 from .splicing import PlaceholderMap, Splice, check_placeholders, map_placeholders
-from .tensors import constant
+from .tensor_checks import check_known_ids
+from .tensors import constant, reads_are_free
 from .text_encoder import RecoveryModulesMixin
 from .vision import EncodedImages, check_not_empty, needed_states, vision_states
+from .words import NO_WORD
 
 _STEP = {"placeholders": 256, "tokens": 32}
 """Images of LLaVA-NeXT with as many tiles share a computation: their lengths are rounded up to multiples of these."""
@@ -42,11 +44,13 @@ class QuestionIds(NamedTuple):
         input_ids: (R, W, L) int64, in windows.
         attention_mask: (R, W, L), 0 for padding.
         rule: (R,) int64, the rule of the section that each question begins like, -1 for none.
+        words: (R, M) int64, the questions' words as LLaVA's tokens, -1 for padding.
     """
 
     input_ids: Tensor | None = None
     attention_mask: Tensor | None = None
     rule: Tensor | None = None
+    words: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +139,7 @@ class ChosenPrompts:
 class FrontMixin(RecoveryModulesMixin):
     """The front of a compressed LLaVA."""
 
+    get_input_embeddings: Any
     _graphs: GraphCache | None = None
 
     def _read_pictures(
@@ -149,24 +154,29 @@ class FrontMixin(RecoveryModulesMixin):
         projects: bool = True,
     ) -> ChosenPrompts:
         """Run the front on a call's arguments; for LLaVA-1.5 without rules nothing is read from the device."""
-        question_ids, question_mask, rule = QuestionIds(*question)
+        ids, mask, rule, words = QuestionIds(*question)
         reads = [self._reads_question(settings) for settings in section.all_settings]
         if any(reads):
-            check_question(question_ids, question_mask, input_ids.shape[0], section)
+            check_question(ids, mask, words, input_ids.shape[0], section)
         if isinstance(pixel_values, EncodedImages):
             layout, grid = pixel_values.layout, pixel_values.grid
             inputs = {_state_name(index): state for index, state in pixel_values.states.items()}
         else:
-            check_not_empty(pixel_values)
+            check_not_empty(pixel_values, self.config.vision_config.num_channels)
             pixel_values, layout = self._layout(pixel_values, image_sizes)
             grid, inputs = self._grid(pixel_values), {"pixel_values": pixel_values}
         lengths = constant(input_ids, tuple, tuple(layout.lengths))
         placeholders = map_placeholders(input_ids == self.config.image_token_id, lengths)
         missing = torch.zeros_like(placeholders.per_row, dtype=torch.bool)
-        if any(reads) and question_ids is not None:
-            windows = window_mask(question_ids, question_mask).to(input_ids.device)
+        if any(reads) and ids is not None:
+            windows = window_mask(ids, mask).to(input_ids.device)
             missing = (placeholders.per_row > 0) & ~windows.any(-1)
-            inputs |= {"question": question_ids, "windows": windows}
+            inputs |= {"question": ids, "windows": windows}
+        if any(reads) and words is not None and reads_words(section):
+            if reads_are_free(words):
+                check_known_ids("recovery_words", words.clamp(min=0), self.config.get_text_config().vocab_size)
+            inputs["words"] = words = words.to(input_ids.device)
+            missing = missing | ((placeholders.per_row > 0) & (words == NO_WORD).all(-1))
         plan = FrontPlan(section, feature_layer, layout.with_newlines(section.newlines), grid, projects=projects)
         if section.rules:
             rule = check_rule(rule, input_ids.shape[0]).to(input_ids.device)
@@ -177,14 +187,17 @@ class FrontMixin(RecoveryModulesMixin):
                 return ChosenPrompts(pictures, plan, placeholders, missing)
             plan = dataclasses.replace(plan, section=section.of_rule(rules[0]))
         inputs = self._without_unread(inputs, plan.section)
-        if "question" in inputs:
+        if inputs.keys() & {"question", "words"}:
             inputs["question_of_tile"] = placeholders.row[layout.image_of_tile(input_ids)]
         return ChosenPrompts(self._run_front(inputs, plan), plan, placeholders, missing)
 
     def _without_unread(self, inputs: dict[str, Tensor], section: TokenRecoveryConfig) -> dict[str, Tensor]:
-        """Inputs of `_front` without questions if a section reads none."""
-        unread = () if self._reads_question(section) else ("question", "windows")
-        return {name: value for name, value in inputs.items() if name not in unread}
+        """Inputs of `_front` without the forms of the questions that a section does not read."""
+        encoded, words = (
+            self._reads_question(section) and reads(section) for reads in (reads_encoded_question, reads_words)
+        )
+        read = {"question": encoded, "windows": encoded, "words": words}
+        return {name: value for name, value in inputs.items() if read.get(name, True)}
 
     def _run_groups(
         self, inputs: dict[str, Tensor], plan: FrontPlan, rules: list[int], rows: list[int]
@@ -206,15 +219,16 @@ class FrontMixin(RecoveryModulesMixin):
         for group in groups:
             settings, layout = section.of_rule(rules[group[0]]), plan.layout.take(group)
             asked = sorted({rows[image] for image in group})
-            index = {"question": asked, "windows": asked}
+            index = dict.fromkeys(("question", "windows", "words"), asked)
             own_tiles = [tile for image in group for tile in range(starts[image], starts[image + 1])]
             for state in self._needed_states(settings, plan.feature_layer):
                 index[_state_name(state)] = own_tiles
             read = self._without_unread(inputs, settings)
             part = {name: take_rows(read[name], chosen) for name, chosen in index.items() if name in read}
-            if "question" in part:
+            if part.keys() & {"question", "words"}:
                 of_tile = [asked.index(rows[image]) for image in group for _ in range(tiles[image])]
-                part["question_of_tile"] = torch.tensor(of_tile).to(part["windows"].device)
+                like = part["words"] if "words" in part else part["windows"]
+                part["question_of_tile"] = torch.tensor(of_tile).to(like.device)
             own_plan = dataclasses.replace(plan, section=settings, layout=layout.with_newlines(settings.newlines))
             parts.append(self._run_front(part, own_plan))
         return GroupedPictures(parts, groups, tiles)
@@ -261,9 +275,11 @@ class FrontMixin(RecoveryModulesMixin):
                 raise RuntimeError("the number of tokens depends on the images")
             return pictures.tensors()
 
-        parts = (self._llava.vision_tower, self._llava.multi_modal_projector, self.token_recovery)
+        parts = [self._llava.vision_tower, self._llava.multi_modal_projector, self.token_recovery]
+        name = "front with words" if "words" in inputs else "front"
+        parts += [self.get_input_embeddings()] if "words" in inputs else []
         modules = [module for module in parts if module is not None]
-        outputs = self._graphs.run("front", modules, plan.key, tokens, inputs)
+        outputs = self._graphs.run(name, modules, plan.key, tokens, inputs)
         if outputs is None:
             return None
         images, longest = outputs["features"].shape[:2]
@@ -274,8 +290,9 @@ class FrontMixin(RecoveryModulesMixin):
 
         Args:
             inputs: `"pixel_values"` (T, 3, H, W), or the hidden states that a tower has given; `"question"` (R, W, L)
-                int64, `"windows"` (R, W) bool and `"question_of_tile"` (T,) int64 if the choice reads questions;
-                `"slots"` and `"rows"` (I, L) int64 and `"newline"` (D,) in place of the layout's and the model's.
+                int64 and `"windows"` (R, W) bool, or `"words"` (R, M) int64, and `"question_of_tile"` (T,) int64 if
+                the choice reads questions; `"slots"` and `"rows"` (I, L) int64 and `"newline"` (D,) in place of the
+                layout's and the model's.
             plan: The plan of the run.
         """
         tower = clip_vision_model(self._llava.vision_tower)
@@ -286,8 +303,9 @@ class FrontMixin(RecoveryModulesMixin):
             states = {index: inputs[name] for index, name in names.items() if name in inputs}
         slots, rows = inputs.get("slots", plan.layout.slots), inputs.get("rows", plan.layout.rows)
         question = None
-        if "question" in inputs:
-            question = Question(inputs["question"], inputs["windows"], inputs["question_of_tile"])
+        if "question_of_tile" in inputs:
+            given = (inputs.get(name) for name in ("question", "windows", "question_of_tile", "words"))
+            question = Question(*given)  # type: ignore[arg-type]
         choice = choose_tokens(
             tower,
             self.token_recovery,
@@ -297,6 +315,7 @@ class FrontMixin(RecoveryModulesMixin):
             plan.feature_layer,
             num_heads=self.config.vision_config.num_attention_heads,
             projector=self._llava.multi_modal_projector,
+            embedding=self.get_input_embeddings(),
         )
         if not plan.projects or not choice.fix_sizes(plan.bounds):
             return choice
@@ -329,7 +348,7 @@ class FrontMixin(RecoveryModulesMixin):
         feature_layer: int,
     ) -> EncodedImages:
         """`encode_images` with its settings."""
-        check_not_empty(pixel_values)
+        check_not_empty(pixel_values, self.config.vision_config.num_channels)
         pixel_values, layout = self._layout(pixel_values, image_sizes)
         needed: set[int] = set().union(*(self._needed_states(section, feature_layer) for section in sections))
         states = self._any_states(pixel_values, needed)

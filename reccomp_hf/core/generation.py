@@ -54,6 +54,7 @@ class RecCompGenerationMixin(InnerModelMixin, RecCompMixin):
         token_recovery: Mapping[str, Any] | None = None,
         past_key_values: Any = None,
         recovery_rule: Tensor | None = None,
+        recovery_words: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: Any = None,
@@ -76,6 +77,7 @@ class RecCompGenerationMixin(InnerModelMixin, RecCompMixin):
             token_recovery: Fields of the config section to override for this call.
             past_key_values: The older name of `cache`; every version accepts both, and 5.24 warns of this one.
             recovery_rule: (R,) int64, the rule of each row as the processor writes it, -1 for none; read with `rules`.
+            recovery_words: (R, M) int64, the questions' words as LLaVA's tokens, -1 for padding; read by `mmtok`.
             labels: (R, L) int64 for the uncut sequence; cut along with it.
             logits_to_keep: Number of last logits, 0 for all; indices only without images. The last logits are those
                 of the last tokens as they were passed. All logits are those of the shortened sequence; without labels
@@ -97,7 +99,7 @@ class RecCompGenerationMixin(InnerModelMixin, RecCompMixin):
         inputs |= {"logits_to_keep": logits_to_keep, "mm_encoder_outputs": mm_encoder_outputs, **kwargs}
         inputs |= {"vision_feature_layer": vision_feature_layer}
         inputs |= {"vision_feature_select_strategy": vision_feature_select_strategy}
-        question = QuestionIds(recovery_input_ids, recovery_attention_mask, recovery_rule)
+        question = QuestionIds(recovery_input_ids, recovery_attention_mask, recovery_rule, recovery_words)
         return self._compressed_forward(inputs, question, token_recovery)
 
     @torch.no_grad()
@@ -110,6 +112,7 @@ class RecCompGenerationMixin(InnerModelMixin, RecCompMixin):
         recovery_input_ids: Tensor | None = None,
         recovery_attention_mask: Tensor | None = None,
         recovery_rule: Tensor | None = None,
+        recovery_words: Tensor | None = None,
         streamer: BaseStreamer | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -131,6 +134,7 @@ class RecCompGenerationMixin(InnerModelMixin, RecCompMixin):
             recovery_input_ids: (R, W, T) int64, the questions as the text encoder's tokens.
             recovery_attention_mask: (R, W, T), 0 for padding.
             recovery_rule: (R,) int64, the rule of each row as the processor writes it, -1 for none; read with `rules`.
+            recovery_words: (R, M) int64, the questions' words as LLaVA's tokens, -1 for padding; read by `mmtok`.
             streamer: As in the stock method; it receives the prompt as it was passed.
             **kwargs: Everything else that the stock method takes.
 
@@ -163,7 +167,7 @@ class RecCompGenerationMixin(InnerModelMixin, RecCompMixin):
         if section.position_ids == "original" and kwargs.get("position_ids") is None:
             mask = kwargs.get("attention_mask")
             kwargs["position_ids"] = counted_positions(torch.ones_like(prompt) if mask is None else mask)
-        question = QuestionIds(recovery_input_ids, recovery_attention_mask, recovery_rule)
+        question = QuestionIds(recovery_input_ids, recovery_attention_mask, recovery_rule, recovery_words)
         compressed = self._compress({"input_ids": prompt, **kwargs}, question, section, keeps_last_columns=False)
         width = compressed.inputs["input_ids"].shape[1]
         passed = PassedPrompt(prompt, kwargs.get("attention_mask"), width)

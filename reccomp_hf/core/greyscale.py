@@ -1,9 +1,13 @@
-"""Greyscale images of more than 8 bits, which Pillow cuts to white or black when it converts them."""
+"""Images that stock processors misread.
+
+Pillow cuts greyscale of more than 8 bits to white or black when it converts it, and processors enlarge a long and
+narrow image to gigabytes.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,10 @@ _BITS_PER_SAMPLE, _SAMPLE_FORMAT = 258, 339  # tags of TIFF
 _UNSIGNED = 1  # a sample format
 _OVERSHOOT = 0.05  # share of the white value by which resampled floats may leave the range
 _IMAGE_KEYS = ("image", "path", "url")  # of a chat message's part
+_LARGEST_RATIO = 100  # longer to shorter side; processors enlarge the shorter side to the model's before they crop
+SMALLEST_SIDE = 8
+"""Shorter sides of an image, in pixels, count as so long."""
+_CHANNELS = (1, 3, 4)
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -55,11 +63,24 @@ def eight_bits(image: Image.Image, upright: bool = True) -> Image.Image:
     return Image.fromarray(np.rint(scaled).clip(0, 255).astype(np.uint8))
 
 
+def check_proportions(width: int, height: int) -> None:
+    """Refuse an image that a processor would enlarge to gigabytes before it crops it.
+
+    Raises:
+        ValueError: A side is more than 100 times as long as the other, where sides below 8 pixels count as 8.
+    """
+    shorter, longer = sorted(max(side, SMALLEST_SIDE) for side in (width, height))
+    if longer > _LARGEST_RATIO * shorter:
+        raise ValueError(
+            f"it has {width} x {height} pixels; the longer side may be {_LARGEST_RATIO} times the shorter one"
+        )
+
+
 def readable_images(images: Any) -> Any:
     """Images for a stock processor, those of [`is_deep`] with 8 bits: Pillow images, local files, and lists of them.
 
     Raises:
-        ValueError: A list of no image, or an image that [`eight_bits`] refuses.
+        ValueError: A list of no image, or an image that [`eight_bits`] or [`check_proportions`] refuses.
     """
     if isinstance(images, list | tuple) and all(isinstance(row, list | tuple) and not row for row in images):
         raise ValueError(f"images must hold at least one image, got {images!r}: pass images=None for prompts without.")
@@ -90,12 +111,24 @@ def _readable(images: Any) -> Any:
     """`images` themselves where nothing is to be scaled; files are turned as their EXIF says, which stock does too."""
     if isinstance(images, list | tuple):
         return [_readable(image) for image in images]
-    if 0 in getattr(images, "shape", ()):
-        raise ValueError(f"images must have pixels, got shape {tuple(images.shape)}.")
     if isinstance(images, str) and os.path.isfile(images):
         with Image.open(images) as opened:
+            _check_sides(opened.size)
             return _scaled(opened, upright=True) if is_deep(opened) else images
+    shape: Sequence[int] = images.size if isinstance(images, Image.Image) else getattr(images, "shape", ())
+    if 0 in shape:
+        raise ValueError(f"images must have pixels, got shape {tuple(shape)}.")
+    if len(shape) >= 2:
+        last = len(shape) == 2 or shape[-1] not in _CHANNELS
+        _check_sides(shape[-2:] if last else shape[-3:-1])
     return _scaled(images, upright=False) if isinstance(images, Image.Image) and is_deep(images) else images
+
+
+def _check_sides(sides: Sequence[int]) -> None:
+    try:
+        check_proportions(*sides)
+    except ValueError as error:
+        raise ValueError(f"An image cannot be read: {error}.") from error
 
 
 def _scaled(image: Image.Image, upright: bool) -> Image.Image:
@@ -127,4 +160,4 @@ def _range(low: float, high: float, mode: str, bits: int) -> tuple[float, float]
     return low, high if high > low else low + 1.0
 
 
-__all__ = ["eight_bits", "is_deep", "readable_chat", "readable_images"]
+__all__ = ["SMALLEST_SIDE", "check_proportions", "eight_bits", "is_deep", "readable_chat", "readable_images"]

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import check_ids
 from .features import TokenRecoveryOutput
 from .picture_tokens import Choice, PictureTokens
+from .tensor_checks import check_ids
 
 
 @dataclasses.dataclass

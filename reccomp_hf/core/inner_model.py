@@ -16,10 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
+from transformers.utils import logging
 
 from .checks import NO_QUESTION
 from .compat import CACHE
 from .front import QuestionIds
+
+logger = logging.get_logger(__name__)
 
 ASKING_TAG = "reccomp_hf"
 """A tag that a trainer gives the model if it passes questions on to it."""
@@ -29,6 +32,11 @@ _MIXIN = (
     "reccomp_hf.CompressedTrainerMixin, GRPOTrainer)."
 )
 _TRAINERS = f"{_MIXIN} For other callers the processor of this checkpoint writes it (AutoProcessor.from_pretrained)."
+_REFERENCE = (
+    "TRL's GRPOTrainer and RLOOTrainer with a reference (beta above 0) end in a TypeError about recovery_input_ids: "
+    "the processor returns it even if the choice of tokens reads no question. Put the mixin in front, class MyTrainer("
+    "reccomp_hf.CompressedTrainerMixin, GRPOTrainer), or leave beta at 0."
+)
 _stock: contextvars.ContextVar[bool] = contextvars.ContextVar("reccomp_stock", default=False)
 _sources: Any = WeakTensorKeyDictionary()  # embeddings of a shortened sequence -> where its slots come from
 
@@ -51,6 +59,7 @@ class InnerModelMixin:
     _reads_question: Any
     _compress: Any
     model: Any
+    token_recovery: Any
 
     def _watch_inner_model(self) -> None:
         """Compress the inner model's own calls from now on."""
@@ -60,13 +69,18 @@ class InnerModelMixin:
     def add_model_tags(self, tags: list[str] | str) -> None:
         """As the stock method, which TRL's trainers call when they are built; refuses the ones that lose the question.
 
+        Of others that cannot score by a reference it warns.
+
         Raises:
             ValueError: `grpo` or `rloo` without the mixin, while the choice of tokens reads the question.
         """
         given = {tags} if isinstance(tags, str) else {*tags}
         section = self._section(None)
-        if given & {"grpo", "rloo"} and ASKING_TAG not in given and section.enabled and self._reads_question(section):
-            raise ValueError(f"{NO_QUESTION} {_MIXIN}")
+        if given & {"grpo", "rloo"} and ASKING_TAG not in given:
+            if section.enabled and self._reads_question(section):
+                raise ValueError(f"{NO_QUESTION} {_MIXIN}")
+            if self.token_recovery is not None:
+                logger.warning(_REFERENCE)
         super().add_model_tags(tags)  # type: ignore[misc]
 
     def _shorten_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -79,7 +93,7 @@ class InnerModelMixin:
         if "pixel_values" not in inputs or _stock.get() or not (section := self._section(None)).enabled:
             return None
         question = QuestionIds(*(inputs.pop(f"recovery_{name}", None) for name in QuestionIds._fields))
-        if question[0] is None and self._reads_question(section):
+        if question.input_ids is None and question.words is None and self._reads_question(section):
             raise ValueError(f"{NO_QUESTION} {_TRAINERS}")
         length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
         compressed = self._compress(inputs, question, section, keeps_last_columns=False)

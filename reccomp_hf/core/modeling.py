@@ -15,7 +15,6 @@ from .checks import (
     check_call,
     check_encoder_outputs,
     check_feature_layer,
-    check_ids,
     check_logits_to_keep,
     check_no_cut_logits,
     check_supported,
@@ -37,6 +36,7 @@ from .splicing import (
     padding_id,
     plan_splice,
 )
+from .tensor_checks import check_ids
 from .vision import EncodedImages, check_pixels
 
 
@@ -66,7 +66,6 @@ class _Compressed:
 class RecCompMixin(FrontMixin):
     """Token recovery for a stock LLaVA class, which stands next in the bases."""
 
-    get_input_embeddings: Any
     output_class: type
 
     @classmethod
@@ -95,13 +94,14 @@ class RecCompMixin(FrontMixin):
         token_recovery: Mapping[str, Any] | None = None,
         past_key_values: Any = None,
         recovery_rule: Tensor | None = None,
+        recovery_words: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """As the stock method on the shortened sequence, see [`RecCompMixin.compress_inputs`]."""
         inputs: dict[str, Any] = {"input_ids": input_ids, "pixel_values": pixel_values, "image_sizes": image_sizes}
         inputs |= {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
         inputs |= {"cache": cache, "past_key_values": past_key_values, **kwargs}
-        question = QuestionIds(recovery_input_ids, recovery_attention_mask, recovery_rule)
+        question = QuestionIds(recovery_input_ids, recovery_attention_mask, recovery_rule, recovery_words)
         return self._compressed_forward(inputs, question, token_recovery)
 
     def encode_images(
@@ -146,6 +146,7 @@ class RecCompMixin(FrontMixin):
         image_sizes: Tensor | None = None,
         token_recovery: Mapping[str, Any] | None = None,
         recovery_rule: Tensor | None = None,
+        recovery_words: Tensor | None = None,
         **kwargs: Any,
     ) -> list[TokenRecoveryOutput]:
         """The tokens that stand for each image, and why; the language model is not run.
@@ -158,6 +159,7 @@ class RecCompMixin(FrontMixin):
             image_sizes: (I, 2) height and width in pixels of every image; LLaVA-NeXT only.
             token_recovery: Fields of the config section to override for this call.
             recovery_rule: (R,) int64, the rule of each row as the processor writes it, -1 for none; read with `rules`.
+            recovery_words: (R, M) int64, the questions' words as LLaVA's tokens, -1 for padding; read by `mmtok`.
             **kwargs: `vision_feature_layer` and `vision_feature_select_strategy` as in stock LLaVA; other outputs of
                 the processor are ignored.
 
@@ -168,7 +170,7 @@ class RecCompMixin(FrontMixin):
             ValueError: Placeholders, images or questions that do not fit.
         """
         section, layer = self._section(token_recovery), self._feature_layer(kwargs)
-        question = QuestionIds(recovery_input_ids, recovery_attention_mask, recovery_rule)
+        question = QuestionIds(recovery_input_ids, recovery_attention_mask, recovery_rule, recovery_words)
         check_ids("input_ids", input_ids, 2)
         inputs = (input_ids, pixel_values, image_sizes, question, section, layer)
         chosen = self._read_pictures(*inputs, projects=False)
@@ -187,6 +189,7 @@ class RecCompMixin(FrontMixin):
         image_sizes: Tensor | None = None,
         token_recovery: Mapping[str, Any] | None = None,
         recovery_rule: Tensor | None = None,
+        recovery_words: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[dict[str, Any], TokenRecoveryOutput | None]:
         """Shorten a batch: images become their recovered tokens, and the prompts are cut to match.
@@ -204,6 +207,7 @@ class RecCompMixin(FrontMixin):
             image_sizes: (I, 2) height and width in pixels of every image; LLaVA-NeXT only.
             token_recovery: Fields of the config section to override for this call.
             recovery_rule: (R,) int64, the rule of each row as the processor writes it, -1 for none; read with `rules`.
+            recovery_words: (R, M) int64, the questions' words as LLaVA's tokens, -1 for padding; read by `mmtok`.
             **kwargs: `vision_feature_layer` and `vision_feature_select_strategy` as in stock LLaVA; everything else
                 is passed through.
 
@@ -222,9 +226,10 @@ class RecCompMixin(FrontMixin):
         if pixel_values is None or not section.enabled:
             check_pixels(pixel_values)
             inputs |= {"recovery_input_ids": recovery_input_ids, "recovery_attention_mask": recovery_attention_mask}
-            inputs |= {"recovery_rule": recovery_rule, "token_recovery": token_recovery}
+            inputs |= {"recovery_rule": recovery_rule, "recovery_words": recovery_words}
+            inputs |= {"token_recovery": token_recovery}
             return {name: value for name, value in inputs.items() if value is not None}, None
-        question = QuestionIds(recovery_input_ids, recovery_attention_mask, recovery_rule)
+        question = QuestionIds(recovery_input_ids, recovery_attention_mask, recovery_rule, recovery_words)
         compressed = self._compress(inputs, question, section)
         return compressed.inputs, compressed.record
 
@@ -267,9 +272,9 @@ class RecCompMixin(FrontMixin):
                 "attention_mask": cut(attention_mask, source, 0),
             }
             if labels is not None:
-                shortened["labels"] = cut(labels, source, -100)
+                shortened["labels"] = cut(labels.long(), source, -100)
             if inputs.get("shift_labels") is not None:
-                shortened["shift_labels"] = cut_shifted(inputs["shift_labels"], splice, source)
+                shortened["shift_labels"] = cut_shifted(inputs["shift_labels"].long(), splice, source)
             if section.position_ids == "original":
                 shortened["position_ids"] = original_positions(
                     position_ids, placeholders, tokens.places.to(source.device), source

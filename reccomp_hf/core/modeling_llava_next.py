@@ -23,6 +23,7 @@ from .layout import NEWLINE, ImageLayout
 from .modeling import RecCompMixin
 from .outputs import CompressedFields
 from .settings import shown
+from .tensor_checks import check_tensor
 from .tensors import constant
 
 
@@ -102,6 +103,8 @@ def _pairs(image_sizes: Any) -> list[list[int]]:
     Raises:
         ValueError: Anything but pairs of whole, positive numbers of pixels.
     """
+    if isinstance(image_sizes, Tensor):
+        check_tensor("image_sizes", image_sizes)
     values = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
     try:
         pairs = [[int(number) for number in size] for size in values]

@@ -15,9 +15,10 @@ from .configuration import TokenRecoveryConfig
 from .features import Sizes, TokenRecoveryOutput, TokenSelection, VisualFeatures
 from .layout import ImageLayout
 from .methods.registry import get_method
-from .relevance import class_query_and_keys, patch_embeddings, received_attention, text_similarity
+from .relevance import class_query_and_keys, patch_embeddings, received_attention, text_similarity, word_similarity
 from .tensors import full_precision, pack_rows
 from .vision import EncodedImages, check_states, needed_states, state_indices
+from .words import NO_WORD
 
 
 @dataclasses.dataclass
@@ -25,14 +26,16 @@ class Question:
     """The questions about the tiles of a batch. R questions, T tiles.
 
     Args:
-        input_ids: (R, W, L) int64, the questions as the text encoder's tokens, in windows.
-        windows: (R, W) bool, windows that hold text.
+        input_ids: (R, W, L) int64, the questions as the text encoder's tokens, in windows; `None` if it reads none.
+        windows: (R, W) bool, windows that hold text; `None` without them.
         rows: (T,) int64, the question of each tile.
+        words: (R, M) int64, the questions' words as LLaVA's tokens, -1 for padding; `None` if none are read.
     """
 
-    input_ids: Tensor
-    windows: Tensor
+    input_ids: Tensor | None
+    windows: Tensor | None
     rows: Tensor
+    words: Tensor | None = None
 
 
 class Bounds(NamedTuple):
@@ -222,6 +225,7 @@ def choose_tokens(
     *,
     num_heads: int,
     projector: Callable[[Tensor], Tensor],
+    embedding: Callable[[Tensor], Tensor],
 ) -> Choice:
     """Choose the tokens of encoded images by the modules of a CLIP vision tower; nothing is read from the device.
 
@@ -234,6 +238,7 @@ def choose_tokens(
         feature_layer: The hidden state that LLaVA's projector reads.
         num_heads: Number of attention heads of the tower.
         projector: LLaVA's projector, called here only for a method that reads projected features.
+        embedding: The language model's input embeddings, called here only for a method that reads words.
 
     Raises:
         ValueError: Shapes or settings that do not fit.
@@ -244,7 +249,15 @@ def choose_tokens(
     layout = encoded.layout.to(device).with_newlines(section.newlines)
     encoded = dataclasses.replace(encoded, layout=layout)
     features = visual_features(
-        tower, modules, encoded, question, section, feature_layer, num_heads=num_heads, projector=projector
+        tower,
+        modules,
+        encoded,
+        question,
+        section,
+        feature_layer,
+        num_heads=num_heads,
+        projector=projector,
+        embedding=embedding,
     )
     with record_function("reccomp::select"):
         selection = select_tokens(features, section)
@@ -262,20 +275,24 @@ def visual_features(
     *,
     num_heads: int,
     projector: Callable[[Tensor], Tensor],
+    embedding: Callable[[Tensor], Tensor],
 ) -> VisualFeatures:
     """The features that the method reads; arguments as in [`choose_tokens`]."""
     states, indices = encoded.states, state_indices(section, feature_layer, len(tower.encoder.layers))
     hidden_states = states[indices.projector][:, 1:]
     # The parts of a model may be on several devices: the choice is made on the device of the chosen features.
-    device, similarity, projected, received = hidden_states.device, None, None, None
+    device, similarity, words, projected, received = hidden_states.device, None, None, None, None
     method, blocks = get_method(section.method), tower.encoder.layers
     with torch.no_grad():
         query, keys = class_query_and_keys(blocks[indices.saliency], states[indices.saliency])
-        if question is not None:
+        if question is not None and not method.reads_words:
             similarity = question_similarity(tower, modules, states[indices.relevance], question, section).to(device)
         if method.reads_projected:
             with record_function("reccomp::projector"):
                 projected = projector(hidden_states).to(device)
+        if question is not None and method.reads_words:
+            assert projected is not None
+            words = similarity_of_words(question, projected, embedding)
         if method.object_block is not None:
             received = torch.stack(
                 [
@@ -296,6 +313,7 @@ def visual_features(
         projected=projected,
         received=received,
         class_state=states[indices.projector][:, 0] if method.reads_class_token else None,
+        word_similarity=words,
     )
     check_features(features, section)
     return features
@@ -321,6 +339,8 @@ def question_similarity(
     """
     if modules is None:
         raise ValueError("This checkpoint is visual-only: token_recovery.text_encoder_config is null.")
+    assert question.input_ids is not None
+    assert question.windows is not None
     projection = modules.visual_projection
     with record_function("reccomp::text_encoder"):
         text = modules.embed_question(question.input_ids, getattr(section.options, "pooling", "end"))
@@ -338,12 +358,33 @@ def question_similarity(
     return similarity / scale
 
 
+def similarity_of_words(question: Question, projected: Tensor, embedding: Callable[[Tensor], Tensor]) -> Tensor:
+    """Cosines of every tile's projected patches (T, N, D) with the words of the question asked about it.
+
+    Args:
+        question: Questions with M tokens of words.
+        projected: The projected patches.
+        embedding: The language model's input embeddings.
+
+    Returns:
+        (T, M, N) float32; -inf in the rows of padding.
+    """
+    assert question.words is not None
+    with record_function("reccomp::words"):
+        words = embedding(question.words.clamp(min=0)).to(projected.device)
+        rows = question.rows.to(projected.device)
+        exists = (question.words != NO_WORD).to(projected.device)
+        with full_precision(projected):
+            return word_similarity(words[rows], exists[rows], projected)
+
+
 __all__ = [
     "Choice",
     "PictureTokens",
     "Question",
     "choose_tokens",
     "question_similarity",
+    "similarity_of_words",
     "visual_features",
     "window_mask",
 ]

@@ -2,14 +2,15 @@
 
 All fields of the stock processors stay as they are. With a recovery tokenizer (the CLIP tokenizer of the model's text
 encoder) they add `recovery_input_ids` and `recovery_attention_mask` (rows, windows, length): the question alone, or
-with `recovery_turns="all"` all questions, without system prompt, answers or answer instructions. For a model with
-rules they add `recovery_rule` (rows,), the rule that the row's last question begins like.
+with `recovery_turns="all"` all questions, without system prompt, answers or answer instructions; and `recovery_words`
+(rows, tokens), its words as LLaVA's tokens. For a model with rules they add `recovery_rule` (rows,), the rule that the
+row's last question begins like.
 """
 
 import functools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from .questions import (
     check_question_tokenizer,
     check_turns,
     choose_questions,
+    converted,
     encode_windows,
     find_turn_markers,
     given_questions,
@@ -35,8 +37,9 @@ from .questions import (
 from .recovery_tokenizer import RECOVERY_TOKENIZER_FOLDER, cached_path, load_recovery_tokenizer, window_length
 from .remote_code import write_sources
 from .rules import check_rules, find_rule
+from .words import encode_words
 
-_RECOVERY_INPUT_NAMES = ("recovery_input_ids", "recovery_attention_mask")
+_RECOVERY_INPUT_NAMES = ("recovery_input_ids", "recovery_attention_mask", "recovery_words")
 _RULE = "recovery_rule"
 _CALL_OPTIONS = ("recovery_text", "recovery_turns", "recovery_rules")
 
@@ -141,9 +144,7 @@ class RecCompProcessorMixin(ProcessorMixin):
             **kwargs: passed to the stock processor; `return_tensors` applies to the added fields too.
 
         Returns:
-            The stock fields and, with a recovery tokenizer and `text`, `recovery_input_ids` and
-            `recovery_attention_mask`, int64 (rows, windows, recovery_max_length); with rules and `text` also
-            `recovery_rule`, int64 (rows,), -1 where none fits the question (of several the last).
+            The stock fields and, with a recovery tokenizer and `text`, those of `encode_questions`.
 
         Raises:
             ValueError: a row with images and no question, not one `recovery_text` per row, unknown turns, or rules
@@ -156,9 +157,8 @@ class RecCompProcessorMixin(ProcessorMixin):
             return encoding
         prompts = [text] if isinstance(text, str) else [row if isinstance(row, str) else " ".join(row) for row in text]
         questions = self.questions_of_prompts(prompts, recovery_text, turns)
-        convert = _converter(encoding["input_ids"])
         fields = self._fields(questions, recovery_rules)
-        encoding.update({name: convert(field) for name, field in fields.items()})
+        encoding.update({name: converted(field, encoding["input_ids"]) for name, field in fields.items()})
         return encoding
 
     def apply_chat_template(self, conversation: Sequence[Any], chat_template: str | None = None, **kwargs: Any) -> Any:
@@ -225,7 +225,8 @@ class RecCompProcessorMixin(ProcessorMixin):
 
         Returns:
             `recovery_input_ids` and `recovery_attention_mask`, int64 (rows, windows, recovery_max_length), with a
-            recovery tokenizer; and with rules `recovery_rule`, int64 (rows,).
+            recovery tokenizer, and `recovery_words`, int64 (rows, tokens), -1 for padding; with rules `recovery_rule`,
+            int64 (rows,), -1 where none fits the question (of several the last).
         """
         return {name: torch.from_numpy(field) for name, field in self._fields(questions, recovery_rules).items()}
 
@@ -245,7 +246,8 @@ class RecCompProcessorMixin(ProcessorMixin):
         fields, rules = {}, self._rules(recovery_rules)
         if self._recovery_tokenizer is not None:
             windows = encode_windows(self._recovery_tokenizer, self.recovery_max_length or 0, questions)
-            fields = dict(zip(_RECOVERY_INPUT_NAMES, windows, strict=True))
+            words = encode_words(self.tokenizer, questions)
+            fields = dict(zip(_RECOVERY_INPUT_NAMES, (*windows, words), strict=True))
         if rules:
             fields[_RULE] = np.array([find_rule(rules, asked) for asked in questions], dtype=np.int64)
         return fields
@@ -388,13 +390,6 @@ class LlavaRecCompProcessor(RecCompProcessorMixin, LlavaProcessor):
 
 class LlavaNextRecCompProcessor(RecCompProcessorMixin, LlavaNextProcessor):
     """Processor of `llava_next_reccomp` models: LLaVA-NeXT's own, and the question for the text encoder."""
-
-
-def _converter(example: Any) -> Callable[[np.ndarray], Any]:
-    """A function that turns an array into what the stock processor returned: a tensor, an array or nested lists."""
-    if isinstance(example, torch.Tensor):
-        return torch.from_numpy
-    return np.asarray if isinstance(example, np.ndarray) else np.ndarray.tolist
 
 
 __all__ = ["LlavaNextRecCompProcessor", "LlavaRecCompProcessor", "RecCompProcessorMixin"]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import CLIPTextConfig
 
 from .settings import shown
@@ -22,6 +23,8 @@ TURNS = ("last", "all")
 LARGEST_IS_END = 2
 """`eos_token_id` of published CLIP configs, which stands for the largest id of a text."""
 
+_UNREAD_PARTS = ("video", "audio")
+"""Types of a message's parts that a LLaVA's chat template would leave out in silence."""
 _PROBES = ("Is there a red circle?", "How many blue squares are on the left?")
 _LEAST_SHARE = 0.9  # of a vocabulary, whose size may be padded
 
@@ -65,6 +68,10 @@ def check_messages(messages: Any) -> None:
                 f"{{'type': 'text', 'text': ...}}, got {shown(content)}."
             )
         for part in parts:
+            if not isinstance(part.get("type"), str) or part["type"] in _UNREAD_PARTS:
+                raise ValueError(
+                    f"A part of message {number} of a chat must be of type 'text' or 'image', got {shown(part)}."
+                )
             if part.get("type") == "text" and not isinstance(part.get("text"), str):
                 raise ValueError(f"A text part of message {number} of a chat needs a text, got {shown(part)}.")
 
@@ -167,6 +174,13 @@ def encode_windows(
             ids[row, column, : len(wrapped)] = wrapped
             mask[row, column, : len(wrapped)] = 1
     return ids, mask
+
+
+def converted(field: np.ndarray, example: Any) -> Any:
+    """An array as the kind of a field that a stock processor returned: a tensor, an array or nested lists."""
+    if isinstance(example, torch.Tensor):
+        return torch.from_numpy(field)
+    return field if isinstance(example, np.ndarray) else field.tolist()
 
 
 def check_question_tokenizer(tokenizer: Any, encoder: Mapping[str, Any]) -> None:
@@ -285,6 +299,7 @@ __all__ = [
     "check_question_tokenizer",
     "check_turns",
     "choose_questions",
+    "converted",
     "encode_windows",
     "find_turn_markers",
     "given_questions",

@@ -8,6 +8,8 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
+from .settings import is_int, shown
+
 RECOVERY_TOKENIZER_FOLDER = "recovery_tokenizer"
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")
@@ -26,11 +28,13 @@ def window_length(tokenizer: Any, length: int | None) -> int | None:
                 "text encoder, or recovery_max_length=None for a visual-only model."
             )
         return None
+    if not hasattr(tokenizer, "model_max_length"):
+        raise ValueError(f"recovery_tokenizer must be a CLIP tokenizer or None, got {shown(tokenizer)}.")
     length = tokenizer.model_max_length if length is None else length
-    if not 3 <= length <= 1_000_000:
+    if not is_int(length) or not 3 <= length <= 1_000_000:
         raise ValueError(
             f"recovery_max_length must be the number of positions of the text encoder (77 for CLIP, at least 3): "
-            f"got {length}."
+            f"got {shown(length)}."
         )
     return length
 

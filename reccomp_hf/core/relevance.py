@@ -134,6 +134,21 @@ def text_similarity(patches: Tensor, text: Tensor, windows: Tensor, sign: int, c
     return (sign * products).masked_fill(~windows.unsqueeze(1), -torch.inf).amax(-1)
 
 
+def word_similarity(words: Tensor, exists: Tensor, patches: Tensor) -> Tensor:
+    """Cosines of words and patches in the language model's space.
+
+    Args:
+        words: (B, M, D) embeddings of the tokens of a question's words.
+        exists: (B, M) bool, tokens that are not padding.
+        patches: (B, N, D) projected patches.
+
+    Returns:
+        (B, M, N) float32; -inf in the rows of padding.
+    """
+    words, patches = normalize(words.float(), dim=-1), normalize(patches.float(), dim=-1)
+    return (words @ patches.transpose(1, 2)).masked_fill(~exists.unsqueeze(-1), -torch.inf)
+
+
 __all__ = [
     "class_query_and_keys",
     "class_saliency",
@@ -141,4 +156,5 @@ __all__ = [
     "received_attention",
     "relevance_state",
     "text_similarity",
+    "word_similarity",
 ]

@@ -8,12 +8,11 @@ a folder that was made without them.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
 from typing import Any
-
-from transformers.dynamic_module_utils import get_relative_import_files
 
 HEAD_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForMultimodalLM")
 
@@ -23,6 +22,7 @@ _ENTRIES = ("configuration", "modeling_llava", "modeling_llava_next", "processin
 """Modules that an `auto_map` names."""
 _SUFFIX = "_reccomp"
 _RELATIVE_IMPORT = re.compile(r"^(\s*from )(\.+)([\w.]+)( import .*)$")
+_IMPORTED_FILE = re.compile(r"^[ \t]*from[ \t]+\.(\w+)[ \t]+import\b", re.MULTILINE)
 
 
 def model_auto_map(model_type: str) -> dict[str, str]:
@@ -88,14 +88,17 @@ def write_sources(folder: str | Path) -> list[Path]:
 
 def code_files(folder: Path) -> list[Path]:
     """The files of a folder that are code of ours, whatever version wrote them: the entry files and their imports."""
-    entries = [folder / f"{name}{_SUFFIX}.py" for name in _ENTRIES]
-    present = [entry for entry in entries if entry.is_file()]
-    imported = {Path(file) for entry in present for file in _relative_imports(entry)}
-    return sorted({*present, *(file for file in imported if file.is_file())})
+    found: set[Path] = set()
+    new = {folder / f"{name}{_SUFFIX}.py" for name in _ENTRIES}
+    while new := {file for file in new - found if file.is_file()}:
+        found |= new
+        new = {folder / f"{name}.py" for file in new for name in _IMPORTED_FILE.findall(_text(file))}
+    return sorted(found)
 
 
+@functools.cache
 def flat_sources() -> dict[str, str]:
-    """File name -> text of the code as a checkpoint carries it."""
+    """File name -> text of the code as a checkpoint carries it; read once a process, not to be changed."""
     here = Path(__file__).parent
     if Path(__file__).stem.endswith(_SUFFIX):  # this is a checkpoint's own copy
         return {file.name: file.read_text(encoding="utf-8") for file in here.glob(f"*{_SUFFIX}.py")}
@@ -122,13 +125,6 @@ def _flat_import(line: str, parts: tuple[str, ...], names: dict[tuple[str, ...],
     return f"{start}.{names[target]}{rest}"
 
 
-def _relative_imports(entry: Path) -> list[str]:
-    try:
-        return get_relative_import_files(entry)
-    except OSError:  # a file that another one imports is missing
-        return []
-
-
 def _enter(file: Path, auto_map: dict[str, str]) -> None:
     """Add entries to the `auto_map` of a JSON file; a file that has them is left untouched."""
     fields = _read(file)
@@ -139,7 +135,11 @@ def _enter(file: Path, auto_map: dict[str, str]) -> None:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
+    return json.loads(_text(file))
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
 
 
 __all__ = [

@@ -91,7 +91,7 @@ def read_rules(section: Any) -> None:
         ValueError: A rule is malformed, or the section would not be valid with its fields; the message names it.
     """
     own = vars(section)
-    if not section.rules:
+    if isinstance(section.rules, list | tuple) and not section.rules:
         for name in ("_rules_read", "_without_rules", "_of_rules"):
             own.pop(name, None)
         return

@@ -1,25 +1,15 @@
-"""Tensor tools that the methods share: choosing entries of each row by score or by distance, gathering, averaging."""
+"""Tensor tools that the methods share: choosing entries of each row by score, gathering, averaging, distances."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-
-_PRODUCTS_AT_ONCE = 5
-"""Ratio of the speeds of a matrix product and of single rows' products on one CPU thread, rounded up."""
-_LARGEST_TABLE = 1024
-"""Patches of an image of which all products with each other are kept elsewhere."""
-_BLOCK_BYTES = 4 * 2**20
-"""Features that a greedy loop reads in every step on a CPU: more would not stay in its cache."""
-_BLOCKS = 4
-"""Blocks of an image's patches of which a CPU computes the products one by one."""
 
 _USED: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar("_USED", default=None)
 
@@ -38,7 +28,7 @@ def constant(like: Tensor, make: Callable[..., Any], *arguments: Any) -> Tensor:
     Returns:
         A shared tensor: it must not be changed.
     """
-    if _is_traced(like):
+    if is_traced(like):
         return torch.as_tensor(make(*arguments)).to(like.device)
     tensor = _kept_constant(like.device, make, _types(arguments), *arguments)
     if (constants := _USED.get()) is not None:
@@ -48,10 +38,11 @@ def constant(like: Tensor, make: Callable[..., Any], *arguments: Any) -> Tensor:
 
 def reads_are_free(like: Tensor) -> bool:
     """Whether values of a tensor may be read: on a CPU, by code that is neither traced nor recorded."""
-    return like.device.type == "cpu" and not _is_traced(like) and _USED.get() is None
+    return like.device.type == "cpu" and not is_traced(like) and _USED.get() is None
 
 
-def _is_traced(like: Tensor) -> bool:
+def is_traced(like: Tensor) -> bool:
+    """Whether code that gets this tensor is traced, by `torch.compile`, `torch.export` or fake tensors."""
     return torch.compiler.is_compiling() or type(like) is not Tensor
 
 
@@ -178,165 +169,18 @@ def farthest(grid: tuple[int, int]) -> int:
     return (grid[0] + grid[1]) ** 2
 
 
-def farthest_points(distance: Tensor, candidates: Tensor, counts: Tensor, grid: tuple[int, int], steps: int) -> Tensor:
-    """Spread `counts` patches evenly: each is the candidate farthest from everything kept so far.
-
-    A row holds one grid or several in sequence; cells of different grids count as farther apart than cells of one grid
-    can be. The loop runs over steps, for all rows at once. Among equally far candidates the first one is taken.
-
-    Args:
-        distance: (B, cells) int64, squared distance of every cell to the kept cells, from `squared_distances`.
-        candidates: (B, cells) bool, patches to choose from.
-        counts: (B,) int, how many to choose.
-        grid: (rows, columns) of one grid.
-        steps: The largest of `counts`.
-
-    Returns:
-        (B, cells) bool.
-    """
-    cell = torch.arange(candidates.shape[1], device=candidates.device)
-    area = grid[0] * grid[1]
-    # Grids lie so far apart that a kept cell of one grid is never the nearest to a cell of another.
-    row = highest_precision(cell % area // grid[1] + 2 * (grid[0] + grid[1]) * (cell // area))
-    column, one = highest_precision(cell % grid[1]), row.new_ones(row.shape)
-    length = row.square() + column.square()
-    # The squared distance of a pick p and a cell x as one product of rows: |p|^2 - 2 p x + |x|^2, exact for integers.
-    picked, cells = torch.stack([length, -2 * row, -2 * column, one], -1), torch.stack([one, row, column, length])
-    gap = highest_precision(distance).masked_fill(~candidates, -1)  # -1: not to be chosen; 0 once it is chosen
-    picks = []
-    for _ in range(steps):
-        picks.append(pick := gap.argmax(-1))  # (B,)
-        gap = torch.minimum(gap, picked[pick] @ cells)
-    return first_picks(picks, counts, candidates)
-
-
-def herd_patches(units: Tensor, members: Tensor, candidates: Tensor, counts: Tensor, steps: int) -> Tensor:
-    """Choose `counts` patches whose mean stays as close as possible to the mean of all members.
-
-    Kernel herding (Welling, ICML 2009) with the linear kernel. The loop runs over steps, for all rows at once. Among
-    equal candidates the first one is taken.
-
-    Args:
-        units: (B, N, C) float32 features of length 1.
-        members: (B, N) bool, patches whose mean is approximated.
-        candidates: (B, N) bool, patches to choose from.
-        counts: (B,) int, how many to choose; no more than there are candidates.
-        steps: No entry of `counts` is larger.
-
-    Returns:
-        (B, N) bool.
-    """
-    return in_blocks(_herd, (units, members, candidates, counts), steps)
-
-
-def _herd(units: Tensor, members: Tensor, candidates: Tensor, counts: Tensor, steps: int) -> Tensor:
-    """`herd_patches` of some rows."""
-    patches = units.transpose(1, 2)  # (B, C, N)
-    share = members.to(units.dtype) / members.sum(-1, keepdim=True).clamp(min=1)
-    mean = share.unsqueeze(1) @ units  # (B, 1, C)
-    toward = 2 * (mean @ patches)  # (B, 1, N)
-    if products_one_by_one(units, steps):
-
-        def add_change(gain: Tensor, pick: Tensor) -> Tensor:
-            return torch.baddbmm(gain, take_row(units, pick) - mean, patches, alpha=-2).scatter_(-1, pick, -torch.inf)
-    else:
-        table = torch.baddbmm(toward, units, patches, alpha=-2)  # (B, N, N)
-        table.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-
-        def add_change(gain: Tensor, pick: Tensor) -> Tensor:
-            return gain + take_row(table, pick)
-
-    # How much closer a patch brings the sum of the chosen ones to a multiple of the mean that grows with every step.
-    gain = toward - torch.linalg.vector_norm(units, dim=-1).square().unsqueeze(1)
-    gain = gain.masked_fill(~candidates.unsqueeze(1), -torch.inf)  # (B, 1, N)
-    picks = []
-    for _ in range(steps):
-        picks.append(pick := gain.argmax(-1, keepdim=True))  # (B, 1, 1)
-        gain = add_change(gain, pick)
-    return first_picks(picks, counts, candidates)
-
-
-def in_blocks(
-    choose: Callable[..., Tensor], arguments: tuple[Tensor, ...], steps: int, row_bytes: int | None = None
-) -> Tensor:
-    """Run a greedy loop for all rows at once; on a CPU for as many as fit into its cache, and no longer than needed.
-
-    Args:
-        choose: `choose(*arguments, steps)` chooses patches in `steps` steps: (B, N) bool.
-        arguments: Tensors of B rows each, the features first and the numbers of patches to choose, (B,), last.
-        steps: No number is larger.
-        row_bytes: Bytes that a step reads of a row; by default those of its features.
-    """
-    features, counts = arguments[0], arguments[-1]
-    if not reads_are_free(features) or not len(features):
-        return choose(*arguments, steps)
-    rows = max(1, _BLOCK_BYTES // max(1, features[0].nbytes if row_bytes is None else row_bytes))
-    blocks = [torch.split(argument, rows) for argument in arguments]
-    # The largest count by the length of a histogram, not by item(): tests refuse reads, with a CPU in place of a GPU.
-    longest = [len(block.bincount()) - 1 for block in counts.split(rows)]
-    return torch.cat([choose(*block, most) for *block, most in zip(*blocks, longest, strict=True)])
-
-
-def products_one_by_one(vectors: Tensor, steps: int) -> bool:
-    """Whether to multiply each pick with all patches rather than all with all: few picks on a CPU, else many patches.
-
-    Args:
-        vectors: (B, N, C).
-        steps: Number of picks.
-    """
-    least = _PRODUCTS_AT_ONCE * steps if vectors.device.type == "cpu" else _LARGEST_TABLE + 1
-    return vectors.shape[1] >= least
-
-
-def products_of_all(vectors: Tensor) -> Tensor:
-    """Products of all vectors of a row with each other: (B, N, C) -> (B, N, N), alike both ways but for rounding.
-
-    On a CPU, where a product takes the longest, those of different blocks are computed once and copied.
-    """
-    count = vectors.shape[1]
-    if vectors.device.type != "cpu":
-        return vectors @ vectors.transpose(1, 2)
-    products = vectors.new_empty(len(vectors), count, count)
-    ends = [count * block // _BLOCKS for block in range(_BLOCKS + 1)]
-    for start, end in itertools.pairwise(ends):
-        products[:, start:end, start:] = vectors[:, start:end] @ vectors[:, start:].transpose(1, 2)
-        products[:, end:, start:end] = products[:, start:end, end:].transpose(1, 2)
-    return products
-
-
-def take_row(values: Tensor, pick: Tensor) -> Tensor:
-    """One entry of each row: (B, N, C) at (B, 1, 1) -> (B, 1, C)."""
-    return values.gather(1, pick.expand(-1, -1, values.shape[-1]))
-
-
-def first_picks(picks: list[Tensor], counts: Tensor, candidates: Tensor) -> Tensor:
-    """(B, N) bool: the first `counts` of the picks, B indices each, as far as they are candidates."""
-    if not picks:
-        return torch.zeros_like(candidates)
-    taken = torch.arange(len(picks), device=counts.device) < counts.unsqueeze(-1)  # (B, steps)
-    order = torch.stack(picks, -1).view_as(taken)
-    times = torch.zeros_like(candidates, dtype=torch.long).scatter_add(-1, order, taken.long())
-    return (times > 0) & candidates
-
-
 __all__ = [
     "cluster_means",
     "constant",
-    "farthest_points",
-    "first_picks",
     "full_precision",
     "gather_rows",
-    "herd_patches",
     "highest_precision",
-    "in_blocks",
+    "is_traced",
     "nonzero_first",
     "pack_rows",
     "positions",
-    "products_of_all",
-    "products_one_by_one",
     "reads_are_free",
     "squared_distances",
-    "take_row",
     "top_mask",
     "used_constants",
 ]

@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from .checks import check_known_ids, check_supported
+from .checks import check_supported
 from .compat import key_options, rename_vision_key
 from .questions import LARGEST_IS_END
+from .tensor_checks import check_known_ids
 from .tensors import reads_are_free
 
 _SKIP_LISTS = ("modules_to_not_convert", "llm_int8_skip_modules")  # TorchAO's and most others', bitsandbytes'

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .compat import run_block
 from .layout import PADDING, ImageLayout
-from .methods.registry import get_method, reads_question
+from .methods.registry import get_method, reads_encoded_question
 from .relevance import relevance_state
 from .settings import Settings
+from .tensor_checks import check_tensor
 
 
 @dataclasses.dataclass
@@ -93,13 +94,14 @@ def state_indices(settings: Settings, feature_layer: int, blocks: int) -> StateI
 def needed_states(section: Settings, feature_layer: int, blocks: int, text: bool) -> set[int]:
     """The distinct indices of `state_indices` under a section's settings and all of its rules.
 
-    That for the question is left out where settings do not read it, or `text`, whether there is one, is false.
+    That for the question is left out where settings do not read it as the text encoder gives it, or `text`, whether
+    there is one, is false.
     """
     needed: set[int] = set()
     for settings in section.all_settings:
         indices = state_indices(settings, feature_layer, blocks)
         needed |= {indices.projector, indices.saliency, indices.objects}
-        needed |= {indices.relevance} if text and reads_question(settings) else set()
+        needed |= {indices.relevance} if text and reads_encoded_question(settings) else set()
     return needed
 
 
@@ -138,18 +140,23 @@ def check_states(states: dict[int, Tensor], needed: set[int]) -> None:
         )
 
 
-def check_not_empty(pixel_values: Any) -> None:
+def check_not_empty(pixel_values: Any, channels: int) -> None:
     """Refuse a batch of no images, and one that is not as a processor returns it.
 
     Raises:
-        ValueError: `pixel_values` is not a tensor of at least 4 dimensions, or has no rows.
+        ValueError: `pixel_values` is not a tensor of numbers of at least 4 dimensions and `channels`, or has no
+            rows.
     """
-    if not isinstance(pixel_values, Tensor) or pixel_values.ndim < 4:
-        shape = f" of shape {tuple(pixel_values.shape)}" if isinstance(pixel_values, Tensor) else ""
+    is_tensor = isinstance(pixel_values, Tensor)
+    if not is_tensor or pixel_values.ndim < 4 or pixel_values.shape[-3] != channels:
+        shape = f" of shape {tuple(pixel_values.shape)}" if is_tensor else ""
         raise ValueError(
-            "pixel_values must be a tensor (images, ..., 3, height, width), got "
+            f"pixel_values must be a tensor (images, ..., {channels}, height, width), got "
             f"{type(pixel_values).__name__}{shape}: call the processor with return_tensors='pt'."
         )
+    check_tensor("pixel_values", pixel_values)
+    if pixel_values.dtype == torch.bool:
+        raise ValueError("pixel_values must be numbers, got torch.bool: pass them as the processor returns them.")
     if not len(pixel_values):
         raise ValueError(
             f"pixel_values hold no image, got shape {tuple(pixel_values.shape)}: leave pixel_values out of a call "

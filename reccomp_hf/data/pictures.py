@@ -7,13 +7,11 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..core.greyscale import eight_bits, is_deep
+from ..core.greyscale import SMALLEST_SIDE, check_proportions, eight_bits, is_deep
 
 WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 FORMATS = (*WEB_FORMATS, "TIFF")
 """Formats that are read; Pillow reads some others with external programs."""
-_SMALLEST_SIDE = 8  # pixels; transformers mistakes an array of 3 rows for one of 3 channels
-_LARGEST_RATIO = 100  # longer to shorter side; processors enlarge the shorter side to the model's before they crop
 
 
 def open_picture(file: Any, formats: tuple[str, ...] = FORMATS, most_pixels: int | None = None) -> Image.Image:
@@ -52,7 +50,7 @@ def picture_size(file: Any) -> tuple[int, int]:
     """
     _check_regular(file)
     with Image.open(file, formats=FORMATS) as image:
-        _check_proportions(image)
+        check_proportions(*image.size)
         return image.size
 
 
@@ -66,13 +64,13 @@ def upright_rgb(image: Image.Image) -> Image.Image:
             below 8 pixels count as 8): processors would enlarge it to gigabytes before they crop it.
         OSError: The pixels cannot be decoded.
     """
-    _check_proportions(image)  # before anything is decoded
+    check_proportions(*image.size)  # before anything is decoded
     upright = eight_bits(image) if is_deep(image) else ImageOps.exif_transpose(image)
     if upright.mode == "P":  # a palette may hold transparency, which Pillow drops with a warning otherwise
         upright = upright.convert("RGBA")
     rgb = upright.convert("RGB")
-    if min(rgb.size) < _SMALLEST_SIDE:
-        rgb = rgb.resize((max(rgb.width, _SMALLEST_SIDE), max(rgb.height, _SMALLEST_SIDE)))
+    if min(rgb.size) < SMALLEST_SIDE:  # transformers mistakes an array of 3 rows for one of 3 channels
+        rgb = rgb.resize((max(rgb.width, SMALLEST_SIDE), max(rgb.height, SMALLEST_SIDE)))
     return rgb
 
 
@@ -80,12 +78,6 @@ def _check_regular(file: Any) -> None:
     """Refuse folders, and pipes and devices, from which reading might never end."""
     if isinstance(file, str | os.PathLike) and os.path.exists(file) and not os.path.isfile(file):
         raise OSError("it is a folder" if os.path.isdir(file) else "it is not a regular file")
-
-
-def _check_proportions(image: Image.Image) -> None:
-    shorter, longer = sorted(max(side, _SMALLEST_SIDE) for side in image.size)
-    if longer > _LARGEST_RATIO * shorter:
-        raise ValueError(f"it has {_pixels(image)}; the longer side may be {_LARGEST_RATIO} times the shorter one")
 
 
 def _pixels(image: Image.Image) -> str:

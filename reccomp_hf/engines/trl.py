@@ -75,7 +75,7 @@ class CompressedTrainerMixin:
     ) -> Any:
         """The trainer's own method, on a model that is given the questions."""
         questions = {}
-        for name in ("recovery_input_ids", "recovery_attention_mask", "recovery_rule"):
+        for name in ("recovery_input_ids", "recovery_attention_mask", "recovery_rule", "recovery_words"):
             kwargs.pop(name, None)  # of the processor; the trainer's method does not take them
         if kwargs.get("pixel_values") is not None:
             questions = self._questions(input_ids[:, :-logits_to_keep], attention_mask[:, :-logits_to_keep])

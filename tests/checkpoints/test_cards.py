@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import tiny
-from architectures import LLAVA, each_architecture
+from architectures import LLAVA, assert_clear_choices, each_architecture
 from huggingface_hub import ModelCard
 from saved import save_checkpoint
 
@@ -303,7 +303,7 @@ def test_a_measured_count_enters_the_cost():
 
 @each_architecture
 def test_counts_are_those_of_the_whole_model(architecture, tmp_path):
-    path = save_checkpoint(tmp_path / "paper", architecture)
+    path = save_checkpoint(tmp_path / "paper", architecture, outlier_threshold=1.7)
     counts = measure_tokens(path, scenes=3)
     whole = _counts_of_the_whole_model(architecture, 3)
     assert counts["mean"] == pytest.approx(sum(whole) / 3)
@@ -325,7 +325,9 @@ def _counts_of_the_whole_model(architecture, scenes):
         question = questions(scene, seed)[index].text
         text = f"USER: <image>\n{question} ASSISTANT:"
         inputs = architecture.processor()(images=[scene.image], text=[text], return_tensors="pt")
-        found += [int(record.counts.sum()) for record in architecture.compressed().recover(**inputs)]
+        setting, model = {"outlier_threshold": 1.7}, architecture.compressed()
+        assert_clear_choices(model, inputs, setting)
+        found += [int(record.counts.sum()) for record in model.recover(**inputs, token_recovery=setting)]
     return found
 
 

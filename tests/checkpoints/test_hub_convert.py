@@ -37,13 +37,14 @@ def sources(hub, folders):
     return f"org/llava@{revision}", "org/clip"
 
 
-def run(hub, home, *arguments):
-    """A process that knows of the Hub by its environment alone."""
+def logits_of_a_stranger(hub, home, name):
+    """What a process without the package, which knows of the Hub by its environment alone, has of a repository."""
     environment = hub_client.environment(hub.url, home, PYTHONPATH=f"{INSTALLED}:{SUPPORT}")
-    command = [sys.executable, *map(str, arguments)]
+    result = home.parent / "result.pt"
+    command = [sys.executable, SUPPORT / "hub_child.py", name, PROMPT, result]
     done = subprocess.run(command, cwd=home.parent, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    return done
+    return torch.load(result, weights_only=True)
 
 
 @torch.no_grad()
@@ -52,11 +53,12 @@ def logits_of(name):
     return model(**processor(images=tiny.pictures(1)[0], text=PROMPT, return_tensors="pt")).logits
 
 
-def test_one_command_and_a_stranger(hub, sources, tmp_path):
-    home, output = tmp_path / "home", tmp_path / "out"
+def test_one_command_and_a_stranger(hub, sources, tmp_path, capsys):
+    output = tmp_path / "out"
     options = ["--set", "budget=24", "--push", "me/model", "--private", "--revision", "b24"]
-    done = run(hub, home, "-m", "reccomp_hf", "convert", *sources, output, *options)
-    assert f"{hub.url}/me/model/tree/b24" in done.stdout
+    assert cli.main(["convert", *sources, str(output), *options]) == 0
+    said = capsys.readouterr().out
+    assert f"{hub.url}/me/model/tree/b24" in said
     repo = hub.repos["me/model"]
     assert repo.private and len(repo.history("b24")) == 2 and len(repo.history("main")) == 1
     files = repo.files("b24")
@@ -67,12 +69,10 @@ def test_one_command_and_a_stranger(hub, sources, tmp_path):
     assert f"reccomp-hf convert {' '.join(sources)} model" in card.replace(" \\\n   ", "")
     record = json.loads(files["conversion.json"])
     assert (record["llava"], record["clip"], record["fields"]) == (*sources, {"budget": 24})
-    assert record["proof"] in " ".join(done.stdout.split())
+    assert record["proof"] in " ".join(said.split())
     assert any(name.endswith(".safetensors") for name in files)
     repo.commit("main", "as on the branch", repo.at("b24").tree)
-    result = tmp_path / "result.pt"
-    run(hub, tmp_path / "strangers-home", SUPPORT / "hub_child.py", "me/model", PROMPT, result)
-    remote, expected = torch.load(result, weights_only=True), logits_of(output)
+    remote, expected = logits_of_a_stranger(hub, tmp_path / "strangers-home", "me/model"), logits_of(output)
     assert remote["module"].startswith("transformers_modules.")
     assert torch.equal(remote["logits"], expected)
     assert torch.equal(logits_of("me/model"), expected)

@@ -61,7 +61,8 @@ def test_the_processor_counts_as_upstream(folders):
     assert [list(size) for size in ours.image_processor.image_grid_pinpoints] == PINPOINTS
     batch, wanted = encode(MIXED, processor=ours), encode(MIXED, processor=upstream)
     assert all(torch.equal(batch[name], value) for name, value in wanted.items())
-    assert {name for name in batch if name not in wanted} == {"recovery_input_ids", "recovery_attention_mask"}
+    added = {"recovery_input_ids", "recovery_attention_mask", "recovery_words"}
+    assert {name for name in batch if name not in wanted} == added
 
 
 def test_what_was_loaded_runs_as_stock_when_switched_off(folders):

@@ -1,13 +1,15 @@
-"""Checkpoints with the code of an older layout: they load, a push replaces their code, and other files stay."""
+"""Checkpoints with the code of an older layout: they load, a push replaces their code, and other files stay.
+
+That they load without the package is tested in core/test_remote_code.py.
+"""
 
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, LLAVA, MODEL_SETTINGS, each_architecture
-from paths import DATA, SUPPORT
-from remote_runs import assert_same, expected_of, run_child, unexpected
+from architectures import ARCHITECTURES, LLAVA, each_architecture
+from paths import DATA
 from safetensors.torch import load_file
 from saved import OLDER, fixture_values, older_checkpoint, save_checkpoint
 
@@ -18,7 +20,6 @@ from reccomp_hf.core import remote_code
 # huggingface_hub 2.x uploads by `data=` where there is no Xet storage, which its own HTTP library deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")
 
-FEW = {name: MODEL_SETTINGS[name] for name in ("paper", "spread")}
 NEW = remote_code.flat_sources()
 CARD = "---\nlicense: apache-2.0\n---\n# A model\n"
 
@@ -28,11 +29,6 @@ def folders(tmp_path_factory):
     """An older folder of each architecture, not to be changed."""
     root = tmp_path_factory.mktemp("older")
     return {row.name: older_checkpoint(row, root / row.name) for row in ARCHITECTURES}
-
-
-@pytest.fixture(scope="module")
-def without_package(folders, tmp_path_factory):
-    return run_child("blocked", folders, tmp_path_factory.mktemp("without"), [str(SUPPORT)], lambda name: FEW)
 
 
 @pytest.fixture
@@ -64,14 +60,6 @@ def test_the_package_loads_it(architecture, folders):
     assert values.keys() == expected.keys()
     for name, value in values.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5, msg=name)
-
-
-@each_architecture
-def test_its_own_code_loads_it_without_the_package(architecture, folders, without_package):
-    result = without_package[architecture.name]
-    assert result["origins"] == {"remote"}
-    assert unexpected(result["logged"]) == []
-    assert_same(expected_of(folders[architecture.name], FEW), result["values"])
 
 
 def test_an_older_folder_that_is_pushed_gets_the_new_code(hub, older):

@@ -13,7 +13,6 @@ from architectures import (
     assert_same_records,
     each_architecture,
     each_setting,
-    each_side,
     generate,
     labels_of,
     single_runs,
@@ -23,11 +22,21 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, DynamicCache
 
 from reccomp_hf.core.compat import clip_vision_model
-from reccomp_hf.core.methods.registry import get_method
+from reccomp_hf.core.methods.registry import get_method, reads_encoded_question
 from reccomp_hf.core.splicing import counted_positions
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 PICTURES = sum(images for _, images in ROWS)
+# No method is told the side of the padding: text encoder, positions and splicing are. Every setting of theirs is here.
+RIGHT = ("paper", "spread", "visual", "penultimate", "method authors", "method pooling")
+each_setting_and_side = pytest.mark.parametrize(
+    ("setting", "side"),
+    [
+        pytest.param(MODEL_SETTINGS[name], side, id=f"{side}-{name}")
+        for side, names in (("left", MODEL_SETTINGS), ("right", RIGHT))
+        for name in names
+    ],
+)
 
 
 def stock_logits(architecture, short):
@@ -76,8 +85,7 @@ def test_the_batch_has_a_question_of_several_windows():
 
 @torch.no_grad()
 @each_architecture
-@each_setting
-@each_side
+@each_setting_and_side
 def test_the_records_of_a_row_are_those_of_its_single_run(architecture, setting, side):
     model = architecture.compressed()
     records = model.recover(**architecture.encode(side=side), token_recovery=setting)
@@ -88,8 +96,7 @@ def test_the_records_of_a_row_are_those_of_its_single_run(architecture, setting,
 
 @torch.no_grad()
 @each_architecture
-@each_setting
-@each_side
+@each_setting_and_side
 def test_the_compressed_row_of_a_batch_is_its_single_run(architecture, setting, side):
     model = architecture.compressed()
     short = compressed(model, architecture.encode(side=side), setting)
@@ -103,8 +110,7 @@ def test_the_compressed_row_of_a_batch_is_its_single_run(architecture, setting, 
 
 @torch.no_grad()
 @each_architecture
-@each_setting
-@each_side
+@each_setting_and_side
 def test_as_many_placeholders_stay_as_there_are_features(architecture, setting, side):
     model, batch = architecture.compressed(), architecture.encode(side=side)
     short, record = model.compress_inputs(**batch, token_recovery=setting)
@@ -119,8 +125,7 @@ def test_as_many_placeholders_stay_as_there_are_features(architecture, setting, 
 
 @torch.no_grad()
 @each_architecture
-@each_setting
-@each_side
+@each_setting_and_side
 def test_everything_but_placeholders_stays(architecture, setting, side):
     """Row by row: the same text and labels in the same order, padded on the same side, without longer padding."""
     model, batch = architecture.compressed(), architecture.encode(side=side)
@@ -143,8 +148,7 @@ def test_everything_but_placeholders_stays(architecture, setting, side):
 
 @torch.no_grad()
 @each_architecture
-@each_setting
-@each_side
+@each_setting_and_side
 def test_loss_and_logits_are_of_the_shortened_sequence(architecture, setting, side):
     model, batch = architecture.compressed(), architecture.encode(side=side)
     labels = labels_of(model, batch)
@@ -273,7 +277,7 @@ def test_vision_tower_and_projector_run_once(architecture, setting, run):
     tower, projector = clip_vision_model(model.model.vision_tower), model.model.multi_modal_projector
     section = model.config.token_recovery.replace(setting)
     blocks = list(tower.encoder.layers)
-    reads_last = section.text_relevance == "last" and model._reads_question(section)
+    reads_last = section.text_relevance == "last" and reads_encoded_question(section)
     before = [projector] if get_method(section.method).reads_projected else []
     parts = [tower.embeddings, *(blocks if reads_last else blocks[:-1]), *before, projector]
     hooks = [
@@ -301,13 +305,21 @@ def test_encoded_pictures_stand_for_pixels(architecture, setting):
     model, batch = architecture.compressed(), architecture.encode()
     seen = {name: value for name, value in batch.items() if name not in ("pixel_values", "image_sizes")}
     encoded = model.encode_images(batch["pixel_values"], batch.get("image_sizes"), token_recovery=setting)
-    assert generate(model, {**seen, "pixel_values": encoded}, token_recovery=setting).equal(
-        generate(model, batch, token_recovery=setting)
-    )
     ours = model(**seen, pixel_values=encoded, token_recovery=setting)
     assert ours.logits.equal(model(**batch, token_recovery=setting).logits)
     records = model.recover(**seen, pixel_values=encoded, token_recovery=setting)
     assert_same_records(records, model.recover(**batch, token_recovery=setting))
+
+
+@torch.no_grad()
+@each_architecture
+@pytest.mark.parametrize("setting", RIGHT)
+def test_encoded_pictures_generate_as_pixels_do(architecture, setting):
+    model, batch, setting = architecture.compressed(), architecture.encode(), MODEL_SETTINGS[setting]
+    expected = generate(model, batch, token_recovery=setting)
+    sizes = batch.pop("image_sizes", None)
+    batch["pixel_values"] = model.encode_images(batch["pixel_values"], sizes, token_recovery=setting)
+    assert generate(model, batch, token_recovery=setting).equal(expected)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from prefill_elsewhere import DeviceCosts, costs_elsewhere
 from second_device import DEVICE
 from torch._subclasses import FakeTensorMode
 
+from reccomp_hf.core.compat import clip_vision_model
 from reccomp_hf.core.front import FrontPlan
 from reccomp_hf.core.tensors import _kept_constant, constant, used_constants
 
@@ -29,6 +30,8 @@ class Front(torch.nn.Module):
         super().__init__()
         # A model of its own: hooks that transformers adds for a call with hidden states do not compile.
         self.model, batch = architecture.build(), architecture.encode(ROWS)
+        tower = clip_vision_model(self.model.model.vision_tower)
+        tower.encoder.layers = tower.encoder.layers[:2]  # each takes as long to trace
         section = self.model._section(fields)
         question = batch["recovery_input_ids"], batch["recovery_attention_mask"]
         pixels, layout = self.model._layout(batch["pixel_values"], batch.get("image_sizes"))

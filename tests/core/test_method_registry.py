@@ -283,7 +283,8 @@ def test_no_question_is_refused(architecture, name):
     setting, batch, model = fields_of(name), architecture.encode(ROWS[:2]), architecture.compressed()
     without = {key: value for key, value in batch.items() if not key.startswith("recovery")}
     for text_share in (0.0, 0.5):
-        with pytest.raises(ValueError, match=rf"recovery_input_ids is None.*method '{name}' is undefined without one"):
+        refused = rf"recovery_(input_ids|words) is None.*method '{name}' is undefined without one"
+        with pytest.raises(ValueError, match=refused):
             model(**without, token_recovery={**setting, "text_share": text_share})
     mask = torch.zeros_like(batch["recovery_attention_mask"])
     with pytest.raises(ValueError, match=rf"Row 0 has an image but no question.*'{name}' is undefined without one"):

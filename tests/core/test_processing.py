@@ -76,7 +76,7 @@ def test_stock_fields_are_equal(options, padding_side, with_tokenizer):
 def test_next_fields_are_equal():
     inputs = {"images": tiny.pictures(2), "text": [PROMPT, PROMPT], "return_tensors": "pt", "padding": True}
     ours = tiny.recovery_processor(LlavaNextRecCompProcessor)(**inputs)
-    assert [tuple(ours.pop(name).shape) for name in RECOVERY_NAMES] == [(2, 1, 77)] * 2
+    assert [tuple(ours.pop(name).shape) for name in RECOVERY_NAMES] == [(2, 1, 77), (2, 1, 77), (2, 32)]
     assert_same(ours, tiny.stock_next_processor()(**inputs))
 
 
@@ -100,8 +100,8 @@ def test_windows(words, logged):
     question = " ".join(["cat"] * words)
     encoding = tiny.recovery_processor()(text=PLAIN_PROMPT, recovery_text=question, return_tensors="pt")
     assert logged == []
-    ids, mask = (encoding[name] for name in RECOVERY_NAMES)
-    assert ids.dtype == mask.dtype == torch.int64
+    ids, mask, tokens = (encoding[name] for name in RECOVERY_NAMES)
+    assert ids.dtype == mask.dtype == tokens.dtype == torch.int64
     assert ids.tolist() == [clip_windows(question)[0]]
     assert mask.tolist() == [clip_windows(question)[1]]
 
@@ -109,9 +109,10 @@ def test_windows(words, logged):
 def test_rows_with_fewer_windows_get_empty_ones():
     questions = ["cat " * 100, "cat", ""]
     encoding = tiny.recovery_processor()(text=[PLAIN_PROMPT] * 3, recovery_text=questions, padding=True)
-    ids, mask = (np.array(encoding[name]) for name in RECOVERY_NAMES)
+    ids, mask, words = (np.array(encoding[name]) for name in RECOVERY_NAMES)
     assert ids.shape == mask.shape == (3, 2, 77)
     assert mask.sum(-1).tolist() == [[77, 27], [3, 0], [0, 0]]
+    assert (words >= 0).sum(-1).tolist() == [100 * (words[1] >= 0).sum(), (words[1] >= 0).sum(), 0]
     assert (ids[1, 1] == tiny.clip_tokenizer().pad_token_id).all()
 
 
@@ -281,7 +282,7 @@ def test_chat_template_takes_the_last_user_turn(name, logged):
     options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
     encoding = tiny.recovery_processor().apply_chat_template(conversation, **options)
     assert [row[:1] for row in encoding.pop("recovery_input_ids")] == [clip_windows(text)[0] for text in questions]
-    encoding.pop("recovery_attention_mask")
+    del encoding["recovery_attention_mask"], encoding["recovery_words"]
     assert logged == []
     assert_same(encoding, tiny.stock_processor().apply_chat_template(conversation, **options))
     assert conversation == before

@@ -16,6 +16,7 @@ from transformers.utils import hub
 
 from reccomp_hf.core import compat, processing, recovery_tokenizer
 from reccomp_hf.core.processing import LlavaNextRecCompProcessor, LlavaRecCompProcessor
+from reccomp_hf.core.words import encode_words
 
 FIXTURES = ["processor_4x", "processor_5x"]
 PICTURE = tiny.pictures(1)
@@ -153,6 +154,8 @@ def test_folder_of_either_line_gives_the_same_encoding(name):
     processor = LlavaRecCompProcessor.from_pretrained(DATA / name)
     expected = json.loads((DATA / "processor_expected.json").read_text())
     encoding = encode_fixture(processor)
+    words = encode_words(tiny.llm_tokenizer(), [QUESTION, "Why? " * 60])
+    assert encoding.pop("recovery_words") == words.tolist()
     np.testing.assert_allclose(encoding.pop("pixels"), expected.pop("pixels"), atol=2e-3)
     assert encoding == expected
     assert processor.recovery_max_length == 77

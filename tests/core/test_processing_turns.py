@@ -81,7 +81,7 @@ def test_a_long_question_shares_no_window_with_another():
     long = " ".join(["cat"] * 80)
     processor = tiny.recovery_processor(recovery_turns="all")
     fields = processor.encode_questions([[FIRST, long], QUESTION, []])
-    ids, mask = (fields[name] for name in RECOVERY_NAMES)
+    ids, mask, _ = (fields[name] for name in RECOVERY_NAMES)
     assert ids.shape == (3, 3, 77)
     assert ids[0].tolist() == windows_of([FIRST, long])
     assert ids[1, :1].tolist() == windows_of([QUESTION])

@@ -12,6 +12,7 @@ import transformers
 from architectures import ARCHITECTURES, MODEL_SETTINGS, each_architecture
 from paths import DATA, INSTALLED, SUPPORT
 from remote_runs import assert_same, expected_of, run_child, unexpected
+from saved import older_checkpoint
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files, get_relative_imports
 
@@ -67,20 +68,31 @@ def settings_of(name):
 
 
 @pytest.fixture(scope="module")
-def without_package(folders, tmp_path_factory):
+def older(tmp_path_factory):
+    """Folders with code of an older layout."""
+    root = tmp_path_factory.mktemp("older")
+    return {f"{row.name}-older": older_checkpoint(row, root / f"{row.name}-older") for row in ARCHITECTURES}
+
+
+@pytest.fixture(scope="module")
+def without_package(folders, older, tmp_path_factory):
+    """Results of all folders in one process."""
     work = tmp_path_factory.mktemp("without")
-    return {**run_child("blocked", folders, work, [str(SUPPORT)], settings_of), "work": work / "again"}
+    results = run_child("blocked", {**folders, **older}, work, [str(SUPPORT)], settings_of)
+    return {**results, "work": work / "again"}
 
 
 @each_architecture
-@pytest.mark.parametrize("writer", WRITERS)
-def test_the_same_answers_without_the_package(architecture, writer, folders, without_package):
+@pytest.mark.parametrize("writer", [*WRITERS, "older"])
+def test_the_same_answers_without_the_package(architecture, writer, folders, older, without_package):
     name = f"{architecture.name}-{writer}"
-    result = without_package[name]
+    folder, result = {**folders, **older}[name], without_package[name]
     assert result["origins"] == {"remote"}
     assert unexpected(result["logged"]) == []
     settings = settings_of(name)
-    expected = expected_of(folders[name], settings)
+    expected = expected_of(folder, settings)
+    if writer == "older":
+        assert (expected.pop("recovery_words") >= -1).all()  # the older code does not write it
     assert_same(expected, result["values"])
     assert len({tuple(expected[f"{setting}.counts"].tolist()) for setting in settings}) >= len(settings) // 2
 

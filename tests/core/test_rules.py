@@ -104,6 +104,13 @@ def test_a_section_with_rules_is_read_written_compared_and_copied():
         section.rules = []
 
 
+@pytest.mark.parametrize("value", [{}, "", 0, False])
+def test_only_a_list_is_a_list_of_no_rules(value):
+    assert TokenRecoveryConfig(rules=()) == TokenRecoveryConfig()
+    with pytest.raises(ValueError, match=r"token_recovery\.rules must be a list"):
+        TokenRecoveryConfig(rules=value)
+
+
 def test_saving_reads_the_rules_again():
     section = TokenRecoveryConfig(budget=16, rules=RULES)
     section.rules[0]["budget"] = 5

@@ -315,11 +315,12 @@ def test_without_the_mixin_a_trainer_that_loses_the_question_is_refused_when_it_
 @pytest.mark.parametrize(
     "fields", [{"enabled": False}, {"text_share": 0, "budget": BUDGET}], ids=["off", "images alone"]
 )
-def test_without_the_mixin_a_choice_that_reads_no_question_trains(fields):
+def test_without_the_mixin_a_choice_that_reads_no_question_trains(fields, caplog):
     model = fresh()
     model.config.token_recovery = fields
     watch = Watch(model)
     rewarded("grpo", model, PlainGRPOTrainer, beta=0.0).train()
+    assert caplog.text.count("with a reference (beta above 0) end in a TypeError") == 1
     assert (max(watch.widths) < 144 / 2) == fields.get("enabled", True)
 
 

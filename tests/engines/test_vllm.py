@@ -232,7 +232,7 @@ def test_what_is_not_finite_is_refused(llm, transformers, expected):
     inputs["pixel_values"][..., 5, 5] = float("inf")
 
     def refusal(model):
-        given = {key: inputs[key] for key in ("pixel_values", "recovery_input_ids", "recovery_attention_mask")}
+        given = {key: inputs[key] for key in inputs if key == "pixel_values" or key.startswith("recovery_")}
         try:
             model.embed_multimodal(**given, recovery_budget=[budget_to_tensor(None)])
         except ValueError as error:
@@ -273,7 +273,7 @@ METHODS = {
         name: {"method": name}
         for name in (
             *("visual", "prumerge", "prumerge_plus", "visionzip", "trim", "vispruner", "divprune", "cdpruner"),
-            *("scope", "holov", "hiprune"),
+            *("scope", "holov", "hiprune", "mmtok"),
         )
     },
     "random": {"method": "random"},
@@ -294,7 +294,7 @@ def test_every_method_gives_the_tokens_of_transformers(llm, transformers, name):
     def tokens(model):
         before, model.config.token_recovery = model.config.token_recovery, fields
         try:
-            given = {key: inputs[key] for key in ("pixel_values", "recovery_input_ids", "recovery_attention_mask")}
+            given = {key: inputs[key] for key in inputs if key == "pixel_values" or key.startswith("recovery_")}
             with torch.inference_mode():
                 return model.embed_multimodal(**given, recovery_budget=[budget_to_tensor(None)] * len(SCENES))
         finally:

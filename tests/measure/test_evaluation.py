@@ -157,7 +157,7 @@ def test_patches_of_an_object_are_those_whose_middle_is_in_its_box():
 # ---- a run ---------------------------------------------------------------------------------------------------------
 
 EVALUATED = "text:16,visual:16,random:16,pool:16,balanced:16,paper"
-PINNED = 200
+PINNED = 120
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The table of speeds: its contenders answer alike, what is left out is said, and the command writes it."""
 
+import contextlib
 import functools
 import gc
 import itertools
@@ -14,8 +15,9 @@ from noise import noise_inputs
 from tape import TapeRecorder
 
 from reccomp_hf import TokenRecoveryConfig
+from reccomp_hf.core import kernels
 from reccomp_hf.core.graphs import GraphCache
-from reccomp_hf.measure.benchmark import Case, Part, contenders, counting, speed, speed_markdown, speed_report
+from reccomp_hf.measure.benchmark import Case, Part, choices, contenders, counting, speed, speed_markdown, speed_report
 from reccomp_hf.measure.benchmark.published_speed import gpu_parts
 from reccomp_hf.measure.benchmark.speed import OURS_GRAPHED, RATIOS, STATIC
 
@@ -83,6 +85,27 @@ def test_launches_of_every_contender_are_counted(graphs):
     (row,) = report([speed.launched(case_of(LLAVA), 1)])["launches"]
     assert 100 < row["launches"]["oracle"] < row["launches"]["ours"]
     assert list(row["launches"]) == list(speed.CONTENDERS)
+
+
+def test_choices_are_timed_and_counted_with_kernels_and_without(monkeypatch):
+    monkeypatch.setattr(choices, "PATCHES", 40)
+    contexts = []
+
+    @contextlib.contextmanager
+    def without():
+        with kernels.loops_only():
+            contexts.append(kernels._LOOPS_ONLY.get())
+            yield
+
+    monkeypatch.setitem(choices.WAYS, choices.LOOPS, without)
+    facts = report([choices.choices(lambda: (torch.zeros(1), None), 2, 6, rounds=2)])
+    assert facts["failed"] == [] and json.loads(json.dumps(facts)) == facts
+    assert [row["method"] for row in facts["choices"]] == ["balanced", *choices.METHODS]
+    for row in facts["choices"]:
+        assert row["launches"][choices.KERNELS] == row["launches"][choices.LOOPS] > 30  # without a GPU
+        assert all(len(spread["values"]) == 2 and spread["median"] > 0 for spread in row["choice"].values())
+    assert contexts == [True] * len(facts["choices"]) * 4 and not kernels._LOOPS_ONLY.get()
+    assert "| scope | 6 | 2 |" in " ".join(speed_markdown(facts).split())
 
 
 @torch.no_grad()

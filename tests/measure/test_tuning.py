@@ -148,7 +148,7 @@ def test_a_bad_section_is_replaced_and_a_good_one_is_kept():
     assert tuning.contenders["one for all"].difference.high < 0
     assert tuning.chosen_on + tuning.reported_on == 96
     assert model.config.token_recovery.method == "random"  # the model is not changed
-    kept = run(samples)
+    kept = run()
     assert not kept.changed and kept.chosen == "present section" and kept.section["budget"] == 14
     assert "'present section' is kept" in kept.reason
 
@@ -229,7 +229,7 @@ def test_halving_measures_less_and_keeps_the_best(monkeypatch):
 
 
 def test_the_fewest_tokens_for_an_agreement():
-    tuning = run(validation_samples(64), budget=None, agreement=0.9)
+    tuning = run(validation_samples(32), budget=None, agreement=0.9)
     taken = tuning.contenders[tuning.chosen]
     assert taken.agreement.high >= 0.9
     fewer = [one for one in tuning.contenders.values() if one.tokens < taken.tokens]
@@ -238,13 +238,13 @@ def test_the_fewest_tokens_for_an_agreement():
 
 def test_an_agreement_that_none_reaches_is_said(monkeypatch):
     monkeypatch.setattr("reccomp_hf.measure.tuning.goal.budget_ladder", lambda config: (1, 2))
-    samples = validation_samples(96)
+    samples = validation_samples(64)
     tuning = run(samples, budget=None, agreement=1.0, candidates=["random"], max_new_tokens=1)
     assert tuning.reason.startswith("No contender keeps 1 of the answers") and not tuning.changed
 
 
 def test_a_dynamic_count_has_the_mean_that_was_asked():
-    tuning = run(validation_samples(64), budget=None, average=20, dynamic=True)
+    tuning = run(validation_samples(48), budget=None, average=20, dynamic=True)
     found = tuning.contenders["dynamic count"]
     assert tuning.section["budget"] is None and tuning.section["outlier_threshold"] > 1.5
     assert found.tokens == pytest.approx(20, rel=0.2) and found.spread[0] < 18 < 22 < found.spread[1]
@@ -315,7 +315,7 @@ def test_arguments_that_cannot_be_used(options, message):
 def test_a_section_by_question_reads_what_was_measured():
     """The written rules give every question the setting that tuning measured for it."""
     model, processor = demo_model()
-    tuning = run(validation_samples(64), budget=None, average=14, by_question=True)
+    tuning = run(validation_samples(48), budget=None, average=14, by_question=True)
     plan = tuning.contenders["by question"].plan
     assert plan.groups and tuning.contenders["by question"].tokens <= 15
     settings = {

@@ -89,7 +89,7 @@ def test_two_runs_that_begin_in_one_folder_are_not_mixed(tmp_path, monkeypatch):
             raise KeyboardInterrupt  # and the first one too, after two batches
         return measure(*arguments)
 
-    samples = validation_samples(64)
+    samples = validation_samples(48)
     with monkeypatch.context() as patch:
         patch.setattr(running, "measure", measured)
         with pytest.raises(KeyboardInterrupt):

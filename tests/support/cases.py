@@ -29,8 +29,9 @@ class Case:
     text_similarity: Tensor | None
 
     def recover(self, config: TokenRecoveryConfig, **named: Any) -> TokenRecoveryOutput:
-        """Call the package, with made-up attention between patches and class features if none are given."""
-        named = {"received": self.received, "class_state": self.class_state, **named}
+        """Call the package, with made-up attention between patches, class features and words if none are given."""
+        made_up = {name: getattr(self, name) for name in ("received", "class_state", "word_similarity")}
+        named = {**made_up, **named}
         return recover_tokens(self.hidden_states, self.class_query, self.keys, self.text_similarity, config, **named)
 
     @property
@@ -42,6 +43,13 @@ class Case:
     def class_state(self) -> Tensor:
         """(B, C), some features of the class token, the mean of the patches'."""
         return self.hidden_states.mean(1)
+
+    @property
+    def word_similarity(self) -> Tensor:
+        """(B, 5, N) float32, some cosines of words and patches, from the patches' keys; the last row is padding."""
+        cosines = self.keys[:, 1:, 2:7].float().transpose(1, 2) / 9
+        cosines[:, -1] = -torch.inf
+        return cosines
 
     def row(self, b: int) -> Case:
         """Image `b` alone."""

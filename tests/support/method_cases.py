@@ -45,8 +45,9 @@ def check(method, drawn, own_saliency=False, valid=None, tiles=None, **fields):
     received = case.received.double().numpy()
     named = {"num_heads": HEADS, "valid": exists, "tiles": tiles, "projected": p, "received": received}
     named["class_state"] = case.class_state.double().numpy()
+    named["words"] = case.word_similarity.double().numpy()
     for b, row in enumerate(method_oracles(h, keys, saliency, s, config, **named)):
-        assert row["gap"] > 1e-6, "these numbers are too near to each other to compare: draw others"
+        assert row["gap"] > 1e-6, f"too near to a tie to compare, draw others: {row['gap']} with {fields}"
         count = row["counts"]
         assert int(output.counts[b]) == count
         for name in MASKS:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -15,8 +14,7 @@ from typing import Any
 import numpy as np
 from oracle import cosine, softmax, top
 from oracle_budgets import tile_budgets
-
-Array = np.ndarray
+from oracle_tile import Array, Choice, Tile
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "prumerge": {"neighbors": 32},
@@ -26,50 +24,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "vispruner": {"important_share": 0.5, "step": 8},
     "holov": {"crops": 16},
     "hiprune": {"anchor_share": 0.1, "object_layer": None},
+    "mmtok": {"alpha": 0.5, "text_temperature": 0.02, "visual_temperature": 0.2},
 }
 """Options of each method and what they are when they are not given."""
-
-
-@dataclasses.dataclass
-class Tile:
-    """The inputs of a method for one tile; `patches` are the raster indices of the valid ones."""
-
-    h: Array  # (N, C)
-    keys: Array  # (N, C), without the class token
-    a: Array  # (N,)
-    s: Array | None  # (N,)
-    p: Array | None  # (N, D)
-    received: Array | None  # (2, N)
-    columns: int
-    patches: list[int]
-    num_heads: int
-    options: dict[str, Any]
-    compact: bool = True  # PruMerge's tokens come in falling attention, not in raster order; VisionZip's class token
-    class_state: Array | None = None  # (C,)
-    gaps: list[float] = dataclasses.field(default_factory=list)
-
-    def note(self, left: float, right: float, scale: float = 1.0) -> None:
-        """Remember how near to each other two numbers are whose order decides something."""
-        if left != right:
-            self.gaps.append(abs(left - right) / scale)
-
-    def top_noted(self, indices: Sequence[int], scores: Any, count: int) -> list[int]:
-        """`top` for scores that were computed here, so that rounding may order them otherwise."""
-        order = top(indices, scores, len(indices))
-        if 0 < count < len(order):
-            self.note(float(scores[order[count - 1]]), float(scores[order[count]]))
-        return order[:count]
-
-
-@dataclasses.dataclass
-class Choice:
-    """Patches kept as they are, and merged tokens: (place, features, patches whose `cluster` is that token)."""
-
-    visual: list[int] = dataclasses.field(default_factory=list)
-    text: list[int] = dataclasses.field(default_factory=list)
-    coverage: list[int] = dataclasses.field(default_factory=list)
-    merged: list[tuple[int, Array, list[int]]] = dataclasses.field(default_factory=list)
-    leading: list[Array] = dataclasses.field(default_factory=list)  # tokens before all others, of no place
 
 
 # ---- budgets -------------------------------------------------------------------------------------------------------
@@ -230,7 +187,10 @@ def scope(tile: Tile, k: int | None) -> Choice:
     """SCOPE: each patch is the one with the largest product of saliency and gain in coverage."""
     assert k is not None
     patches = tile.patches
-    cos = {i: {j: cosine(tile.h[i], tile.h[j]) for j in patches} for i in patches}
+    cos: dict[int, dict[int, float]] = {i: {} for i in patches}
+    for i in patches:
+        for j in patches[: patches.index(i) + 1]:
+            cos[i][j] = cos[j][i] = cosine(tile.h[i], tile.h[j])
     covered, chosen = dict.fromkeys(patches, 0.0), []
     while len(chosen) < k:
         free = [j for j in patches if j not in chosen]
@@ -289,6 +249,31 @@ def hiprune(tile: Tile, k: int | None) -> Choice:
     return Choice(visual=kept + top([j for j in tile.patches if j not in kept], deep, k - len(kept)))
 
 
+def mmtok(tile: Tile, k: int | None) -> Choice:
+    """MMTok: each patch is the one that adds most to how well all words and all patches are covered."""
+    assert tile.words is not None
+    assert k is not None
+    patches = tile.patches
+    words = [row for row in tile.words if math.isfinite(row[patches[0]])]
+    rows = []
+    for row in words:
+        share = softmax([float(row[j]) / tile.options["text_temperature"] for j in patches])
+        rows.append({j: p / len(words) for j, p in zip(patches, share, strict=True)})
+    for i in patches:
+        share = softmax([cosine(tile.h[i], tile.h[j]) / tile.options["visual_temperature"] for j in patches])
+        rows.append({j: tile.options["alpha"] * q / len(patches) for j, q in zip(patches, share, strict=True)})
+    covered, chosen = [0.0] * len(rows), []
+    while len(chosen) < k:
+        free = [j for j in patches if j not in chosen]
+        gain = {j: math.fsum(max(row[j] - best, 0.0) for row, best in zip(rows, covered, strict=True)) for j in free}
+        order = top(free, gain, 2)
+        if len(order) == 2:
+            tile.note(gain[order[0]], gain[order[1]], scale=gain[order[0]])
+        chosen.append(order[0])
+        covered = [max(row[order[0]], best) for row, best in zip(rows, covered, strict=True)]
+    return Choice(coverage=chosen)
+
+
 METHODS: dict[str, Callable[[Tile, int | None], Choice]] = {
     "visual": visual,
     "prumerge": lambda tile, k: merge_around(tile, centres_of_prumerge(tile, k), k),
@@ -301,6 +286,7 @@ METHODS: dict[str, Callable[[Tile, int | None], Choice]] = {
     "scope": scope,
     "holov": holov,
     "hiprune": hiprune,
+    "mmtok": mmtok,
 }
 
 
@@ -359,6 +345,7 @@ def method_oracles(
     projected: Array | None = None,
     received: Array | None = None,
     class_state: Array | None = None,
+    words: Array | None = None,
 ) -> list[dict[str, Any]]:
     """Every row's output: `h` (B, N, C), `keys` (B, N + 1, C), `saliency` and `s` (B, N), and so on."""
     rows, n = h.shape[:2]
@@ -381,6 +368,7 @@ def method_oracles(
                 options={**OPTIONS.get(config.method, {}), **config.method_options},
                 compact=config.position_ids != "original",
                 class_state=None if class_state is None else class_state[row],
+                words=None if words is None else words[row],
             )
             outputs.append(as_output(tile, choose(config.method, tile, k)))
     return outputs

@@ -62,7 +62,7 @@ def constants_kept():
             values = torch.as_tensor(make(*arguments))
         return torch.zeros(values.shape, dtype=values.dtype).to(device)
 
-    with mock.patch.multiple(tensors, _is_traced=lambda like: False, _kept_constant=kept):
+    with mock.patch.multiple(tensors, is_traced=lambda like: False, _kept_constant=kept):
         yield
 
 

@@ -31,6 +31,7 @@ def features_elsewhere(tiles: list[int] | None) -> VisualFeatures:
         projected=made(BATCH, PATCHES, PROJECTED),
         received=made(BATCH, 2, PATCHES),
         class_state=made(BATCH, WIDTH),
+        word_similarity=made(BATCH, 3, PATCHES),
     )
 
 

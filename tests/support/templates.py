@@ -2,7 +2,7 @@
 
 import tiny
 
-RECOVERY_NAMES = ["recovery_input_ids", "recovery_attention_mask"]
+RECOVERY_NAMES = ["recovery_input_ids", "recovery_attention_mask", "recovery_words"]
 QUESTION = "What is the colour of the square?"
 
 NEWLINE_VICUNA = tiny.VICUNA_TEMPLATE.replace("'ASSISTANT:'", "'\nASSISTANT:'").replace(

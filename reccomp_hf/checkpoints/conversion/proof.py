@@ -180,7 +180,8 @@ def _count(model: Any, pixels: Tensor, sizes: Tensor | None, question: Tensor | 
     valid = layout.valid
     patches = layout.patches * layout.tiles[0] if valid is None else int(valid.sum())
     input_ids = torch.full((1, layout.lengths[0]), model.config.image_token_id)
-    inputs = {"pixel_values": pixels, "recovery_input_ids": question, "image_sizes": sizes}
+    words = None if question is None else torch.arange(8).unsqueeze(0)
+    inputs = {"pixel_values": pixels, "recovery_input_ids": question, "recovery_words": words, "image_sizes": sizes}
     for rule in range(len(section.rules)):
         model.recover(input_ids, recovery_rule=torch.tensor([rule]), **inputs)
     record = model.recover(input_ids, recovery_rule=torch.tensor([-1]), **inputs)[0]

@@ -11,20 +11,17 @@ questions of one window both are the same.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..features import TokenSelection, VisualFeatures
+from ..greedy import first_picks, in_blocks, products_of_all, products_one_by_one, take_row
+from ..kernels import in_one_launch
 from ..settings import Settings
-from ..tensors import (
-    first_picks,
-    highest_precision,
-    in_blocks,
-    products_of_all,
-    products_one_by_one,
-    take_row,
-    top_mask,
-)
+from ..tensors import highest_precision, top_mask
 from .budgets import spend
 from .contract import RELEVANCE, RecoveryMethod
 
@@ -72,11 +69,7 @@ def largest_volume(features: Tensor, relevance: Tensor, valid: Tensor, counts: T
 
 
 def _widen(features: Tensor, relevance: Tensor, valid: Tensor, counts: Tensor, steps: int) -> Tensor:
-    """`largest_volume` of some rows.
-
-    `factors` are the rows of an incomplete Cholesky factor of the kernel relevance_i cos_ij relevance_j, `volume` is
-    the rest of its diagonal: 0 for a patch that was chosen, since its cosine with itself counts as 1.
-    """
+    """`largest_volume` of some rows."""
     if not steps:
         return torch.zeros_like(valid)
     few = features.shape[-1] <= features.shape[1]
@@ -89,14 +82,28 @@ def _widen(features: Tensor, relevance: Tensor, valid: Tensor, counts: Tensor, s
         def kernel(pick: Tensor) -> Tensor:
             row = (take_row(precise, pick) @ patches) * (scale * scale.gather(-1, pick))
             return row.scatter_(-1, pick, weight.gather(-1, pick).square())
-    else:
-        table = products_of_all(precise).to(weight.dtype).mul_(scale).mul_(scale.transpose(1, 2))  # (B, N, N)
-        table.diagonal(dim1=1, dim2=2).copy_(volume.squeeze(1))
 
-        def kernel(pick: Tensor) -> Tensor:
-            return take_row(table, pick)
+        return _add_volume(kernel, volume, valid, counts, steps, _NO_VOLUME)
+    table = products_of_all(precise).to(weight.dtype).mul_(scale).mul_(scale.transpose(1, 2))  # (B, N, N)
+    table.diagonal(dim1=1, dim2=2).copy_(volume.squeeze(1))
+    return _widen_by_table(table, volume, valid, counts, steps, _NO_VOLUME)
 
-    factors = weight.new_zeros(steps, *weight.shape)  # (K, B, 1, N)
+
+@in_one_launch("widen")
+def _widen_by_table(table: Tensor, volume: Tensor, valid: Tensor, counts: Tensor, steps: int, least: float) -> Tensor:
+    return _add_volume(functools.partial(take_row, table), volume, valid, counts, steps, least)
+
+
+def _add_volume(
+    kernel: Callable[[Tensor], Tensor], volume: Tensor, valid: Tensor, counts: Tensor, steps: int, least: float
+) -> Tensor:
+    """Choose the patch that adds the most volume, again and again, as long as any adds more than `least`.
+
+    `factors` are the rows of an incomplete Cholesky factor of the kernel relevance_i cos_ij relevance_j, of which
+    `kernel` gives the rows of picks; `volume` (B, 1, N) is the rest of its diagonal: 0 for a patch that was chosen,
+    since its cosine with itself counts as 1.
+    """
+    factors = volume.new_zeros(steps, *volume.shape)  # (K, B, 1, N)
     picks, volumes = [], []
     for step in range(steps):
         largest, pick = volume.max(-1, keepdim=True)  # (B, 1, 1)
@@ -107,7 +114,7 @@ def _widen(features: Tensor, relevance: Tensor, valid: Tensor, counts: Tensor, s
         rest = torch.baddbmm(kernel(pick), of_pick, known.squeeze(2).transpose(0, 1), alpha=-1)  # (B, 1, N)
         factor = torch.mul(rest, largest.rsqrt(), out=factors[step])
         volume = torch.addcmul(volume, factor, factor, value=-1)
-    adds_volume = (torch.cat(volumes, -1).squeeze(1) > _NO_VOLUME).cumprod(-1)  # (B, K)
+    adds_volume = (torch.cat(volumes, -1).squeeze(1) > least).cumprod(-1)  # (B, K)
     return first_picks(picks, torch.minimum(counts, adds_volume.sum(-1)), valid)
 
 

@@ -41,6 +41,9 @@ class RecoveryMethod:
             by the image alone; with a fixed budget and `text_share` 0 the question is not read), or `"required"`.
         reads_projected: Whether the choice reads LLaVA's projected features of all patches
             (`VisualFeatures.projected`); they are computed only then.
+        reads_words: Whether the choice reads the question's words as LLaVA's language model embeds them
+            (`VisualFeatures.word_similarity`), in place of the question that CLIP's text encoder reads
+            (`VisualFeatures.text_similarity`). It needs `text="required"` and `reads_projected`.
         object_block: `object_block(settings, blocks)` is the index, from 0, of a block of the vision tower whose
             attention the choice reads besides that of `visual_layer` (`VisualFeatures.received`); `None` if it reads
             neither. It raises ValueError for an index that the settings ask for and the tower lacks.
@@ -60,13 +63,15 @@ class RecoveryMethod:
             `pooling` of value `"last"` embeds the question by its last place, padding included.
 
     Raises:
-        ValueError: A default of another field, an unknown use of text or budget, or options that are not a dataclass.
+        ValueError: A default of another field, an unknown use of text or budget, words without what they need, or
+            options that are not a dataclass.
     """
 
     select: Callable[[VisualFeatures, Settings], TokenSelection]
     merge: Callable[[VisualFeatures, TokenSelection, Settings, int], MergedTokens] = merge_nothing
     text: TextUse = "unused"
     reads_projected: bool = False
+    reads_words: bool = False
     object_block: Callable[[Settings, int], int] | None = None
     reads_class_token: bool = False
     scales_similarity: bool = False
@@ -85,6 +90,11 @@ class RecoveryMethod:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, values))}, got {value!r}.")
         if other := [name for name in self.defaults if name not in METHOD_FIELDS]:
             raise ValueError(f"defaults may name {', '.join(METHOD_FIELDS)}, got {other[0]!r}.")
+        if self.reads_words and not (self.text == "required" and self.reads_projected):
+            raise ValueError(
+                f"reads_words needs text='required' and reads_projected=True, got {self.text!r} and "
+                f"{self.reads_projected!r}."
+            )
         if self.options is not None and not dataclasses.is_dataclass(self.options):
             raise ValueError(f"options must be a dataclass with defaults, got {self.options!r}.")
 

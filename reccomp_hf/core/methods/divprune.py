@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..features import TokenSelection, VisualFeatures
+from ..greedy import follow, in_blocks, products_of_all
 from ..settings import Settings
-from ..tensors import first_picks, in_blocks, products_of_all, take_row
 from .budgets import spend
 from .contract import RecoveryMethod
 
@@ -43,11 +43,7 @@ def _diverse_patches(projected: Tensor, valid: Tensor, counts: Tensor, steps: in
     itself.fill_(-torch.inf)  # no patch is chosen again
     exists = valid.unsqueeze(1)
     gap = torch.where(exists, torch.inf, -torch.inf).to(nearest)
-    picks = [nearest.masked_fill(~exists, -torch.inf).argmax(-1, keepdim=True)]  # (B, 1, 1) each
-    for _ in range(steps - 1):
-        gap = torch.minimum(gap, take_row(distance, picks[-1]))
-        picks.append(gap.argmax(-1, keepdim=True))
-    return first_picks(picks, counts, valid)
+    return follow(distance, nearest.masked_fill(~exists, -torch.inf), gap, valid, counts, steps, False)
 
 
 DIVPRUNE = RecoveryMethod(

@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from ..features import MergedTokens, Sizes, TokenSelection, VisualFeatures
+from ..greedy import farthest_points, herd_patches, in_blocks
 from ..outliers import upper_outliers
 from ..settings import Settings
 from ..tensors import (
     cluster_means,
     constant,
-    farthest_points,
     gather_rows,
-    herd_patches,
-    in_blocks,
     nonzero_first,
     squared_distances,
     top_mask,

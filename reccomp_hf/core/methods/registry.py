@@ -10,6 +10,7 @@ from .contract import RecoveryMethod
 from .divprune import DIVPRUNE
 from .hiprune import HIPRUNE
 from .holov import HOLOV
+from .mmtok import MMTOK
 from .prumerge import PRUMERGE, PRUMERGE_PLUS
 from .recoverable import RECOVERABLE
 from .scope import SCOPE
@@ -32,6 +33,7 @@ _METHODS: dict[str, RecoveryMethod] = {
     "scope": SCOPE,
     "holov": HOLOV,
     "hiprune": HIPRUNE,
+    "mmtok": MMTOK,
     "random": RANDOM,
     "pooling": POOLING,
     "pooling_2x2": POOLING_2X2,
@@ -48,6 +50,19 @@ def method_names() -> list[str]:
 def reads_question(section: Settings) -> bool:
     """Whether the choice of tokens reads the question, under the section's own settings or one of its rules."""
     return any(get_method(settings.method).reads_question(settings) for settings in section.all_settings)
+
+
+def reads_encoded_question(section: Settings) -> bool:
+    """Whether the choice of tokens reads the question as CLIP's text encoder gives it, under any of its settings."""
+    return any(
+        get_method(settings.method).reads_question(settings) and not get_method(settings.method).reads_words
+        for settings in section.all_settings
+    )
+
+
+def reads_words(section: Settings) -> bool:
+    """Whether the choice of tokens reads the question's words as LLaVA's tokens, under any of its settings."""
+    return any(get_method(settings.method).reads_words for settings in section.all_settings)
 
 
 def get_method(name: str) -> RecoveryMethod:
@@ -89,4 +104,11 @@ def register_method(name: str, method: RecoveryMethod, *, overwrite: bool = Fals
     _METHODS[name] = method
 
 
-__all__ = ["get_method", "method_names", "reads_question", "register_method"]
+__all__ = [
+    "get_method",
+    "method_names",
+    "reads_encoded_question",
+    "reads_question",
+    "reads_words",
+    "register_method",
+]

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..features import TokenSelection, VisualFeatures
+from ..greedy import first_picks, in_blocks, products_of_all, take_row
+from ..kernels import in_one_launch
 from ..settings import Settings
-from ..tensors import first_picks, highest_precision, in_blocks, products_of_all, take_row
+from ..tensors import highest_precision
 from .budgets import spend
 from .contract import SALIENCY, RecoveryMethod
 
@@ -45,8 +47,13 @@ def _covering_patches(states: Tensor, saliency: Tensor, valid: Tensor, counts: T
     few = states.shape[-1] <= states.shape[1]
     precise = highest_precision(states) if few else states.to(torch.promote_types(states.dtype, torch.float32))
     unit, weight = normalize(precise, dim=-1), highest_precision(saliency)
-    cosine = products_of_all(unit).to(weight.dtype)
-    cosine.masked_fill_(~valid.unsqueeze(1), -torch.inf)  # (B, N, N), symmetric
+    return _cover(products_of_all(unit), weight, valid, counts, steps)
+
+
+@in_one_launch("cover")
+def _cover(cosine: Tensor, weight: Tensor, valid: Tensor, counts: Tensor, steps: int) -> Tensor:
+    """`_covering_patches` by cosines (B, N, N)."""
+    cosine = cosine.to(weight.dtype, copy=True).masked_fill_(~valid.unsqueeze(1), -torch.inf)
     covered, larger = torch.zeros_like(weight).unsqueeze(1), torch.empty_like(cosine)
     picks: list[Tensor] = []
     taken, now = ~valid, torch.zeros_like(weight[:, :1])

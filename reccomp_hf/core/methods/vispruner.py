@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..features import TokenSelection, VisualFeatures
+from ..greedy import products_of_all
+from ..kernels import in_one_launch
 from ..settings import Settings
-from ..tensors import positions, products_of_all, top_mask
+from ..tensors import positions, top_mask
 from .budgets import spend
 from .contract import SALIENCY, RecoveryMethod, check_int, check_share
 
@@ -82,10 +84,16 @@ def _least_alike(
     if not widths:
         return alive
     unit = normalize(states.detach().float(), dim=-1)
-    likeness = products_of_all(unit).flatten(1)  # (B, N * N)
     queue = saliency.masked_fill(~alive, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    left, beyond = alive.sum(-1, keepdim=True), alive.shape[1]
-    nothing = torch.zeros_like(alive[:, :1]).expand(-1, beyond + 1)
+    return _drop(products_of_all(unit), queue, alive.sum(-1), wanted, step, widths)
+
+
+@in_one_launch("drop_alike")
+def _drop(likeness: Tensor, queue: Tensor, left: Tensor, wanted: Tensor, step: int, widths: list[int]) -> Tensor:
+    """The patches (B, N) of the first `left` (B,) of a queue (B, N) that are left when `wanted` (B,) are."""
+    beyond = queue.shape[1]
+    nothing = torch.zeros_like(queue, dtype=torch.bool)[:, :1].expand(-1, beyond + 1)
+    likeness, left = likeness.flatten(1), left.unsqueeze(-1)  # (B, N * N), (B, 1)
     for width in widths:
         queue = queue[:, :width]
         exists = positions(queue) < left

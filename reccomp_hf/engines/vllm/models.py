@@ -26,6 +26,7 @@ from ...core.picture_tokens import Question, choose_tokens, window_mask
 from ...core.tensors import pack_rows
 from ...core.text_encoder import TokenRecoveryModules
 from ...core.vision import EncodedImages, needed_states, vision_states
+from ...core.words import NO_WORD
 from .budgets import Budget, budget_from_tensor, count_tokens, request_section
 from .keys import KeyMapper, check_loaded
 from .places import append_places, check_tables, place_tokens, prompt_positions
@@ -53,13 +54,13 @@ class _RequestImage:
         tiles: (T, 3, H, W).
         size: Width and height in pixels.
         budget: Budget or rule of the request.
-        question: (W, L) ids and mask; `None` where the question is not read.
+        question: (W, L) ids and mask, and (M,) words; `None` where the question is not read.
     """
 
     tiles: Tensor
     size: tuple[int, int]
     budget: Budget
-    question: tuple[Tensor, Tensor] | None
+    question: tuple[Tensor, Tensor, Tensor] | None
 
 
 class RecoveryModelMixin:
@@ -154,12 +155,13 @@ class RecoveryModelMixin:
         recovery_budget: Any,
         recovery_input_ids: Any = None,
         recovery_attention_mask: Any = None,
+        recovery_words: Any = None,
         **kwargs: Any,
     ) -> list[_RequestImage]:
         """The images of a batch of requests; tensors of different shapes arrive as lists."""
         questions: list[Any] = [None] * len(recovery_budget)
         if recovery_input_ids is not None:
-            questions = list(zip(recovery_input_ids, recovery_attention_mask, strict=True))
+            questions = list(zip(recovery_input_ids, recovery_attention_mask, recovery_words, strict=True))
         tiles = self._tiles(pixel_values, **kwargs)
         return [
             _RequestImage(*image, budget_from_tensor(budget), question)
@@ -197,6 +199,7 @@ class RecoveryModelMixin:
             layer,
             num_heads=config.vision_config.num_attention_heads,
             projector=self._project,
+            embedding=self._embed,
         )
         choice.sync()
         check_finite(choice.non_finite.tolist(), layout.tiles)
@@ -209,6 +212,10 @@ class RecoveryModelMixin:
             places = pack_rows(tokens.places.unsqueeze(-1), tokens.lengths, sum(expected))
             packed = append_places(packed, places[:, 0].to(packed.device))
         return of_first_rank(packed).split(expected)
+
+    def _embed(self, words: Tensor) -> Tensor:
+        """The language model's input embeddings of tokens."""
+        return self.language_model.embed_input_ids(words)
 
     def _project(self, features: Tensor) -> Tensor:
         """The projection of the features that rank 0 has; each rank holds a part of the projector."""
@@ -284,8 +291,11 @@ def _batches(images: list[_RequestImage]) -> Iterator[list[int]]:
 def _question(images: list[_RequestImage], rows: Tensor) -> Question:
     """The questions of the images, padded to the number of windows of the longest one."""
     given = [image.question for image in images if image.question is not None]
-    ids, mask = (torch.nn.utils.rnn.pad_sequence(list(part), batch_first=True) for part in zip(*given, strict=True))
-    return Question(ids, window_mask(ids, mask), rows)
+    ids, mask, words = (
+        torch.nn.utils.rnn.pad_sequence(list(part), batch_first=True, padding_value=padding)
+        for part, padding in zip(zip(*given, strict=True), (0, 0, NO_WORD), strict=True)
+    )
+    return Question(ids, window_mask(ids, mask), rows, words)
 
 
 __all__ = ["LlavaNextRecCompForConditionalGeneration", "LlavaRecCompForConditionalGeneration"]

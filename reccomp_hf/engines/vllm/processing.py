@@ -37,7 +37,7 @@ QUESTIONS, BUDGET = "recovery_text", "recovery_budget"
 """Processing arguments that `RecoveryProcessorMixin.apply` adds to a request."""
 PLACEHOLDERS = "recovery_placeholders"
 """Field of an image: its number of placeholders in the uncompressed prompt, newlines included."""
-QUESTION_FIELDS = ("recovery_input_ids", "recovery_attention_mask")
+QUESTION_FIELDS = ("recovery_input_ids", "recovery_attention_mask", "recovery_words")
 
 
 class RecoveryInfoMixin:
@@ -207,7 +207,7 @@ class RecoveryProcessorMixin:
         return arguments
 
     def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
-        """The stock fields of the images, and for each image the question as CLIP's tokens and the budget."""
+        """The stock fields of the images, and for each image the question and the budget."""
         processed = super()._call_hf_processor(hf_data, _stock_arguments(hf_kwargs))  # type: ignore[misc]
         images = len(processed["pixel_values"])
         processed[BUDGET] = budget_to_tensor(_budget(hf_kwargs)).expand(images, -1)
@@ -216,7 +216,7 @@ class RecoveryProcessorMixin:
         if QUESTIONS in hf_kwargs:
             question = self.info.get_hf_processor().encode_questions([hf_kwargs[QUESTIONS]])
             for name in QUESTION_FIELDS:
-                processed[name] = question[name].expand(images, -1, -1)
+                processed[name] = question[name].expand(images, *question[name].shape[1:])
         return processed
 
     def _get_hf_mm_text(self, mm_counts: Mapping[str, int]) -> str | None:

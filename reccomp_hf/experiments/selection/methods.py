@@ -22,7 +22,7 @@ PRESET = "balanced"
 WIDER, HEAD = 4, 64
 """Ratio of the widths of LLaVA-1.5-7B's language model and CLIP's ViT-L, and the width of a head of the latter."""
 
-_BATCH, _CHECKED = 8, 5
+_BATCH, _CHECKED, _WORDS = 8, 5, 16
 
 
 @torch.no_grad()
@@ -115,7 +115,9 @@ class _Turn:
         heads = width // HEAD if width % HEAD == 0 else 1
         projected = self.projected[rows]
         found = VisualFeatures(*arguments, num_heads=heads, projected=projected, class_state=arguments[1])
-        found.received = found.saliency("mean").unsqueeze(1).expand(-1, 2, -1)  # made by the tower, not timed here
+        # Made by the modules of a model, not timed here.
+        found.received = found.saliency("mean").unsqueeze(1).expand(-1, 2, -1)
+        found.word_similarity = projected[..., :_WORDS].transpose(1, 2).tanh() / 4
         return found
 
 

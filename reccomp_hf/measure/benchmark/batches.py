@@ -85,6 +85,8 @@ def noise_batch(
     if encoder is not None:
         inputs["recovery_input_ids"] = _questions(CLIPTextConfig(**encoder), size, question_tokens, generator)
         inputs["recovery_attention_mask"] = torch.ones_like(inputs["recovery_input_ids"])
+        asked = torch.randint(3, config.image_token_id, (size, question_tokens), generator=generator)
+        inputs["recovery_words"] = asked
     if config.token_recovery.rules:
         inputs["recovery_rule"] = torch.full((size,), NO_RULE)  # random words begin like none
     return {name: value.to(model.device) for name, value in inputs.items()}

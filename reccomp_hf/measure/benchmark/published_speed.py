@@ -10,6 +10,7 @@ import torch
 
 from ...core.configuration import TokenRecoveryConfig
 from .batches import Inputs, noise_batch, scene_batch
+from .choices import choices
 from .models import named_config, random_model
 from .speed import Case, Part, answers, equality, largest, launched, prefills
 
@@ -35,6 +36,7 @@ def published_parts(model: Any, processor: Any, dtype: torch.dtype) -> list[Part
         *(answers(case, size, count) for size in (1, 2) for count in (2, 4)),
         answers(case, 1, 4, static=True),
         launched(case, 1),
+        choices(build, 1, 16, rounds=2),
     ]
 
 
@@ -58,6 +60,8 @@ def gpu_parts(equal: Part, device: torch.device, dtype: torch.dtype) -> list[Par
         *(answers(main, size, 128) for size in (1, 8, 32)),
         answers(main, 1, 128, static=True),
         launched(main, 1),
+        *(choices(seven, size, 64) for size in (1, 8, 32)),
+        choices(seven, 1, 128),
         largest(main),
     ]
 

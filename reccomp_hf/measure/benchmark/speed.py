@@ -33,7 +33,7 @@ RATIOS = ((STOCK, OURS), (STOCK, OURS_GRAPHED), (OURS, ORACLE), (OURS_GRAPHED, O
 SECONDS = 400.0
 """Parts that have not begun by then are left out of a report, so that it takes less than nine minutes."""
 ROUNDS = 5
-TABLES = ("prefills", "answers", "equal_answers", "launches", "largest_batches")
+TABLES = ("prefills", "answers", "equal_answers", "launches", "choices", "largest_batches")
 
 Build: TypeAlias = "Callable[[], tuple[Any, Callable[[int], Inputs]]]"
 """Makes a model and a function from a number of rows to its inputs."""
@@ -355,8 +355,10 @@ def _free() -> None:
 
 def _reserved(device: torch.device) -> int:
     """Bytes that the allocator holds for tensors and graphs."""
+    if device.type != "cuda":
+        return 0
     _free()
-    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+    return torch.cuda.memory_reserved(device)
 
 
 __all__ = [

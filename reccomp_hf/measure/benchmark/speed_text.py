@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..tables import markdown_table
+from .choices import choices_table
 from .contenders import OURS, STOCK
 from .environment import describe_environment
 from .reporting import format_milliseconds, format_ratio
@@ -35,6 +36,11 @@ def speed_markdown(facts: Mapping[str, Any]) -> str:
             _answers(facts),
         ),
         *_section("Launches", f"Launches of a prefill: {facts['launches_are']}.", _launches(facts)),
+        *_section(
+            "Choice of tokens",
+            "Medians of all rounds and launches, with Triton kernels where there is a GPU and step by step.",
+            choices_table(facts["choices"]),
+        ),
         *_section("Largest batches", "Rows that fit, and tokens per second of their decoding.", _largest(facts)),
     ]
     return "\n".join([*lines, *(line for note in _notes(facts) for line in ("", note))]) + "\n"

@@ -15,7 +15,7 @@ from typing import Any
 from ...core.checks import is_tiled
 from ...core.configuration import TokenRecoveryConfig
 from ...core.counting import PICTURE, compressed_tokens, patches_per_side, picture_tokens
-from ...core.methods.registry import get_method, reads_question
+from ...core.methods.registry import get_method, reads_encoded_question
 from .hardware import DTYPES, HARDWARE, Hardware, get_hardware, get_width
 from .memory import NEW_TOKENS, USABLE, kv_cache_bytes, largest_batch, parameter_counts, weight_bytes
 from .operators import (
@@ -107,7 +107,7 @@ def vision_cost(
         encoder, every = section.text_encoder_config, section.all_settings
         if any(get_method(settings.method).reads_projected for settings in every):
             parts["projector"] += projector_operators(config, patches_per_side(config) ** 2 * tiles * batch)
-        if encoder is not None and reads_question(section):
+        if encoder is not None and reads_encoded_question(section):
             parts["text_encoder"] = text_operators(encoder, windows * batch)
     return {name: Cost(tuple(operators), device, "fp16") for name, operators in parts.items()}
 
