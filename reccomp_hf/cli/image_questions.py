@@ -82,7 +82,12 @@ def answers_to(
         inputs: The output of `encoded_questions`.
         token_recovery: Fields of the section to override.
         max_new_tokens: Tokens of the longest answer.
+
+    Raises:
+        ValueError: A prompt leaves no position for an answer.
     """
+    from ..engines.predict.batching import check_length, position_limit
+
     output = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
@@ -90,6 +95,11 @@ def answers_to(
         token_recovery=token_recovery,
         return_dict_in_generate=True,
     )
+    section, positions = model.config.token_recovery.replace(token_recovery), inputs["attention_mask"].sum(-1)
+    if output.visual_token_counts is not None and section.position_ids == "compact":
+        placeholders = (inputs["input_ids"] == model.config.image_token_id).sum(-1)
+        positions = positions - placeholders + output.visual_token_counts + output.newline_counts
+    check_length(int(positions.max()), position_limit(model.config))
     texts = processor.batch_decode(output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts], output
 
@@ -114,8 +124,12 @@ def unreadable_note(processor: Any, texts: list[str]) -> list[str]:
 
 
 def _checked(texts: list[str] | None) -> list[str] | None:
+    from ..data.rows import question_of
+
     if texts and not all(text.strip() for text in texts):
         raise ValueError("A question is empty: write one.")
+    for text in texts or []:
+        question_of(text)
     if texts and len(texts) > 2 and all(text.isascii() and len(text.split()) == 1 for text in texts):
         raise ValueError(f"{len(texts)} questions of one word each, {texts}: put each question in quotes.")
     return texts

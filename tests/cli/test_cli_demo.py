@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from reccomp_hf.checkpoints.quiet import quiet
 from reccomp_hf.cli.demo import demo_fields
 from reccomp_hf.cli.image_questions import file_questions, scene_questions
 from reccomp_hf.data.prompts import encode_rows
-from reccomp_hf.demo import EVALUATION_SEEDS
+from reccomp_hf.demo import EVALUATION_SEEDS, draw_scene
 from reccomp_hf.measure.plot import COLORS, plot_recovery
 
 pytest_plugins = ("command_line",)
@@ -261,3 +262,11 @@ def test_the_demo_renders_a_system_message_without_a_role():
     ]
     prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
     assert prompt == "Answer in one word. USER: <image>\nIs it red? ASSISTANT:"
+
+
+def test_a_question_that_leaves_no_position_for_an_answer(error, tmp_path):
+    draw_scene(1).image.save(tmp_path / "scene.png")
+    for fields in (["--set", "position_ids=compact"], ["--set", "position_ids=original"], ["--set", "enabled=false"]):
+        message = error("ask", "demo", tmp_path / "scene.png", "word " * 600, "--max-new-tokens", 1, *fields)
+        assert re.search(r"the prompt takes \d+ of the model's \d+ positions, and leaves none for an answer", message)
+    assert "not valid Unicode" in error("ask", "demo", tmp_path / "scene.png", "what \udcff?")
