@@ -23,16 +23,15 @@ from .configuration import TokenRecoveryConfig
 from .graphs import GraphCache
 from .groups import GroupedPictures, check_rule, read_rules_of_images, take_rows
 from .layout import ImageLayout
-from .methods.budgets import budget_tokens
 from .methods.registry import get_method, reads_question
-from .picture_tokens import Bounds, Choice, PictureTokens, Question, choose_tokens, window_mask
+from .picture_tokens import Choice, PictureTokens, Question, choose_tokens, window_mask
 from .splicing import PlaceholderMap, Splice, check_placeholders, map_placeholders
 from .tensors import constant
 from .text_encoder import RecoveryModulesMixin
 from .vision import EncodedImages, check_not_empty, needed_states, vision_states
 
-_STEP = {"placeholders": 256, "tokens": 32}
-"""Images of LLaVA-NeXT with as many tiles share a computation: their lengths are rounded up to multiples of these."""
+_STEP = {"placeholders": 256, "newlines": 32}
+"""Images of LLaVA-NeXT with as many tiles share a computation: their numbers are rounded up to multiples of these."""
 
 
 class QuestionIds(NamedTuple):
@@ -58,7 +57,8 @@ class FrontPlan:
         feature_layer: The hidden state that LLaVA's projector reads.
         layout: The placeholders of the images; a run takes its index tensors from its inputs.
         grid: (rows, columns) of a tile's patches.
-        bounds: Bounds that take the place of sizes which depend on the choice; `None` without any.
+        most_newlines: Bound of an image's newlines, where bounds take the place of sizes that depend on the choice;
+            `None` without any.
         projects: Whether tokens are made of the choice, rather than the choice alone returned.
     """
 
@@ -66,27 +66,25 @@ class FrontPlan:
     feature_layer: int
     layout: ImageLayout
     grid: tuple[int, int]
-    bounds: Bounds | None = None
+    most_newlines: int | None = None
     projects: bool = True
 
     @property
     def key(self) -> tuple[Hashable, ...]:
         """Equal keys and equal shapes of the inputs mean an equal computation."""
         section, layout = json.dumps(self.section.to_dict(), sort_keys=True), self.layout
-        shape = (tuple(layout.tiles), layout.has_newlines, self.grid, self.bounds)
+        shape = (tuple(layout.tiles), layout.has_newlines, self.grid, self.most_newlines)
         return (section, id(get_method(self.section.method)), self.feature_layer, *shape)
 
     def bounded(self) -> FrontPlan:
-        """The plan without sizes that depend on the choice, as far as a fixed budget bounds them."""
-        layout, budget = self.layout, self.section.budget
-        if budget is None or not layout.has_newlines:
+        """The plan for images of any size with as many tiles: it has bounds where sizes depend on the choice."""
+        layout = self.layout
+        if not layout.has_newlines:
             return self
-        totals = [budget_tokens(budget, count) for count in layout.patch_counts]
         newlines = [length - count for length, count in zip(layout.lengths, layout.patch_counts, strict=True)]
-        longest = max(map(sum, zip(totals, newlines, strict=True)))
-        bounds = Bounds(min(max(totals), layout.patches), sum(totals), _round_up(longest, _STEP["tokens"]))
+        most = _round_up(max(newlines), _STEP["newlines"]) if layout.keeps_newlines else 0
         layout = layout.padded(_round_up(layout.slots.shape[1], _STEP["placeholders"]))
-        return dataclasses.replace(self, layout=layout, bounds=bounds)
+        return dataclasses.replace(self, layout=layout, most_newlines=most)
 
 
 @dataclasses.dataclass
@@ -267,7 +265,7 @@ class FrontMixin(RecoveryModulesMixin):
         if outputs is None:
             return None
         images, longest = outputs["features"].shape[:2]
-        return PictureTokens.of_tensors(outputs, None if plan.bounds else [longest] * images)
+        return PictureTokens.of_tensors(outputs, [longest] * images if plan.most_newlines is None else None)
 
     def _front(self, inputs: dict[str, Tensor], plan: FrontPlan) -> Choice | PictureTokens:
         """Choose the tokens of images, and make them if their number is known.
@@ -298,7 +296,7 @@ class FrontMixin(RecoveryModulesMixin):
             num_heads=self.config.vision_config.num_attention_heads,
             projector=self._llava.multi_modal_projector,
         )
-        if not plan.projects or not choice.fix_sizes(plan.bounds):
+        if not plan.projects or not choice.fix_sizes(plan.most_newlines):
             return choice
         return self._tokens(choice, inputs.get("newline"))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,20 +33,6 @@ class Question:
     input_ids: Tensor
     windows: Tensor
     rows: Tensor
-
-
-class Bounds(NamedTuple):
-    """Sizes that hold for every choice under a fixed budget.
-
-    Args:
-        longest: No tile has more tokens.
-        total: Tokens of all tiles together, exactly.
-        longest_image: No image has more tokens, newlines included.
-    """
-
-    longest: int
-    total: int
-    longest_image: int
 
 
 @dataclasses.dataclass
@@ -90,36 +76,40 @@ class Choice:
     @property
     def unread(self) -> list[Tensor]:
         """The numbers, as 1-D tensors, whose values `read` takes; none if a fixed budget says them."""
-        if self.selection.known_sizes is not None:
+        if isinstance(self.selection.known_sizes, Sizes):
             return []
         return [self.selection.sizes, self.lengths]
 
     def read(self, values: list[int]) -> None:
         """Set the sizes from the values of `unread`, one tensor after the other."""
         known = self.selection.known_sizes
-        if known is None:
-            self.sizes, self.image_lengths = Sizes(*values[:3]), values[3:]
-        else:  # without newlines, and every tile is an image
+        if isinstance(known, Sizes):  # without newlines, and every tile is an image
             self.sizes, self.image_lengths = known, [known.longest] * len(self.layout.tiles)
+        else:
+            self.sizes, self.image_lengths = Sizes(*values[:3]), values[3:]
         self.longest_image = max(self.image_lengths)
 
     def sync(self) -> None:
         """Read the sizes from the device, if they are not known."""
         self.read(torch.cat(self.unread).tolist() if self.unread else [])
 
-    def fix_sizes(self, bounds: Bounds | None = None) -> bool:
+    def fix_sizes(self, most_newlines: int | None = None) -> bool:
         """Set sizes that need no read: known ones, or bounds, with padding where the choice has fewer tokens.
+
+        Args:
+            most_newlines: Bound of an image's newlines; `None` takes no bounds.
 
         Returns:
             Whether the sizes are set.
         """
-        if self.selection.known_sizes is not None:
+        known = self.selection.known_sizes
+        if isinstance(known, Sizes):
             self.sync()
-        elif bounds is None or self.selection.most_merged is None:
+        elif known is None or most_newlines is None:
             return False
         else:
-            self.sizes = Sizes(bounds.longest, min(self.selection.most_merged, bounds.longest), bounds.total)
-            self.longest_image = bounds.longest_image
+            self.sizes = Sizes(known.longest, known.most_merged, known.total)
+            self.longest_image = known.longest_image + most_newlines
         return True
 
     def record(self) -> TokenRecoveryOutput:
@@ -140,7 +130,8 @@ class Choice:
         with record_function("reccomp::merge"):
             record = self.record()
         with record_function("reccomp::projector"):
-            features = projector(pack_rows(record.tokens, record.counts, self.sizes.total))
+            exact = self.image_lengths is not None
+            features = projector(pack_rows(record.tokens, record.counts, self.sizes.total, exact))
             if newline is not None:
                 features = torch.cat([features, newline.to(features).unsqueeze(0)])
             leading = self.selection.leading_counts

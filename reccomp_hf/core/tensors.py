@@ -122,14 +122,17 @@ def gather_rows(values: Tensor, index: Tensor) -> Tensor:
     return values[torch.arange(len(index), device=index.device).unsqueeze(-1), index]
 
 
-def pack_rows(values: Tensor, counts: Tensor, total: int) -> Tensor:
-    """The first `counts` entries of every row, one row after the other: (B, K, ...) -> (total, ...)."""
+def pack_rows(values: Tensor, counts: Tensor, total: int, exact: bool = True) -> Tensor:
+    """The first `counts` entries of every row, one row after the other: (B, K, ...) -> (total, ...).
+
+    A `total` that is not `exact` may be above the sum of the counts; then other entries follow.
+    """
     rows, width = values.shape[:2]
-    if rows * width == total:
+    if exact and rows * width == total:
         return values.flatten(0, 1)
     entry, ends = torch.arange(total, device=counts.device), counts.cumsum(0)
-    row = torch.searchsorted(ends, entry, right=True)
-    column = entry - (ends - counts)[row]
+    row = torch.searchsorted(ends, entry, right=True).clamp(max=rows - 1)
+    column = (entry - (ends - counts)[row]).clamp(max=width - 1)
     return values[row, column]
 
 

@@ -14,7 +14,7 @@ import weakref
 import pytest
 import torch
 from architectures import LLAVA, MODEL_SETTINGS, ROWS, each_architecture, each_side, generate
-from fixed_budgets import BALANCED, each_budget
+from fixed_budgets import BALANCED, KNOWN, each_budget
 from tape import TapeRecorder
 from torch import nn
 
@@ -339,13 +339,22 @@ def test_masks_of_every_form_are_one(missing):
     assert additive_mask(None, embeds, missing)[1].equal(wanted[1])
 
 
-def test_settings_of_all_methods_run_recorded_or_say_why():
-    batch, model = LLAVA.encode(ROWS), copy.deepcopy(LLAVA.compressed())
-    recorder = recorded(model, limit=100)
-    for name, fields in MODEL_SETTINGS.items():
-        wanted = tokens_of(LLAVA.compressed(), batch, **fields)
-        torch.testing.assert_close(tokens_of(model, batch, **fields), wanted, msg=name)
-    assert recorder.recorded > sum(fields.get("budget") is not None for fields in MODEL_SETTINGS.values())
+@each_architecture
+def test_settings_of_all_methods_run_recorded_or_say_why(architecture):
+    """The second batch has images of other sizes with as many tiles: it replays what the first one recorded."""
+    model, batches = copy.deepcopy(architecture.compressed()), [architecture.encode(first=first) for first in (0, 3)]
+    recorder, known = recorded(model, limit=100), 0
+    others = {name: KNOWN[name] for name in ("base_tile", "pooling", "pooling_2x2", "prumerge", "trim")}
+    for name, fields in {**MODEL_SETTINGS, **others}.items():
+        depends = fields.get("budget") is None and name not in others
+        for batch in batches[:1] if depends else batches:
+            wanted = tokens_of(architecture.compressed(), batch, **fields)
+            torch.testing.assert_close(tokens_of(model, batch, **fields), wanted, msg=name)
+        fronts = [key for key in model._graphs._recordings if key[0] == "front"]
+        known += not depends
+        assert len(fronts) == known, name
+    assert recorder.recorded >= known
+    assert model._graphs.refusals == ["front: it cannot be recorded: the number of tokens depends on the images"]
 
 
 def test_a_recording_keeps_the_constants_that_it_reads(model):
