@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -24,9 +23,10 @@ from .graphs import GraphCache
 from .groups import GroupedPictures, check_rule, read_rules_of_images, take_rows
 from .layout import ImageLayout
 from .methods.registry import get_method, reads_question
-from .picture_tokens import Choice, PictureTokens, Question, choose_tokens, window_mask
+from .picture_tokens import Choice, PictureTokens, Question, choose_tokens, text_pooling, window_mask
+from .settings import fields_text
 from .splicing import PlaceholderMap, Splice, check_placeholders, map_placeholders
-from .tensors import constant
+from .tensors import constant, reads_are_free
 from .text_encoder import RecoveryModulesMixin
 from .vision import EncodedImages, check_not_empty, needed_states, vision_states
 
@@ -72,7 +72,7 @@ class FrontPlan:
     @property
     def key(self) -> tuple[Hashable, ...]:
         """Equal keys and equal shapes of the inputs mean an equal computation."""
-        section, layout = json.dumps(self.section.to_dict(), sort_keys=True), self.layout
+        section, layout = fields_text(self.section), self.layout
         shape = (tuple(layout.tiles), layout.has_newlines, self.grid, self.most_newlines)
         return (section, id(get_method(self.section.method)), self.feature_layer, *shape)
 
@@ -218,7 +218,16 @@ class FrontMixin(RecoveryModulesMixin):
         return GroupedPictures(parts, groups, tiles)
 
     def _run_front(self, inputs: dict[str, Tensor], plan: FrontPlan) -> Choice | PictureTokens:
-        """`_front`, by a recording if the model uses any."""
+        """`_front`, by a recording if the model uses any.
+
+        Of questions that are on the host it reads every text once and to its end: on a GPU finding that would wait.
+        """
+        if "question" in inputs and self.token_recovery is not None and reads_are_free(inputs["question"]):
+            texts, of_window = self.token_recovery.distinct_texts(
+                inputs["question"], text_pooling(plan.section), rounded=self._graphs is not None
+            )
+            device = inputs["windows"].device
+            inputs = {**inputs, "question": texts.unsqueeze(1).to(device), "text_of_window": of_window.to(device)}
         pictures = self._recorded_front(inputs, plan) if self._graphs is not None and plan.projects else None
         return self._front(inputs, plan) if pictures is None else pictures
 
@@ -272,7 +281,8 @@ class FrontMixin(RecoveryModulesMixin):
 
         Args:
             inputs: `"pixel_values"` (T, 3, H, W), or the hidden states that a tower has given; `"question"` (R, W, L)
-                int64, `"windows"` (R, W) bool and `"question_of_tile"` (T,) int64 if the choice reads questions;
+                int64, `"windows"` (R, W) bool and `"question_of_tile"` (T,) int64 if the choice reads questions, or
+                texts (texts, 1, L) and `"text_of_window"` (R, W) int64 in place of the first;
                 `"slots"` and `"rows"` (I, L) int64 and `"newline"` (D,) in place of the layout's and the model's.
             plan: The plan of the run.
         """
@@ -285,7 +295,8 @@ class FrontMixin(RecoveryModulesMixin):
         slots, rows = inputs.get("slots", plan.layout.slots), inputs.get("rows", plan.layout.rows)
         question = None
         if "question" in inputs:
-            question = Question(inputs["question"], inputs["windows"], inputs["question_of_tile"])
+            parts = (inputs.get(name) for name in ("question", "windows", "question_of_tile", "text_of_window"))
+            question = Question(*parts)  # type: ignore[arg-type]
         choice = choose_tokens(
             tower,
             self.token_recovery,

@@ -28,11 +28,13 @@ class Question:
         input_ids: (R, W, L) int64, the questions as the text encoder's tokens, in windows.
         windows: (R, W) bool, windows that hold text.
         rows: (T,) int64, the question of each tile.
+        text_of_window: (R, W) int64, the text of each window, if `input_ids` are texts (texts, 1, L) that occur once.
     """
 
     input_ids: Tensor
     windows: Tensor
     rows: Tensor
+    text_of_window: Tensor | None = None
 
 
 @dataclasses.dataclass
@@ -203,6 +205,11 @@ def window_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return (attention_mask != 0).any(-1)
 
 
+def text_pooling(section: TokenRecoveryConfig) -> str:
+    """Where a section's method pools a text: `"end"` or `"last"`."""
+    return getattr(section.options, "pooling", "end")
+
+
 def choose_tokens(
     tower: Any,
     modules: Any,
@@ -314,7 +321,9 @@ def question_similarity(
         raise ValueError("This checkpoint is visual-only: token_recovery.text_encoder_config is null.")
     projection = modules.visual_projection
     with record_function("reccomp::text_encoder"):
-        text = modules.embed_question(question.input_ids, getattr(section.options, "pooling", "end"))
+        text = modules.embed_question(question.input_ids, text_pooling(section))
+        if question.text_of_window is not None:
+            text = text.squeeze(1)[question.text_of_window.to(text.device)]
     rows = question.rows.to(patch_states.device)
     with record_function("reccomp::relevance"):
         patches = patch_embeddings(
@@ -335,6 +344,7 @@ __all__ = [
     "Question",
     "choose_tokens",
     "question_similarity",
+    "text_pooling",
     "visual_features",
     "window_mask",
 ]

@@ -131,9 +131,11 @@ def pack_rows(values: Tensor, counts: Tensor, total: int, exact: bool = True) ->
     if exact and rows * width == total:
         return values.flatten(0, 1)
     entry, ends = torch.arange(total, device=counts.device), counts.cumsum(0)
-    row = torch.searchsorted(ends, entry, right=True).clamp(max=rows - 1)
-    column = (entry - (ends - counts)[row]).clamp(max=width - 1)
-    return values[row, column]
+    row = torch.searchsorted(ends, entry, right=True)
+    if not exact:
+        row = row.clamp(max=rows - 1)
+    column = entry - (ends - counts)[row]
+    return values[row, column if exact else column.clamp(max=width - 1)]
 
 
 def cluster_means(states: Tensor, cluster: Tensor, weights: Tensor, clusters: int) -> Tensor:

@@ -13,9 +13,10 @@ from demo_model import demo_model
 from noise import noise_inputs
 from tape import TapeRecorder
 
-from reccomp_hf import TokenRecoveryConfig
+from reccomp_hf import TokenRecoveryConfig, method_names
 from reccomp_hf.core.graphs import GraphCache
 from reccomp_hf.measure.benchmark import Case, Part, contenders, counting, speed, speed_markdown, speed_report
+from reccomp_hf.measure.benchmark.choice_speed import choice_rows, choice_settings
 from reccomp_hf.measure.benchmark.published_speed import gpu_parts
 from reccomp_hf.measure.benchmark.speed import OURS_GRAPHED, RATIOS, STATIC
 
@@ -217,15 +218,37 @@ def test_the_published_parts_fit_the_models():
         "answers of 128",
         "static",
         "largest",
+        "choice of tokens",
     ):
         assert any(wanted in title for title in titles), wanted
     models = [part.build for part in parts]
     changes = sum(one is not other for one, other in itertools.pairwise(models))
-    assert changes == 4  # 7B, the demo, NeXT, 13B, 7B
+    assert changes == 5  # 7B, none for the choice, the demo, NeXT, 13B, 7B
     for preset in ("paper", "balanced"):
         LLAVA.build().config.token_recovery.replace(
             {**TokenRecoveryConfig.from_preset(preset).overridable(), "budget": 16}
         ).validate()
+
+
+def test_choices_are_timed_with_recordings_and_without():
+    settings = {name: choice_settings()[name] for name in ("paper", "base_tile", "pooling_2x2")}
+    arguments = (settings, (1, 2), torch.device("cpu"), torch.float32)
+    cache = GraphCache(recorder=TapeRecorder())
+    rows = choice_rows(*arguments, cache, rounds=1)
+    assert [(row["settings"], row["batch_size"]) for row in rows] == [
+        (name, size) for size in (1, 2) for name in settings
+    ]
+    assert all(row["eager"] > 0 and row["graph"] > 0 for row in rows) and len(cache) == 6
+    facts = report([]) | {"choices": rows}
+    page = speed_markdown(facts)
+    assert "| settings | batch 1, eager | batch 1, CUDA graphs | batch 2, eager |" in " ".join(page.split())
+    assert all(row["graph"] is None for row in choice_rows(*arguments, None, rounds=1))
+
+
+def test_all_methods_are_among_the_choices():
+    settings = choice_settings()
+    assert {section.method for section in settings.values()} >= {*method_names()}
+    assert {section.budget for section in settings.values()} == {64, None}
 
 
 def test_launches_are_counted():
@@ -238,7 +261,8 @@ def test_launches_are_counted():
 def test_the_command_writes_a_page(run, tmp_path):
     folder = tmp_path / "speeds"
     code, out, err = run("bench", "--report", folder, "--device", "cpu")
-    assert (code, err) == (0, "")
+    titles = [line.split(" ", 1)[1] for line in err.splitlines()]
+    assert code == 0 and titles[0] == "prefills of demo, balanced, 16 tokens, batch 1" and len({*titles}) == 10
     page = (folder / "speed.md").read_text(encoding="utf-8")
     facts = json.loads((folder / "speed.json").read_text(encoding="utf-8"))
     assert out.startswith(page) and out.endswith(f"Wrote {folder / 'speed.md'} and {folder / 'speed.json'}.\n")

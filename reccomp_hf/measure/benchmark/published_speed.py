@@ -10,8 +10,9 @@ import torch
 
 from ...core.configuration import TokenRecoveryConfig
 from .batches import Inputs, noise_batch, scene_batch
+from .choice_speed import choice_settings
 from .models import named_config, random_model
-from .speed import Case, Part, answers, equality, largest, launched, prefills
+from .speed import Case, Part, answers, choices, equality, largest, launched, prefills
 
 _BUDGET_OF_DEMO, _CPU_QUESTIONS, _GPU_QUESTIONS = 16, 4, 500  # questions whose answers by CUDA graphs are compared
 
@@ -31,6 +32,7 @@ def published_parts(model: Any, processor: Any, dtype: torch.dtype) -> list[Part
     case = Case("demo", "balanced", build, fields)
     return [
         *(prefills(case, size, rounds=2) for size in (1, 2)),
+        choices(choice_settings(), (1,), device, dtype),
         equality(model, processor, fields, _CPU_QUESTIONS),
         *(answers(case, size, count) for size in (1, 2) for count in (2, 4)),
         answers(case, 1, 4, static=True),
@@ -52,6 +54,7 @@ def gpu_parts(equal: Part, device: torch.device, dtype: torch.dtype) -> list[Par
         *(prefills(main, size) for size in (1, 8, 32)),
         *(prefills(as_published, size) for size in (1, 8, 32)),
         *(answers(main, size, 8) for size in (1, 8, 32)),
+        choices(choice_settings(), (1, 8, 32), device, dtype),
         equal,
         *(prefills(of_tiles, size) for size in (1, 8)),
         *(prefills(larger, size) for size in (1, 8)),

@@ -16,10 +16,12 @@ from typing import Any, TypeAlias
 
 import torch
 
+from ...core.configuration import TokenRecoveryConfig
 from ...core.graphs import GraphCache
 from ...data.progress import progress_bar
 from .batches import Inputs, scene_batch
 from .capacity import largest_batches
+from .choice_speed import choice_rows
 from .contenders import ORACLE, OURS, STOCK, Contender, oracle, ours, recordings, stock
 from .counting import CPU_LAUNCHES, CUDA_LAUNCHES, launches
 from .environment import environment
@@ -33,7 +35,7 @@ RATIOS = ((STOCK, OURS), (STOCK, OURS_GRAPHED), (OURS, ORACLE), (OURS_GRAPHED, O
 SECONDS = 400.0
 """Parts that have not begun by then are left out of a report, so that it takes less than nine minutes."""
 ROUNDS = 5
-TABLES = ("prefills", "answers", "equal_answers", "launches", "largest_batches")
+TABLES = ("prefills", "answers", "choices", "equal_answers", "launches", "largest_batches")
 
 Build: TypeAlias = "Callable[[], tuple[Any, Callable[[int], Inputs]]]"
 """Makes a model and a function from a number of rows to its inputs."""
@@ -85,6 +87,7 @@ def speed_report(
     *,
     seconds: float = SECONDS,
     write: Callable[[dict[str, Any]], Any] = lambda facts: None,
+    begin: Callable[[str], Any] = lambda title: None,
     progress: bool | None = None,
 ) -> dict[str, Any]:
     """Measure the parts one after the other, as long as time is left.
@@ -95,6 +98,7 @@ def speed_report(
         dtype: Dtype of their weights.
         seconds: Time after which no further part is begun.
         write: Called with the results so far after every part.
+        begin: Called with the title of every part before it is measured.
         progress: Whether to show a progress bar; `None` shows it where stderr is a terminal.
 
     Returns:
@@ -115,6 +119,7 @@ def speed_report(
             if time.monotonic() - began > seconds:
                 facts["left_out"].append(part.title)
             else:
+                begin(part.title)
                 try:
                     facts[part.table] += part.measure(*built.by(part.build))
                 except Exception as error:  # whatever it is, the other parts are worth having
@@ -308,6 +313,18 @@ def equality(model: Any, processor: Any, fields: Mapping[str, Any], questions: i
 
     build = functools.partial(tuple, (model, functools.partial(scene_batch, model, processor)))
     return Part("equal_answers", f"equal answers to {questions} questions", build, measure)
+
+
+def choices(
+    settings: Mapping[str, TokenRecoveryConfig], batch_sizes: Sequence[int], device: torch.device, dtype: torch.dtype
+) -> Part:
+    """The part that times the choice of tokens alone, see [`choice_rows`]."""
+
+    def measure(model: Any, inputs_of: Any) -> list[dict[str, Any]]:
+        graphs = None if device.type != "cuda" else GraphCache(limit=len(settings) * len(batch_sizes))
+        return choice_rows(settings, batch_sizes, device, dtype, graphs)
+
+    return Part("choices", "the choice of tokens alone", lambda: (None, None), measure)  # type: ignore[arg-type,return-value]
 
 
 # ---- launches, memory ----------------------------------------------------------------------------------------------

@@ -34,6 +34,11 @@ def speed_markdown(facts: Mapping[str, Any]) -> str:
             "Answers per second by `generate`, the faster of two calls after a first one, which compiles and records.",
             _answers(facts),
         ),
+        *_section(
+            "The choice alone",
+            "Milliseconds from random features to tokens, medians; images of 576 patches of width 1,024.",
+            _choices(facts),
+        ),
         *_section("Launches", f"Launches of a prefill: {facts['launches_are']}.", _launches(facts)),
         *_section("Largest batches", "Rows that fit, and tokens per second of their decoding.", _largest(facts)),
     ]
@@ -71,6 +76,18 @@ def _answers(facts: Mapping[str, Any]) -> list[list[str]]:
     for row in facts["answers"]:
         cells = [f"{row['rates'][way]:.2f}" if way in row["rates"] else "-" for way in ways]
         table.append([row["case"], str(row["batch_size"]), str(row["new_tokens"]), *cells])
+    return table
+
+
+def _choices(facts: Mapping[str, Any]) -> list[list[str]]:
+    rows = facts["choices"]
+    sizes = list(dict.fromkeys(row["batch_size"] for row in rows))
+    ways = {"eager": "eager", **({"graph": GRAPHED} if any(row["graph"] for row in rows) else {})}
+    table = [["settings", *(f"batch {size}, {name}" for size in sizes for name in ways.values())]]
+    for settings in dict.fromkeys(row["settings"] for row in rows):
+        found = {(row["batch_size"], way): row[way] for row in rows if row["settings"] == settings for way in ways}
+        seconds = [found.get((size, way)) for size in sizes for way in ways]
+        table.append([settings, *("-" if value is None else f"{value * 1e3:.2f}" for value in seconds)])
     return table
 
 
