@@ -9,6 +9,7 @@ from typing import Any
 from ..core.checks import is_tiled
 from ..core.configuration import TokenRecoveryConfig
 from ..core.counting import blank_selection, patches_per_side
+from ..core.features import Sizes
 from ..core.methods.registry import reads_question
 from ..demo import CHECKPOINTS, checkpoint_folder
 from .hub import resolve
@@ -140,7 +141,7 @@ def _fixed_count(config: Any, section: TokenRecoveryConfig) -> int | None:
         ValueError: A budget above the number of patches.
     """
     sizes = blank_selection(section, 1, patches_per_side(config)).known_sizes
-    return None if sizes is None else sizes.longest
+    return sizes.longest if isinstance(sizes, Sizes) else None
 
 
 __all__ = ["describe", "folder_of"]

@@ -6,7 +6,9 @@ import argparse
 import functools
 import json
 import os
+import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,11 @@ def _report(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.report)
     folder.mkdir(parents=True, exist_ok=True)
 
+    def begin(title: str) -> None:  # where there is no terminal for a progress bar
+        if not sys.stderr.isatty():
+            sys.stderr.write(f"{time.strftime('%H:%M:%S')} {title}\n")
+            sys.stderr.flush()
+
     def write(facts: dict[str, Any]) -> None:
         (folder / "speed.md").write_text(speed_markdown(facts), encoding="utf-8")
         (folder / "speed.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -154,7 +161,8 @@ def _report(arguments: argparse.Namespace) -> None:
         model, processor = load("demo", {}, arguments.device, "float32")
         on_gpu = model.device.type == "cuda"
         dtype = getattr(torch, arguments.dtype or "bfloat16") if on_gpu else torch.float32
-        facts = speed_report(published_parts(model, processor, dtype), model.device, dtype, write=write)
+        parts = published_parts(model, processor, dtype)
+        facts = speed_report(parts, model.device, dtype, write=write, begin=begin)
     say(speed_markdown(facts), f"Wrote {folder / 'speed.md'} and {folder / 'speed.json'}.")
 
 

@@ -14,7 +14,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 from .checks import is_tiled
 from .choosing import check_features, select_tokens
 from .configuration import TokenRecoveryConfig
-from .features import TokenSelection, VisualFeatures
+from .features import Sizes, TokenSelection, VisualFeatures
 from .methods.budgets import budget_tokens
 
 PICTURE = (640, 480)
@@ -68,7 +68,7 @@ def fixed_tokens(config: Any, section: TokenRecoveryConfig, picture: tuple[int, 
     if section.budget is not None:
         return budget_tokens(section.budget, patches)
     sizes = blank_selection(section, tiles, patches_per_side(config)).known_sizes
-    return None if sizes is None else min(sizes.total, patches)
+    return min(sizes.total, patches) if isinstance(sizes, Sizes) else None
 
 
 def blank_selection(section: TokenRecoveryConfig, tiles: int, side: int) -> TokenSelection:

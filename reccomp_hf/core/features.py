@@ -91,6 +91,22 @@ class Sizes(NamedTuple):
     total: int
 
 
+class Bounds(NamedTuple):
+    """Numbers that the sizes of a choice never exceed, whatever the images show.
+
+    Args:
+        longest: Tokens of a row.
+        most_merged: Merged tokens of a row.
+        total: Tokens of all rows together.
+        longest_image: Tokens of an image, newlines not counted.
+    """
+
+    longest: int
+    most_merged: int
+    total: int
+    longest_image: int
+
+
 @dataclasses.dataclass
 class VisualFeatures:
     """The features that a method may read. B images (tiles for LLaVA-NeXT), N patches of width C.
@@ -207,9 +223,8 @@ class VisualFeatures:
         centres: Tensor | None = None,
         merged_counts: Tensor | None = None,
         saliency: Tensor | None = None,
-        known_sizes: Sizes | None = None,
+        known_sizes: Sizes | Bounds | None = None,
         extra: Tensor | None = None,
-        most_merged: int | None = None,
         leading_counts: Tensor | None = None,
     ) -> TokenSelection:
         """The selection of a method that keeps these patches; a mask that is left out is empty.
@@ -221,9 +236,9 @@ class VisualFeatures:
             centres: (B, N) bool, patches around which merged tokens are made.
             merged_counts: (B,) int64, number of merged tokens; by default none.
             saliency: (B, N) float32, shown in the record; by default the class attention of one joint head.
-            known_sizes: The selection's sizes if they follow from a fixed budget; `None` means they must be read.
+            known_sizes: The selection's sizes, or bounds of them, if they follow from a fixed budget; `None` means
+                they must be read.
             extra: (B, N) bool, see [`TokenSelection`].
-            most_merged: See [`TokenSelection`].
             leading_counts: (B,) int64, see [`TokenSelection`].
         """
         empty = torch.zeros_like(self.valid)
@@ -241,7 +256,6 @@ class VisualFeatures:
             saliency,
             known_sizes,
             extra,
-            most_merged,
             leading_counts,
         )
 
@@ -270,11 +284,10 @@ class VisualFeatures:
 class TokenSelection:
     """A method's choice, still on the device: masks (B, N), and the number of merged tokens.
 
-    [`VisualFeatures.keep`] makes one. `known_sizes` holds the values of `sizes` if they follow from a fixed budget;
-    `None` means that they must be read. `extra_mask` marks, among the centres, the place of a token that is not made
-    around it, for the method's own merge. `most_merged` is a number of merged tokens that no row exceeds, given by a
-    method that spends a fixed budget exactly; otherwise `None`. `leading_counts` (B,) is the number of merged tokens
-    that stand before the kept ones; `None` means that none do.
+    [`VisualFeatures.keep`] makes one. `known_sizes` holds the values of `sizes` if they follow from a fixed budget, or
+    `Bounds` of them where only the device knows how many patches are valid; `None` means that they must be read.
+    `extra_mask` marks, among the centres, the place of a token that is not made around it, for the method's own merge.
+    `leading_counts` (B,) is the number of merged tokens that stand before the kept ones; `None` means that none do.
     """
 
     visual_mask: Tensor
@@ -283,14 +296,14 @@ class TokenSelection:
     centre_mask: Tensor
     merged_counts: Tensor
     saliency: Tensor
-    known_sizes: Sizes | None = None
+    known_sizes: Sizes | Bounds | None = None
     extra_mask: Tensor | None = None
-    most_merged: int | None = None
     leading_counts: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Accept three ints as sizes."""
-        self.known_sizes = None if self.known_sizes is None else Sizes(*self.known_sizes)
+        if not isinstance(self.known_sizes, Sizes | Bounds | None):
+            self.known_sizes = Sizes(*self.known_sizes)
 
     @property
     def kept_mask(self) -> Tensor:
@@ -310,7 +323,7 @@ class TokenSelection:
 
     def read_sizes(self) -> Sizes:
         """The sizes: known ones, or those read from the device."""
-        return Sizes(*self.sizes.tolist()) if self.known_sizes is None else self.known_sizes
+        return self.known_sizes if isinstance(self.known_sizes, Sizes) else Sizes(*self.sizes.tolist())
 
 
 @dataclasses.dataclass
@@ -328,4 +341,4 @@ class MergedTokens:
     cluster: Tensor
 
 
-__all__ = ["MergedTokens", "Sizes", "TokenRecoveryOutput", "TokenSelection", "VisualFeatures"]
+__all__ = ["Bounds", "MergedTokens", "Sizes", "TokenRecoveryOutput", "TokenSelection", "VisualFeatures"]

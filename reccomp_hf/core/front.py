@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,21 +19,18 @@ from torch.profiler import record_function
 from .checks import check_finite, check_question, no_question_hint
 from .compat import clip_vision_model, parameter
 from .configuration import TokenRecoveryConfig
+from .front_plan import FrontPlan
 from .graphs import GraphCache
 from .groups import GroupedPictures, check_rule, read_rules_of_images, take_rows
 from .layout import ImageLayout
-from .methods.budgets import budget_tokens
-from .methods.registry import get_method, reads_encoded_question, reads_question, reads_words
-from .picture_tokens import Bounds, Choice, PictureTokens, Question, choose_tokens, window_mask
+from .methods.registry import reads_encoded_question, reads_question, reads_words
+from .picture_tokens import Choice, PictureTokens, Question, choose_tokens, text_pooling, window_mask
 from .splicing import PlaceholderMap, Splice, check_placeholders, map_placeholders
 from .tensor_checks import check_known_ids
 from .tensors import constant, reads_are_free
 from .text_encoder import RecoveryModulesMixin
 from .vision import EncodedImages, check_not_empty, needed_states, vision_states
 from .words import NO_WORD
-
-_STEP = {"placeholders": 256, "tokens": 32}
-"""Images of LLaVA-NeXT with as many tiles share a computation: their lengths are rounded up to multiples of these."""
 
 
 class QuestionIds(NamedTuple):
@@ -51,46 +47,6 @@ class QuestionIds(NamedTuple):
     attention_mask: Tensor | None = None
     rule: Tensor | None = None
     words: Tensor | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class FrontPlan:
-    """What is known of a run of the front before it starts.
-
-    Args:
-        section: The settings.
-        feature_layer: The hidden state that LLaVA's projector reads.
-        layout: The placeholders of the images; a run takes its index tensors from its inputs.
-        grid: (rows, columns) of a tile's patches.
-        bounds: Bounds that take the place of sizes which depend on the choice; `None` without any.
-        projects: Whether tokens are made of the choice, rather than the choice alone returned.
-    """
-
-    section: TokenRecoveryConfig
-    feature_layer: int
-    layout: ImageLayout
-    grid: tuple[int, int]
-    bounds: Bounds | None = None
-    projects: bool = True
-
-    @property
-    def key(self) -> tuple[Hashable, ...]:
-        """Equal keys and equal shapes of the inputs mean an equal computation."""
-        section, layout = json.dumps(self.section.to_dict(), sort_keys=True), self.layout
-        shape = (tuple(layout.tiles), layout.has_newlines, self.grid, self.bounds)
-        return (section, id(get_method(self.section.method)), self.feature_layer, *shape)
-
-    def bounded(self) -> FrontPlan:
-        """The plan without sizes that depend on the choice, as far as a fixed budget bounds them."""
-        layout, budget = self.layout, self.section.budget
-        if budget is None or not layout.has_newlines:
-            return self
-        totals = [budget_tokens(budget, count) for count in layout.patch_counts]
-        newlines = [length - count for length, count in zip(layout.lengths, layout.patch_counts, strict=True)]
-        longest = max(map(sum, zip(totals, newlines, strict=True)))
-        bounds = Bounds(min(max(totals), layout.patches), sum(totals), _round_up(longest, _STEP["tokens"]))
-        layout = layout.padded(_round_up(layout.slots.shape[1], _STEP["placeholders"]))
-        return dataclasses.replace(self, layout=layout, bounds=bounds)
 
 
 @dataclasses.dataclass
@@ -234,7 +190,16 @@ class FrontMixin(RecoveryModulesMixin):
         return GroupedPictures(parts, groups, tiles)
 
     def _run_front(self, inputs: dict[str, Tensor], plan: FrontPlan) -> Choice | PictureTokens:
-        """`_front`, by a recording if the model uses any."""
+        """`_front`, by a recording if the model uses any.
+
+        Of questions that are on the host it reads every text once and to its end: on a GPU finding that would wait.
+        """
+        if "question" in inputs and self.token_recovery is not None and reads_are_free(inputs["question"]):
+            texts, of_window = self.token_recovery.distinct_texts(
+                inputs["question"], text_pooling(plan.section), rounded=self._graphs is not None
+            )
+            device = inputs["windows"].device
+            inputs = {**inputs, "question": texts.unsqueeze(1).to(device), "text_of_window": of_window.to(device)}
         pictures = self._recorded_front(inputs, plan) if self._graphs is not None and plan.projects else None
         return self._front(inputs, plan) if pictures is None else pictures
 
@@ -283,7 +248,7 @@ class FrontMixin(RecoveryModulesMixin):
         if outputs is None:
             return None
         images, longest = outputs["features"].shape[:2]
-        return PictureTokens.of_tensors(outputs, None if plan.bounds else [longest] * images)
+        return PictureTokens.of_tensors(outputs, [longest] * images if plan.most_newlines is None else None)
 
     def _front(self, inputs: dict[str, Tensor], plan: FrontPlan) -> Choice | PictureTokens:
         """Choose the tokens of images, and make them if their number is known.
@@ -291,8 +256,8 @@ class FrontMixin(RecoveryModulesMixin):
         Args:
             inputs: `"pixel_values"` (T, 3, H, W), or the hidden states that a tower has given; `"question"` (R, W, L)
                 int64 and `"windows"` (R, W) bool, or `"words"` (R, M) int64, and `"question_of_tile"` (T,) int64 if
-                the choice reads questions; `"slots"` and `"rows"` (I, L) int64 and `"newline"` (D,) in place of the
-                layout's and the model's.
+                the choice reads questions; with `"text_of_window"` (R, W) int64 `"question"` holds texts (texts, 1,
+                L); `"slots"` and `"rows"` (I, L) int64 and `"newline"` (D,) in place of the layout's and the model's.
             plan: The plan of the run.
         """
         tower = clip_vision_model(self._llava.vision_tower)
@@ -304,8 +269,8 @@ class FrontMixin(RecoveryModulesMixin):
         slots, rows = inputs.get("slots", plan.layout.slots), inputs.get("rows", plan.layout.rows)
         question = None
         if "question_of_tile" in inputs:
-            given = (inputs.get(name) for name in ("question", "windows", "question_of_tile", "words"))
-            question = Question(*given)  # type: ignore[arg-type]
+            parts = ("question", "windows", "question_of_tile", "words", "text_of_window")
+            question = Question(*map(inputs.get, parts))  # type: ignore[arg-type]
         choice = choose_tokens(
             tower,
             self.token_recovery,
@@ -317,7 +282,7 @@ class FrontMixin(RecoveryModulesMixin):
             projector=self._llava.multi_modal_projector,
             embedding=self.get_input_embeddings(),
         )
-        if not plan.projects or not choice.fix_sizes(plan.bounds):
+        if not plan.projects or not choice.fix_sizes(plan.most_newlines):
             return choice
         return self._tokens(choice, inputs.get("newline"))
 
@@ -390,10 +355,6 @@ class FrontMixin(RecoveryModulesMixin):
 
 def _state_name(index: int) -> str:
     return f"state {index}"
-
-
-def _round_up(number: int, step: int) -> int:
-    return -(-number // step) * step
 
 
 __all__ = ["ChosenPrompts", "FrontMixin", "FrontPlan", "QuestionIds"]

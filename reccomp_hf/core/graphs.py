@@ -28,6 +28,7 @@ _ADAPTER_STATE = ("_active_adapter", "_disable_adapters", "merged_adapters", "sc
 _PATCHES = ("forward", "_hf_hook")  # of an instance
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _TENSORS = ("_parameters", "_buffers")
+_FIELDS = operator.itemgetter(*_TENSORS, "_modules", *_HOOKS, "training")
 
 
 class Recorder(Protocol):
@@ -121,9 +122,14 @@ class GraphCache:
     """The recordings of one model's computations.
 
     A recording belongs to a key, to the shapes and types of its inputs, and to the weights, which it reads where they
-    are in memory: weights that are changed in place are seen. Before every run the modules are walked. If weights are
-    at other addresses (moved, replaced, loaded again), if adapters were switched, scaled or merged, or if modules or
-    their `forward` were exchanged, all recordings are dropped.
+    are in memory. What happens to weights is seen like this:
+
+    - Values that change in place (`copy_`, `.data.mul_`, an optimiser, `load_state_dict`) are what the next run reads.
+    - Before every run the modules are walked: parameters and buffers with their addresses, hooks, classes, `forward`
+      of an instance, PEFT's active, disabled, merged and scaled adapters. Where any of it changed (`.to`, `.half`,
+      `load_state_dict(assign=True)`, a parameter or module put in the place of another one, an adapter loaded,
+      switched, scaled, merged or removed), all recordings are dropped, and the new ones read the new weights.
+    - Training mode, hooks, quantised weights, weights on another device are refused, as long as they last.
     """
 
     def __init__(self, limit: int = 16, recorder: Recorder | None = None) -> None:
@@ -162,8 +168,14 @@ class GraphCache:
         return GraphCache, (self.limit,)
 
     def run(
-        self, name: str, modules: Iterable[nn.Module], key: Hashable, computation: Computation, inputs: Tensors
-    ) -> Tensors | None:
+        self,
+        name: str,
+        modules: Iterable[nn.Module],
+        key: Hashable,
+        computation: Computation,
+        inputs: Tensors,
+        take: Callable[[Tensors], Any] | None = None,
+    ) -> Any:
         """Run a computation by its recording, which is made first if there is none.
 
         Args:
@@ -172,10 +184,12 @@ class GraphCache:
             key: Everything that decides it besides shapes and types of the inputs.
             computation: Function from the inputs to the outputs; it must not keep or change either.
             inputs: Tensors on one device.
+            take: Function of the outputs, which the next run overwrites; it returns nothing that shares their memory.
+                `None` copies each.
 
         Returns:
-            The outputs, as copies of their own; `None` if the computation must be run without a recording, the reason
-            of which is logged once.
+            The result of `take`; `None` if the computation must be run without a recording, the reason of which is
+            logged once.
         """
         modules = list(modules)
         device = next(iter(inputs.values())).device
@@ -212,7 +226,7 @@ class GraphCache:
                 for part, value in inputs.items():
                     recording.inputs[part].copy_(value)
                 recording.replay()
-                return {part: value.clone() for part, value in recording.outputs.items()}
+                return (take or _copies)(recording.outputs)
 
     def clear(self) -> None:
         """Drop all recordings."""
@@ -247,6 +261,10 @@ class GraphCache:
             logger.warning("The %s runs without a CUDA graph: %s.", name, reason)
 
 
+def _copies(outputs: Tensors) -> Tensors:
+    return {part: value.clone() for part, value in outputs.items()}
+
+
 class _Watched:
     """Modules and all that they contain, in a list: a walk before every run would take longer than what it checks."""
 
@@ -255,32 +273,34 @@ class _Watched:
         self.roots = roots
         self._modules = [part for root in roots for part in _parts_of(root)]
         self._dicts = [module.__dict__ for module in self._modules]
+        self._fields = [*map(_FIELDS, self._dicts)]
+        tensors, others = len(_TENSORS), len(_TENSORS) + len(_HOOKS) + 1
+        self._tensors = [values for fields in self._fields for values in fields[:tensors]]
+        self._others = [values for fields in self._fields for values in fields[tensors:others]]
+        self._adapted = [own for own in self._dicts if "_active_adapter" in own]
 
-    def state(self) -> tuple[Any, ...]:
+    def state(self) -> Any:
         """Everything about the modules that a recording takes for granted besides values.
 
-        It is compared before every run, so it is kept cheap: identities and addresses.
+        It is compared before every run, so it is kept cheap: identities and addresses, by functions without a loop.
         """
         dicts = self._dicts
-        values = [value for name in _TENSORS for value in _entries(dicts, name) if value is not None]
-        special: list[Any] = []
-        for own in dicts:
-            special += [id(own[name]) for name in _PATCHES if name in own]
-            if "_active_adapter" in own:
-                special += [repr(own.get(name)) for name in _ADAPTER_STATE]
+        try:
+            is_unchanged = [*map(_FIELDS, dicts)] == self._fields
+        except RuntimeError:  # two tensors were compared: one was put into the place of the other
+            is_unchanged = False
+        if not is_unchanged:
+            return object()  # equal to nothing; the modules are walked again
+        entries = itertools.chain.from_iterable(map(dict.values, self._tensors))
+        values = [value for value in entries if value is not None]
         return (
-            tuple(map(type, self._modules)),
-            [own["training"] for own in dicts],
-            [id(value) for name in (*_HOOKS, "_modules") for value in _entries(dicts, name)],
+            [*map(type, self._modules)],
+            [*map(id, itertools.chain.from_iterable(map(dict.values, self._others)))],
             [*map(id, values)],
             [*map(Tensor.data_ptr, values)],
-            special,
+            [[*map(dict.get, dicts, itertools.repeat(name))] for name in _PATCHES],
+            [repr(own.get(name)) for own in self._adapted for name in _ADAPTER_STATE],
         )
-
-
-def _entries(dicts: list[dict[str, Any]], name: str) -> Iterator[Any]:
-    """The values of all dictionaries of a name."""
-    return itertools.chain.from_iterable(map(dict.values, map(operator.itemgetter(name), dicts)))
 
 
 def _reason_against(modules: list[nn.Module], device: torch.device) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,26 +30,14 @@ class Question:
         windows: (R, W) bool, windows that hold text; `None` without them.
         rows: (T,) int64, the question of each tile.
         words: (R, M) int64, the questions' words as LLaVA's tokens, -1 for padding; `None` if none are read.
+        text_of_window: (R, W) int64, the text of each window, if `input_ids` are texts (texts, 1, L) that occur once.
     """
 
     input_ids: Tensor | None
     windows: Tensor | None
     rows: Tensor
     words: Tensor | None = None
-
-
-class Bounds(NamedTuple):
-    """Sizes that hold for every choice under a fixed budget.
-
-    Args:
-        longest: No tile has more tokens.
-        total: Tokens of all tiles together, exactly.
-        longest_image: No image has more tokens, newlines included.
-    """
-
-    longest: int
-    total: int
-    longest_image: int
+    text_of_window: Tensor | None = None
 
 
 @dataclasses.dataclass
@@ -93,36 +81,40 @@ class Choice:
     @property
     def unread(self) -> list[Tensor]:
         """The numbers, as 1-D tensors, whose values `read` takes; none if a fixed budget says them."""
-        if self.selection.known_sizes is not None:
+        if isinstance(self.selection.known_sizes, Sizes):
             return []
         return [self.selection.sizes, self.lengths]
 
     def read(self, values: list[int]) -> None:
         """Set the sizes from the values of `unread`, one tensor after the other."""
         known = self.selection.known_sizes
-        if known is None:
-            self.sizes, self.image_lengths = Sizes(*values[:3]), values[3:]
-        else:  # without newlines, and every tile is an image
+        if isinstance(known, Sizes):  # without newlines, and every tile is an image
             self.sizes, self.image_lengths = known, [known.longest] * len(self.layout.tiles)
+        else:
+            self.sizes, self.image_lengths = Sizes(*values[:3]), values[3:]
         self.longest_image = max(self.image_lengths)
 
     def sync(self) -> None:
         """Read the sizes from the device, if they are not known."""
         self.read(torch.cat(self.unread).tolist() if self.unread else [])
 
-    def fix_sizes(self, bounds: Bounds | None = None) -> bool:
+    def fix_sizes(self, most_newlines: int | None = None) -> bool:
         """Set sizes that need no read: known ones, or bounds, with padding where the choice has fewer tokens.
+
+        Args:
+            most_newlines: Bound of an image's newlines; `None` takes no bounds.
 
         Returns:
             Whether the sizes are set.
         """
-        if self.selection.known_sizes is not None:
+        known = self.selection.known_sizes
+        if isinstance(known, Sizes):
             self.sync()
-        elif bounds is None or self.selection.most_merged is None:
+        elif known is None or most_newlines is None:
             return False
         else:
-            self.sizes = Sizes(bounds.longest, min(self.selection.most_merged, bounds.longest), bounds.total)
-            self.longest_image = bounds.longest_image
+            self.sizes = Sizes(known.longest, known.most_merged, known.total)
+            self.longest_image = known.longest_image + most_newlines
         return True
 
     def record(self) -> TokenRecoveryOutput:
@@ -143,7 +135,8 @@ class Choice:
         with record_function("reccomp::merge"):
             record = self.record()
         with record_function("reccomp::projector"):
-            features = projector(pack_rows(record.tokens, record.counts, self.sizes.total))
+            exact = self.image_lengths is not None
+            features = projector(pack_rows(record.tokens, record.counts, self.sizes.total, exact))
             if newline is not None:
                 features = torch.cat([features, newline.to(features).unsqueeze(0)])
             leading = self.selection.leading_counts
@@ -213,6 +206,11 @@ def window_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     if attention_mask is None:
         return torch.ones_like(input_ids[..., 0], dtype=torch.bool)
     return (attention_mask != 0).any(-1)
+
+
+def text_pooling(section: TokenRecoveryConfig) -> str:
+    """Where a section's method pools a text: `"end"` or `"last"`."""
+    return getattr(section.options, "pooling", "end")
 
 
 def choose_tokens(
@@ -343,7 +341,9 @@ def question_similarity(
     assert question.windows is not None
     projection = modules.visual_projection
     with record_function("reccomp::text_encoder"):
-        text = modules.embed_question(question.input_ids, getattr(section.options, "pooling", "end"))
+        text = modules.embed_question(question.input_ids, text_pooling(section))
+        if question.text_of_window is not None:
+            text = text.squeeze(1)[question.text_of_window.to(text.device)]
     rows = question.rows.to(patch_states.device)
     with record_function("reccomp::relevance"):
         patches = patch_embeddings(
@@ -385,6 +385,7 @@ __all__ = [
     "choose_tokens",
     "question_similarity",
     "similarity_of_words",
+    "text_pooling",
     "visual_features",
     "window_mask",
 ]

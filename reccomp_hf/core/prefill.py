@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from .checks import cache_length
 from .compat import CACHE, cache_of, fill_cache
@@ -49,14 +49,20 @@ def recorded_prefill(model: Any, graphs: GraphCache, stock: Any, inputs: Mapping
         "attention_mask": mask,
         "position_ids": torch.nn.functional.pad(positions.expand(rows, -1), (missing, 0)),
     }
-    modules = (model.model.language_model, model.lm_head)
-    outputs = graphs.run("language model", modules, (), functools.partial(_prefill, stock), tensors)
-    if outputs is None:
-        return None
     cache = DynamicCache() if cache is None else cache
+    modules = (model.model.language_model, model.lm_head)
+    take = functools.partial(_take, cache, missing)
+    return graphs.run("language model", modules, (), functools.partial(_prefill, stock), tensors, take)
+
+
+def _take(cache: Any, missing: int, outputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write a recording's keys and values to an empty cache, without padding, and return the fields of an output."""
+    # A dynamic layer appends by a copy; of other kinds of layers only the static one is known not to keep its input.
+    copies = type(cache) in (DynamicCache, StaticCache)
     for layer in range(sum(name.startswith("keys") for name in outputs)):
-        fill_cache(cache, layer, *(outputs[f"{part} {layer}"][:, :, missing:] for part in ("keys", "values")))
-    return {"logits": outputs["logits"], CACHE: cache}
+        states = (outputs[f"{part} {layer}"][:, :, missing:] for part in ("keys", "values"))
+        fill_cache(cache, layer, *(part if copies else part.clone() for part in states))
+    return {"logits": outputs["logits"].clone(), CACHE: cache}
 
 
 def additive_mask(mask: Tensor | None, embeds: Tensor, missing: int) -> Tensor:
@@ -90,6 +96,7 @@ def _is_prefill(model: Any, inputs: Mapping[str, Any]) -> bool:
     return (
         given <= _READ | _WITHOUT_EFFECT
         and inputs.get("use_cache") is not False
+        and inputs.get("return_dict") is not False
         and inputs.get("logits_to_keep") == 1
         and not cache_length(cache_of(inputs))
         and embeds.shape[0] * embeds.shape[1] <= MOST_TOKENS

@@ -57,6 +57,11 @@ class Settings:
         return self.of_rule(-1), *self.of_rules
 
 
+TEXT_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("max_position_embeddings", "vocab_size", "projection_dim"),
+)
+"""Fields of a CLIP text config that are numbers above 0."""
 FIELDS = tuple(field.name for field in dataclasses.fields(Settings))
 """Names of the section's fields, in the order of config.json."""
 
@@ -120,6 +125,14 @@ def as_json(name: str, value: Any) -> Any:
         ) from error
 
 
+def fields_text(settings: Settings) -> str | None:
+    """All fields as JSON: equal texts mean equal settings. `None` if a field is no longer JSON."""
+    try:
+        return json.dumps([vars(settings)[name] for name in FIELDS])
+    except (TypeError, ValueError, RecursionError):
+        return None
+
+
 def shown(value: Any) -> str:
     """A value as an error message shows it: its `repr`, cut if it is long."""
     try:
@@ -173,9 +186,11 @@ __all__ = [
     "FIELDS",
     "LARGEST",
     "PRESETS",
+    "TEXT_SIZES",
     "Settings",
     "as_json",
     "did_you_mean",
+    "fields_text",
     "is_budget",
     "is_int",
     "is_number",

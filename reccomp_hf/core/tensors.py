@@ -113,15 +113,20 @@ def gather_rows(values: Tensor, index: Tensor) -> Tensor:
     return values[torch.arange(len(index), device=index.device).unsqueeze(-1), index]
 
 
-def pack_rows(values: Tensor, counts: Tensor, total: int) -> Tensor:
-    """The first `counts` entries of every row, one row after the other: (B, K, ...) -> (total, ...)."""
+def pack_rows(values: Tensor, counts: Tensor, total: int, exact: bool = True) -> Tensor:
+    """The first `counts` entries of every row, one row after the other: (B, K, ...) -> (total, ...).
+
+    A `total` that is not `exact` may be above the sum of the counts; then other entries follow.
+    """
     rows, width = values.shape[:2]
-    if rows * width == total:
+    if exact and rows * width == total:
         return values.flatten(0, 1)
     entry, ends = torch.arange(total, device=counts.device), counts.cumsum(0)
     row = torch.searchsorted(ends, entry, right=True)
+    if not exact:
+        row = row.clamp(max=rows - 1)
     column = entry - (ends - counts)[row]
-    return values[row, column]
+    return values[row, column if exact else column.clamp(max=width - 1)]
 
 
 def cluster_means(states: Tensor, cluster: Tensor, weights: Tensor, clusters: int) -> Tensor:

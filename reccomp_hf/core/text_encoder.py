@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -14,8 +15,8 @@ from .checks import check_supported
 from .compat import key_options, rename_vision_key
 from .questions import LARGEST_IS_END
 from .tensor_checks import check_known_ids
-from .tensors import reads_are_free
 
+_LENGTH_STEP = 8  # of texts, in tokens
 _SKIP_LISTS = ("modules_to_not_convert", "llm_int8_skip_modules")  # TorchAO's and most others', bitsandbytes'
 
 
@@ -42,11 +43,37 @@ class TokenRecoveryModules(nn.Module):
                 memo.add(self)
             yield prefix, self
 
-    def embed_question(self, input_ids: Tensor, pooling: str = "end") -> Tensor:
-        """Embeddings of questions in CLIP's joint space.
+    def distinct_texts(
+        self, input_ids: Tensor, pooling: str = "end", *, rounded: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Every text of some questions once, no longer than to the last end of text: all that needs to be read.
 
-        The text encoder is causal, so padding after the end-of-text token needs no mask. On a CPU it reads equal texts
-        once, and no further than the last end of text; on a GPU finding those would cost more than it saves.
+        The text encoder is causal and pools at the first end of text: what follows does not change an embedding.
+
+        Args:
+            input_ids: (rows, windows, length) int64, on the host.
+            pooling: See `embed_question`; with `"last"` texts keep their padding.
+            rounded: Whether to round the length up to a multiple of 8 and the number of texts to a power of 2, as long
+                as there are so many tokens and windows: few shapes mean few CUDA graphs.
+
+        Returns:
+            (texts, length) ids, and (rows, windows) int64, the text of each window.
+
+        Raises:
+            ValueError: Ids that the text encoder does not have.
+        """
+        flat, inverse = input_ids.flatten(0, 1).unique(dim=0, return_inverse=True)
+        check_known_ids("recovery_input_ids", flat, self.text_encoder.config.vocab_size)
+        if rounded:
+            texts = min(1 << (len(flat) - 1).bit_length(), len(inverse))
+            flat = torch.cat([flat, flat[:1].expand(texts - len(flat), -1)])
+        if pooling == "end":
+            length = self._read_length(flat)
+            flat = flat[:, : -(-length // _LENGTH_STEP) * _LENGTH_STEP if rounded else length]
+        return flat, inverse.view(input_ids.shape[:2])
+
+    def embed_question(self, input_ids: Tensor, pooling: str = "end") -> Tensor:
+        """Embeddings of questions in CLIP's joint space; padding after the end-of-text token needs no mask.
 
         Args:
             input_ids: (rows, windows, length) int64.
@@ -55,20 +82,12 @@ class TokenRecoveryModules(nn.Module):
 
         Returns:
             (rows, windows, P).
-
-        Raises:
-            ValueError: On a CPU, ids that the text encoder does not have.
         """
-        flat, inverse = input_ids.flatten(0, 1), None
-        if reads_are_free(flat):
-            flat, inverse = flat.unique(dim=0, return_inverse=True)
-            check_known_ids("recovery_input_ids", flat, self.text_encoder.config.vocab_size)
-            flat = flat[:, : self._read_length(flat)] if pooling == "end" else flat
-        outputs = self.text_encoder(input_ids=flat)
+        outputs = self.text_encoder(input_ids=input_ids.flatten(0, 1))
         embeds = outputs.text_embeds
         if pooling == "last":
             embeds = self.text_encoder.text_projection(outputs.last_hidden_state[:, -1])
-        return (embeds if inverse is None else embeds[inverse]).unflatten(0, input_ids.shape[:2])
+        return embeds.unflatten(0, input_ids.shape[:2])
 
     def _read_length(self, input_ids: Tensor) -> int:
         """Tokens up to the last end of text, where CLIP pools: the first one of every row, of ids (texts, length)."""

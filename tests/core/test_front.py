@@ -4,14 +4,15 @@ import warnings
 
 import pytest
 import torch
-from architectures import LLAVA, ROWS, each_architecture
-from fixed_budgets import BALANCED, FIXED, MERGED, each_budget
+from architectures import LLAVA, LLAVA_NEXT, ROWS, each_architecture
+from fixed_budgets import BALANCED, FIXED, KNOWN, MERGED
 from prefill_elsewhere import DeviceCosts, costs_elsewhere
 from second_device import DEVICE
 from torch._subclasses import FakeTensorMode
 
 from reccomp_hf.core.compat import clip_vision_model
-from reccomp_hf.core.front import FrontPlan
+from reccomp_hf.core.front_plan import FrontPlan
+from reccomp_hf.core.methods import baselines
 from reccomp_hf.core.tensors import _kept_constant, constant, used_constants
 
 # Operators of a prefill up to the language model, of all its modules: no more than when this was written.
@@ -33,19 +34,19 @@ class Front(torch.nn.Module):
         tower = clip_vision_model(self.model.model.vision_tower)
         tower.encoder.layers = tower.encoder.layers[:2]  # each takes as long to trace
         section = self.model._section(fields)
-        question = batch["recovery_input_ids"], batch["recovery_attention_mask"]
+        self.section, question = section, (batch["recovery_input_ids"], batch["recovery_attention_mask"])
         pixels, layout = self.model._layout(batch["pixel_values"], batch.get("image_sizes"))
         call = batch["input_ids"], batch["pixel_values"], batch.get("image_sizes")
         self.chosen = self.model._read_pictures(*call, question, section, -2)
         self.plan = FrontPlan(section, -2, layout, self.model._grid(pixels)).bounded()
         self.inputs = {
             "pixel_values": pixels,
-            "question": question[0],
-            "windows": question[1].any(-1),
-            "question_of_tile": self.chosen.placeholders.row[layout.image_of_tile(pixels)],
             "slots": self.plan.layout.slots,
             "rows": self.plan.layout.rows,
         }
+        if self.model._reads_question(section):
+            of_tile = self.chosen.placeholders.row[layout.image_of_tile(pixels)]
+            self.inputs |= {"question": question[0], "windows": question[1].any(-1), "question_of_tile": of_tile}
 
     def forward(self, inputs):
         return self.model._front(inputs, self.plan).tensors()
@@ -81,17 +82,33 @@ def check_equal(found, wanted):
 
 
 @torch.no_grad()
-@each_budget
+@pytest.mark.parametrize("fields", [*FIXED.values(), *KNOWN.values()], ids=[*FIXED, *KNOWN])
 @each_architecture
 def test_bounds_give_the_tokens_that_sizes_give(architecture, fields):
     """With bounds in place of sizes that depend on the choice, images and tiles have padding and nothing else."""
-    front = Front(architecture, fields)
+    check_bounds(Front(architecture, fields), architecture is LLAVA)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("number", "value"), [("longest", 1), ("total", 40), ("longest_image", 10 - 32)])
+def test_a_bound_that_is_too_small_shows(monkeypatch, number, value):
+    stock = baselines.budget_bounds
+
+    def smaller(features, budget):
+        return stock(features, budget)._replace(**{number: value})
+
+    monkeypatch.setattr(baselines, "budget_bounds", smaller)
+    with pytest.raises((AssertionError, RuntimeError, IndexError)):
+        check_bounds(Front(LLAVA_NEXT, KNOWN["random"]), False)
+
+
+def check_bounds(front, is_exact):
     bounded, exact = front.model._front(front.inputs, front.plan), front.chosen
     exact.sync_and_validate()
     wanted = front.model._tokens(exact.pictures)
     if bounded.unread:
         bounded.read(torch.cat(bounded.unread).tolist())
-    assert (front.plan.bounds is None) == (architecture is LLAVA)
+    assert (front.plan.most_newlines is None) == is_exact
     assert bounded.lengths.equal(wanted.lengths)
     torch.testing.assert_close(bounded.packed(), wanted.packed())
     width, tokens = wanted.features.shape[1], wanted.record.tokens.shape[1]

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from architectures import LONG_QUESTION, each_architecture, generate
+from fixed_budgets import BALANCED
+from tape import TapeRecorder
 from transformers import CLIPTextConfig
 
+from reccomp_hf.core.graphs import GraphCache
 from reccomp_hf.core.text_encoder import TokenRecoveryModules
 
 LENGTH, LARGEST = 24, 49
@@ -39,16 +45,30 @@ def padded(texts, end, padding):
     ids=["end as padding", "own padding", "largest id, end as padding", "largest id, own padding", "a low id"],
 )
 def test_questions_are_read_once_and_to_their_end(end, written, padding):
-    text, ids, seen = modules(end), padded(TEXTS, written, padding), []
+    text, ids = modules(end), padded(TEXTS, written, padding)
     wanted = text.text_encoder(input_ids=ids.flatten(0, 1)).text_embeds
-    text.text_encoder.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
-    )
-    found = text.embed_question(ids)
-    torch.testing.assert_close(found, wanted.unsqueeze(1))
-    assert [tuple(part.shape) for part in seen] == [(4, max(map(len, TEXTS)) + 2)]
-    assert found[0].equal(found[1])
-    assert not torch.allclose(found[0], found[2])
+    torch.testing.assert_close(text.embed_question(ids), wanted.unsqueeze(1))
+    for rounded, length in ((False, max(map(len, TEXTS)) + 2), (True, 8)):
+        texts, of_window = text.distinct_texts(ids, rounded=rounded)
+        assert texts.shape == (4, length) and of_window.shape == (len(TEXTS), 1)
+        torch.testing.assert_close(text.embed_question(texts.unsqueeze(1)).squeeze(1)[of_window], wanted.unsqueeze(1))
+        assert of_window[0].equal(of_window[1]) and not of_window[0].equal(of_window[2])
+
+
+def test_shapes_of_texts_are_few():
+    text, shapes = modules(LARGEST), {}
+    for different in range(1, 8):
+        for length in range(1, LENGTH - 1):
+            rows = [[5 + row] * length for row in range(different)] + [[5] * length] * (7 - different)
+            texts, of_window = text.distinct_texts(padded(rows, LARGEST, LARGEST), rounded=True)
+            shapes.setdefault(texts.shape, []).append((different, length))
+            assert texts[of_window.squeeze(1)][:, 1 : length + 1].tolist() == rows
+    assert {*shapes} == {(count, length) for count in (1, 2, 4, 7) for length in (8, 16, 24)}
+
+
+def test_ids_that_the_text_encoder_lacks_are_refused():
+    with pytest.raises(ValueError, match="recovery_input_ids must be ids from 0 to 49, got 1 to 50"):
+        modules(LARGEST).distinct_texts(torch.tensor([[[1, 50, 49]]]))
 
 
 @torch.no_grad()
@@ -59,9 +79,9 @@ def test_questions_are_pooled_at_their_last_place_on_request(padding):
     wanted = states[:, LENGTH - 1] @ text.text_encoder.text_projection.weight.T
     found = text.embed_question(ids, "last").squeeze(1)
     torch.testing.assert_close(found, wanted)
-    alone = torch.cat([text.embed_question(ids[row : row + 1], "last").squeeze(1) for row in range(len(ids))])
-    torch.testing.assert_close(found, alone)
-    assert found[0].equal(found[1])
+    texts, of_window = text.distinct_texts(ids, "last")
+    assert texts.shape == (4, LENGTH)
+    torch.testing.assert_close(text.embed_question(texts.unsqueeze(1), "last")[of_window.squeeze(1)].squeeze(1), found)
     assert not torch.isclose(found, text.embed_question(ids).squeeze(1)).any(-1).all()
 
 
@@ -71,3 +91,35 @@ def test_windows_of_full_length_are_read_whole():
     ids = padded([list(range(4, 4 + LENGTH - 2)), [5]], LARGEST, LARGEST).view(1, 2, LENGTH)
     wanted = text.text_encoder(input_ids=ids.flatten(0, 1)).text_embeds.unflatten(0, (1, 2))
     torch.testing.assert_close(text.embed_question(ids), wanted)
+    assert text.distinct_texts(ids, rounded=True)[0].shape == (2, LENGTH)
+
+
+# ---- in the models -------------------------------------------------------------------------------------------------
+
+
+def texts_read(model):
+    """Shapes of the texts of the recordings of the front."""
+    return [tuple(one.inputs["question"].shape) for key, one in model._graphs._recordings.items() if key[0] == "front"]
+
+
+@pytest.mark.parametrize("fields", [BALANCED, {"budget": 16}], ids=["balanced", "paper"])
+@each_architecture
+def test_recordings_read_texts_once_and_to_their_end(architecture, fields):
+    """Equal questions are one text; questions of about the same length share a recording; answers stay the same."""
+    model = copy.deepcopy(architecture.compressed())
+    model._graphs = GraphCache(recorder=TapeRecorder())
+    cases = {
+        "equal": ([("Is it red?", 1)] * 3, 1),
+        "other": ([("Is it tan?", 1)] * 3, 1),
+        "different": ([("Is it red?", 1), ("Is it tan?", 1), ("Is it red?", 1)], 2),
+        "long": ([(LONG_QUESTION, 1)], 3),
+    }
+    for rows, texts in cases.values():
+        batch = architecture.encode(rows)
+        found = generate(model, batch, token_recovery=fields)
+        assert found.equal(generate(architecture.compressed(), batch, token_recovery=fields))
+        longest = int(batch["recovery_attention_mask"].sum(-1).max())
+        whole = batch["recovery_input_ids"].shape[-1]
+        assert texts_read(model)[-1] == (texts, 1, min(-(-longest // 8) * 8, whole))
+        assert (longest == whole) == (rows == [(LONG_QUESTION, 1)])
+    assert len(texts_read(model)) == 3

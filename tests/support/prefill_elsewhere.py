@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from reccomp_hf.core import front, prefill, tensors
+from reccomp_hf.core import graphs as graphs_module
 from reccomp_hf.core.graphs import GraphCache
 
 
@@ -130,7 +131,7 @@ def recorded_elsewhere(architecture, batch, fields, dtype=torch.float32):
     """Costs of every computation of a prefill that a GPU records, as it runs for the second time, by its name."""
     found = {}
 
-    def run(graphs, name, modules, key, computation, inputs):
+    def run(graphs, name, modules, key, computation, inputs, take=None):
         assert {value.device.type for value in inputs.values()} == {DEVICE}, name
         try:
             computation(inputs)
@@ -142,7 +143,7 @@ def recorded_elsewhere(architecture, batch, fields, dtype=torch.float32):
             return None
         found[name] = costs
         assert {value.device.type for value in outputs.values()} == {DEVICE}, name
-        return {part: value.clone() for part, value in outputs.items()}
+        return (take or graphs_module._copies)(outputs)
 
     with model_elsewhere(architecture, batch, fields, dtype) as (model, inputs, wanted):
         model.use_cuda_graph()

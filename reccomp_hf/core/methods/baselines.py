@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import torch
 from torch import Tensor
 
-from ..features import MergedTokens, Sizes, TokenSelection, VisualFeatures
+from ..features import Bounds, MergedTokens, Sizes, TokenSelection, VisualFeatures
 from ..settings import Settings
 from ..tensors import cluster_means, constant, nonzero_first, positions, top_mask
-from .budgets import budget_table, budget_tokens
+from .budgets import budget_bounds, budget_table, budget_tokens
 from .contract import BudgetUse, RecoveryMethod, check_int
 
 _FINGERPRINT_BITS = 48
@@ -47,7 +48,7 @@ def _select_random(features: VisualFeatures, settings: Settings) -> TokenSelecti
     return features.keep(
         visual=kept,
         saliency=features.saliency(settings.visual_heads),
-        known_sizes=Sizes(most, 0, most * len(kept)) if features.uniform else None,
+        known_sizes=Sizes(most, 0, most * len(kept)) if features.uniform else budget_bounds(features, settings.budget),
     )
 
 
@@ -101,10 +102,14 @@ def _select_pooling(side: int | None, features: VisualFeatures, settings: Settin
     lowest = index.new_full(index.shape, beyond)
     lowest = lowest.scatter_reduce(1, cell, index.masked_fill(~features.valid, beyond), "amin")
     centres = features.valid & (lowest.gather(1, cell) == index)
-    known = None
     if features.uniform:
-        rows, columns = _shape(side, features.grid, settings.budget)
-        known = Sizes(rows * columns, rows * columns, rows * columns * len(cell))
+        cells = math.prod(_shape(side, features.grid, settings.budget))
+        known: Sizes | Bounds = Sizes(cells, cells, cells * len(cell))
+    else:
+        slots, patches = max(features.tiles), features.valid.shape[1]
+        of_images = [_most_cells(side, features.grid, settings.budget, tiles, slots) for tiles in features.tiles]
+        longest = min(patches, _most_cells(side, features.grid, settings.budget, 1, slots))
+        known = Bounds(longest, longest, sum(of_images), max(of_images))
     return features.keep(
         centres=centres,
         merged_counts=centres.sum(-1),
@@ -145,6 +150,18 @@ def _cells(side: int | None, features: VisualFeatures, settings: Settings) -> Te
     shape = table[patches.expand(-1, max(features.tiles))]  # (I, S, 2)
     down, across = (features.per_tile(size) for size in shape.unbind(-1))  # (B, 1) each
     return row * down // rows * across + column * across // columns
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _most_cells(side: int | None, grid: tuple[int, int], budget: float | None, tiles: int, slots: int) -> int:
+    """Cells with a patch in `tiles` of an image's tiles, whichever patches are valid; `slots` is the most it may have.
+
+    An image of few valid patches has small cells; then there are no more of them than patches.
+    """
+    if side is not None or isinstance(budget, float):
+        return tiles * math.prod(_shape(side, grid, budget))
+    table = _shape_table(grid, budget or 1, slots)
+    return max(min(count, tiles * math.prod(shape)) for count, shape in enumerate(table))
 
 
 def _shape(side: int | None, grid: tuple[int, int], budget: float | None) -> tuple[int, int]:
@@ -198,7 +215,9 @@ def _select_base_tile(features: VisualFeatures, settings: Settings) -> TokenSele
     """The first tile of each image as it is, the others dropped."""
     is_base = constant(features.valid, tuple, tuple(tile == 0 for size in features.tiles for tile in range(size)))
     kept = features.valid & is_base.unsqueeze(-1)
-    return features.keep(visual=kept, saliency=features.saliency(settings.visual_heads))
+    patches, images = kept.shape[1], len(features.tiles)
+    known = Sizes(patches, 0, images * patches) if features.uniform else Bounds(patches, 0, images * patches, patches)
+    return features.keep(visual=kept, saliency=features.saliency(settings.visual_heads), known_sizes=known)
 
 
 def _pooling(side: int | None, budget: BudgetUse) -> RecoveryMethod:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..features import Sizes, VisualFeatures
+from ..features import Bounds, Sizes, VisualFeatures
 from ..settings import Settings
 from ..tensors import constant, highest_precision, positions, top_mask
 
@@ -27,23 +27,30 @@ class Spending:
         counts: (B,) int64, tokens of each tile; 0 for a tile that keeps all its patches.
         whole: (B, N) bool, the patches of tiles that keep all of them.
         most: No entry of `counts` is larger.
-        known: Tokens of every tile if they are known without reading the device, else `None`.
+        bounds: Bounds without merged tokens; `None` if every tile has exactly `tokens`.
+        tokens: No tile has more tokens, those of tiles that keep all their patches included.
     """
 
     counts: Tensor
     whole: Tensor
     most: int
-    known: int | None
+    bounds: Bounds | None
+    tokens: int
+
+    @property
+    def known(self) -> int | None:
+        """Tokens of every tile if they are known without reading the device, else `None`."""
+        return self.tokens if self.bounds is None else None
 
     def split(self, part: Callable[[int], int]) -> Tensor:
         """A part of each tile's tokens, given as a function of their number: (B,) int64."""
         return constant(self.counts, tuple, tuple(part(count) for count in range(self.most + 1)))[self.counts]
 
-    def sizes(self, merged: Callable[[int], int] = lambda count: 0) -> Sizes | None:
+    def sizes(self, merged: Callable[[int], int] = lambda count: 0) -> Sizes | Bounds:
         """`TokenSelection.known_sizes`, given the number of merged tokens among `count` tokens."""
-        if self.known is None:
-            return None
-        return Sizes(self.known, merged(self.most), self.known * len(self.counts))
+        if self.bounds is None:
+            return Sizes(self.tokens, merged(self.most), self.tokens * len(self.counts))
+        return self.bounds._replace(most_merged=max(merged(count) for count in range(self.most + 1)))
 
 
 def spend(features: VisualFeatures, settings: Settings) -> Spending:
@@ -52,7 +59,19 @@ def spend(features: VisualFeatures, settings: Settings) -> Spending:
     whole = features.valid & (counts >= features.valid.sum(-1)).unsqueeze(-1)
     keeps_all = features.uniform and most == features.valid.shape[1]
     counts = counts.masked_fill(whole.any(-1), 0)
-    return Spending(counts, whole, 0 if keeps_all else most, most if features.uniform else None)
+    bounds = None if features.uniform else budget_bounds(features, settings.budget)
+    return Spending(counts, whole, 0 if keeps_all else most, bounds, most)
+
+
+def budget_bounds(features: VisualFeatures, budget: float | None, most_merged: int = 0) -> Bounds:
+    """Bounds of a choice that gives every image the tokens that a budget allows, `most_merged` of them merged.
+
+    They depend on numbers of tiles and not on sizes of images: tiles count as if all of their patches were valid.
+    """
+    patches = features.valid.shape[1]
+    of_images = [budget_tokens(budget, tiles * patches) for tiles in features.tiles]
+    longest = min(max(of_images), patches)
+    return Bounds(longest, min(most_merged, longest), sum(of_images), max(of_images))
 
 
 def tile_budgets(features: VisualFeatures, settings: Settings) -> tuple[Tensor, int]:
@@ -165,6 +184,7 @@ __all__ = [
     "BudgetSplit",
     "Spending",
     "at_places",
+    "budget_bounds",
     "budget_split",
     "budget_table",
     "budget_tokens",

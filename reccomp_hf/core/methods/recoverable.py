@@ -20,7 +20,7 @@ from ..tensors import (
     squared_distances,
     top_mask,
 )
-from .budgets import BudgetSplit, budget_split
+from .budgets import BudgetSplit, budget_bounds, budget_split
 from .cdpruner import largest_volume, scaled_relevance
 from .contract import RecoveryMethod
 
@@ -93,8 +93,7 @@ def _select_budget(features: VisualFeatures, saliency: Tensor, settings: Setting
         saliency=saliency,
         known_sizes=Sizes(shares.total, shares.most.merged, shares.total * len(saliency))
         if features.uniform
-        else None,
-        most_merged=shares.most.merged,
+        else budget_bounds(features, settings.budget, shares.most.merged),
     )
 
 

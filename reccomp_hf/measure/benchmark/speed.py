@@ -85,6 +85,7 @@ def speed_report(
     *,
     seconds: float = SECONDS,
     write: Callable[[dict[str, Any]], Any] = lambda facts: None,
+    begin: Callable[[str], Any] = lambda title: None,
     progress: bool | None = None,
 ) -> dict[str, Any]:
     """Measure the parts one after the other, as long as time is left.
@@ -95,6 +96,7 @@ def speed_report(
         dtype: Dtype of their weights.
         seconds: Time after which no further part is begun.
         write: Called with the results so far after every part.
+        begin: Called with the title of every part before it is measured.
         progress: Whether to show a progress bar; `None` shows it where stderr is a terminal.
 
     Returns:
@@ -115,6 +117,7 @@ def speed_report(
             if time.monotonic() - began > seconds:
                 facts["left_out"].append(part.title)
             else:
+                begin(part.title)
                 try:
                     facts[part.table] += part.measure(*built.by(part.build))
                 except Exception as error:  # whatever it is, the other parts are worth having
