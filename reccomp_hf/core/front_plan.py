@@ -1,4 +1,4 @@
-"""What is known of a run of the front before it starts."""
+"""Plans: all that is known of a run of the front before it starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STEP = {"placeholders": 256, "newlines": 32}
 
 @dataclasses.dataclass(frozen=True)
 class FrontPlan:
-    """What is known of a run of the front before it starts.
+    """All that is known of a run of the front before it starts.
 
     Args:
         section: The settings.

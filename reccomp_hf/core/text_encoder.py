@@ -53,8 +53,8 @@ class TokenRecoveryModules(nn.Module):
         Args:
             input_ids: (rows, windows, length) int64, on the host.
             pooling: See `embed_question`; with `"last"` texts keep their padding.
-            rounded: Whether to round the length up to a multiple of 8 and the number of texts to a power of 2, as long
-                as there are so many tokens and windows: few shapes mean few CUDA graphs.
+            rounded: Whether to round the length up to a multiple of 8 and the number of texts to a power of 2, but not
+                above those of the input: few shapes mean few CUDA graphs.
 
         Returns:
             (texts, length) ids, and (rows, windows) int64, the text of each window.

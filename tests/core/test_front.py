@@ -11,6 +11,7 @@ from second_device import DEVICE
 from torch._subclasses import FakeTensorMode
 
 from reccomp_hf.core.compat import clip_vision_model
+from reccomp_hf.core.front import QuestionIds
 from reccomp_hf.core.front_plan import FrontPlan
 from reccomp_hf.core.methods import baselines
 from reccomp_hf.core.tensors import _kept_constant, constant, used_constants
@@ -34,7 +35,8 @@ class Front(torch.nn.Module):
         tower = clip_vision_model(self.model.model.vision_tower)
         tower.encoder.layers = tower.encoder.layers[:2]  # each takes as long to trace
         section = self.model._section(fields)
-        self.section, question = section, (batch["recovery_input_ids"], batch["recovery_attention_mask"])
+        names = ("input_ids", "attention_mask", "rule", "words")
+        self.section, question = section, QuestionIds(*(batch.get(f"recovery_{name}") for name in names))
         pixels, layout = self.model._layout(batch["pixel_values"], batch.get("image_sizes"))
         call = batch["input_ids"], batch["pixel_values"], batch.get("image_sizes")
         self.chosen = self.model._read_pictures(*call, question, section, -2)
@@ -46,7 +48,8 @@ class Front(torch.nn.Module):
         }
         if self.model._reads_question(section):
             of_tile = self.chosen.placeholders.row[layout.image_of_tile(pixels)]
-            self.inputs |= {"question": question[0], "windows": question[1].any(-1), "question_of_tile": of_tile}
+            read = {"question": question.input_ids, "windows": question.attention_mask.any(-1), "words": question.words}
+            self.inputs |= self.model._without_unread(read, section) | {"question_of_tile": of_tile}
 
     def forward(self, inputs):
         return self.model._front(inputs, self.plan).tensors()

@@ -67,7 +67,7 @@ def load_other_weights(model):
 
 
 def to_another_dtype(model):
-    model.double()
+    model.bfloat16()
 
 
 def replace_a_module(model):
@@ -140,3 +140,42 @@ def test_training_in_between_keeps_the_recordings(model):
     tokens_of(model, batch)
     model.eval()
     assert tokens_of(model, batch).equal(wanted) and recorder.recorded == 2
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT 0.21 on 5.x
+def test_adapters_of_peft_are_recorded_anew():
+    """Added, switched, turned off, deleted and merged: both computations are recorded anew and equal eager ones."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = {"target_modules": r".*(linear_2|language_model.*q_proj)", "init_lora_weights": False}
+    adapted = get_peft_model(LLAVA.build(budget=16), LoraConfig(**config), adapter_name="first")
+    model, batch, seen = adapted.get_base_model(), LLAVA.encode(ROWS), []
+    model._graphs = graphs = GraphCache(recorder=TapeRecorder())
+
+    def logits():
+        with torch.no_grad():
+            return model(**batch, use_cache=True, logits_to_keep=1).logits
+
+    for change in (
+        lambda: None,
+        lambda: adapted.add_adapter("second", LoraConfig(**config)),
+        lambda: adapted.set_adapter("second"),
+        lambda: adapted.base_model.disable_adapter_layers(),
+        lambda: adapted.base_model.enable_adapter_layers(),
+        lambda: adapted.delete_adapter("first"),
+        lambda: adapted.merge_and_unload(),
+    ):
+        change()
+        model.eval()
+        recordings = graphs.recorded
+        seen.append(logits())
+        assert graphs.recorded == recordings + 2 and not graphs.refusals
+        model._graphs = None
+        torch.testing.assert_close(seen[-1], logits())
+        model._graphs = graphs
+    first, again, second, without, *others = seen
+    assert again.equal(first)
+    assert not any(torch.allclose(one, other) for one, other in ((first, second), (second, without), (first, without)))
+    for other in others:
+        torch.testing.assert_close(other, second, rtol=1e-4, atol=1e-5)
