@@ -48,7 +48,11 @@ class Front(torch.nn.Module):
         }
         if self.model._reads_question(section):
             of_tile = self.chosen.placeholders.row[layout.image_of_tile(pixels)]
-            read = {"question": question.input_ids, "windows": question.attention_mask.any(-1), "words": question.words}
+            read = {
+                "question": question.input_ids,
+                "windows": question.attention_mask.any(-1),
+                "words": question.words,
+            }
             self.inputs |= self.model._without_unread(read, section) | {"question_of_tile": of_tile}
 
     def forward(self, inputs):
