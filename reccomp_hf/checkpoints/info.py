@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..core.checks import is_tiled
+from ..core.checks import check_supported, is_tiled
 from ..core.configuration import TokenRecoveryConfig
 from ..core.counting import blank_selection, patches_per_side
 from ..core.features import Sizes
@@ -55,6 +55,7 @@ def describe(folder: Path, name: str) -> dict[str, Any]:
                 f"`reccomp-hf convert {name} CLIP OUTPUT` makes a compressed model of it."
             )
         raise ValueError(f"{name} is not a compressed LLaVA: its model_type is {config.model_type!r}.")
+    check_supported(config, section)
     if (folder / "processor_config.json").is_file():
         load_processor(folder)
     found = WeightFiles.find(folder)

@@ -112,8 +112,8 @@ def _shards(index: Path) -> dict[str, frozenset[str]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} names no weights: its weight_map is {weight_map!r}. Download or save it again.")
-    for name in set(map(str, weight_map.values())):
-        if Path(name).name != name or name.startswith("."):
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
             raise ValueError(f"{index} names {name!r}, which is not a file of its folder. Download or save it again.")
     return {name: frozenset(key for key in weight_map if weight_map[key] == name) for name in set(weight_map.values())}
 

@@ -51,9 +51,14 @@ def _main(argv: list[str] | None) -> int:
     return 0
 
 
+_WRITERS_OF_SENTENCES = ("huggingface_hub", "jinja2", "safetensors")
+"""Packages whose errors of other types say what is wrong with a config, a chat template or a weight file."""
+
+
 def _one_line(error: Exception) -> str:
     message = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, (ValueError, OSError, RuntimeError, ImportError)):
+    origin = type(error).__module__.partition(".")[0]
+    if isinstance(error, (ValueError, OSError, RuntimeError, ImportError)) or origin in _WRITERS_OF_SENTENCES:
         return message
     return f"unexpected {type(error).__name__}: {message} (--debug shows where)"
 

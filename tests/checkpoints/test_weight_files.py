@@ -69,6 +69,7 @@ def test_a_folder_without_weights(tmp_path):
         ('{"weight_map": {}}', "index.json names no weights"),
         ('{"weight_map": ["a"]}', "index.json names no weights"),
         ('{"weight_map": {"a": "../a.safetensors"}}', r"names '\.\./a\.safetensors', which is not a file"),
+        ('{"weight_map": {"a": 1}}', "names 1, which is not a file"),
         ('{"weight_map": {"a": ".a.safetensors"}}', "names '.a.safetensors', which is not a file"),
     ],
 )

@@ -1,6 +1,8 @@
 """The command line as a person meets it: help, one-line errors, and the way from stock checkpoints to answers."""
 
+import functools
 import json
+import operator
 import re
 import shutil
 
@@ -8,6 +10,7 @@ import pytest
 import tiny
 import torch
 from architectures import each_architecture
+from saved import save_checkpoint
 from transformers import AutoModelForImageTextToText, CLIPConfig
 from transformers.utils import logging
 
@@ -79,6 +82,25 @@ def test_info(run, converted):
     assert ["visual", "tokens", "100 become 24 (24%)"] in lines
     assert ["recovery", "tokenizer", "present"] in lines
     assert 'budget 24, text_relevance "value"' in out
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("vision_config", "model_type"), "siglip_vision_model", "Token recovery needs CLIP's class token"),
+        (("token_recovery", "visual_layer"), -50, "visual_layer is -50, but the vision tower has only"),
+        (("vision_feature_layer",), -1, "vision_feature_layer"),
+        (("vision_feature_layer",), "x", "vision_feature_layer"),
+    ],
+)
+def test_info_on_a_config_that_no_model_can_have(run, tmp_path, path, value, message):
+    folder = save_checkpoint(tmp_path / "checkpoint")
+    values = json.loads((folder / "config.json").read_text())
+    *parents, last = path
+    functools.reduce(operator.getitem, parents, values)[last] = value
+    (folder / "config.json").write_text(json.dumps(values))
+    code, out, err = run("info", folder)
+    assert (code, out) == (2, "") and message in err and "unexpected" not in err
 
 
 def test_info_as_json_agrees_with_the_model(run, converted):
