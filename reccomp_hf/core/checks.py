@@ -42,6 +42,11 @@ def check_supported(config: Any, section: TokenRecoveryConfig) -> None:
             "supported. Use a LLaVA with a CLIP vision tower ('clip_vision_model')."
         )
     check_feature_layer(config, None, None)
+    if not is_int(vision.patch_size) or not 0 < vision.patch_size <= vision.image_size:
+        raise ValueError(
+            f"vision_config.patch_size must be an int from 1 to image_size {vision.image_size}, got "
+            f"{shown(vision.patch_size)}: restore the config.json of the checkpoint."
+        )
     patches = most_tiles(config) * (vision.image_size // vision.patch_size) ** 2
     for rule, settings in enumerate(section.all_settings, start=-1):
         name = "token_recovery" if rule < 0 else f"token_recovery.rules[{rule}]"

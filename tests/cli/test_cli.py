@@ -90,6 +90,7 @@ def test_info(run, converted):
         (("vision_config", "model_type"), "siglip_vision_model", "Token recovery needs CLIP's class token"),
         (("token_recovery", "visual_layer"), -50, "visual_layer is -50, but the vision tower has only"),
         (("vision_feature_layer",), -1, "vision_feature_layer"),
+        (("vision_config", "patch_size"), 0, "patch_size must be an int from 1 to image_size"),
         (("vision_feature_layer",), "x", "vision_feature_layer"),
     ],
 )
