@@ -129,8 +129,7 @@ class FrontMixin(RecoveryModulesMixin):
             missing = (placeholders.per_row > 0) & ~windows.any(-1)
             inputs |= {"question": ids, "windows": windows}
         if any(reads) and words is not None and reads_words(section):
-            if reads_are_free(words):
-                check_known_ids("recovery_words", words.clamp(min=0), self.config.get_text_config().vocab_size)
+            check_known_ids("recovery_words", words, self.config.get_text_config().vocab_size, NO_WORD)
             inputs["words"] = words = words.to(input_ids.device)
             missing = missing | ((placeholders.per_row > 0) & (words == NO_WORD).all(-1))
         plan = FrontPlan(section, feature_layer, layout.with_newlines(section.newlines), grid, projects=projects)
