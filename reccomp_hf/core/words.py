@@ -6,6 +6,7 @@ ICLR 2026, arXiv 2508.18264).
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -57,7 +58,7 @@ def encode_words(tokenizer: Any, questions: Sequence[str | Sequence[str]]) -> np
         for row in questions
     ]
     words = list(dict.fromkeys(word for row in rows for word in row))
-    encoded = tokenizer(words, add_special_tokens=False).input_ids if words else []
+    encoded = token_ids(tokenizer, words)
     ids = dict(zip(words, encoded, strict=True))
     tokens = [[token for word in row for token in ids[word]] for row in rows]
     longest = max(1, *map(len, tokens)) if tokens else 1
@@ -67,4 +68,17 @@ def encode_words(tokenizer: Any, questions: Sequence[str | Sequence[str]]) -> np
     return table
 
 
-__all__ = ["NO_WORD", "STOP_WORDS", "content_words", "encode_words"]
+def token_ids(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
+    """Tokens of texts, without padding, and without a change to the tokenizer.
+
+    A call of a fast tokenizer sets its padding, which is the state of all threads: one that encodes at that moment
+    fails, or gets the other's padding.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not texts or backend is None or backend.truncation is not None:
+        return tokenizer(list(texts), add_special_tokens=add_special_tokens).input_ids if texts else []
+    encoded = backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+    return [list(itertools.compress(row.ids, row.attention_mask)) for row in encoded]
+
+
+__all__ = ["NO_WORD", "STOP_WORDS", "content_words", "encode_words", "token_ids"]

@@ -1,7 +1,6 @@
 """Hostile clients: what they send is bounded, and others are answered meanwhile."""
 
 import concurrent.futures
-import copy
 import http.client
 import socket
 import time
@@ -12,9 +11,10 @@ import pytest
 from chat_client import ask, chat, client_of, data_url, running, send
 from test_server_batches import talkative
 
+from reccomp_hf.core.words import token_ids
 from reccomp_hf.demo import draw_scene
+from reccomp_hf.engines.server import answering, listening, requests
 from reccomp_hf.engines.server import app as app_module
-from reccomp_hf.engines.server import listening, requests
 from reccomp_hf.engines.server.answering import Service
 from reccomp_hf.engines.server.errors import RequestError
 from reccomp_hf.engines.server.guard import allowed_hosts
@@ -54,15 +54,20 @@ def test_a_long_text_is_refused_before_it_is_tokenized(service, monkeypatch):
         assert time.monotonic() - began < 10
 
 
-def test_of_a_long_text_only_what_fits_is_tokenized(service, monkeypatch):
-    works, lengths = service.processor.tokenizer, []
+@pytest.fixture
+def lengths(monkeypatch):
+    """The characters of every text that is tokenized by a check."""
+    found = []
 
-    def tokenizer(text, **settings):
-        lengths.append(len(text))
-        return works(text, **settings)
+    def spy(tokenizer, texts, *args, **kwargs):
+        found.extend(map(len, texts))
+        return token_ids(tokenizer, texts, *args, **kwargs)
 
-    service.processor = copy.copy(service.processor)
-    service.processor.tokenizer = tokenizer
+    monkeypatch.setattr(answering, "token_ids", spy)
+    return found
+
+
+def test_of_a_long_text_only_what_fits_is_tokenized(service, lengths):
     service._positions, service._longest_token = 50_000, 20
     request = read_request({"messages": chat("a " * 450_000)}, ("demo",), ImageReader())
     with pytest.raises(RequestError, match="leaves none for an answer"):
@@ -70,16 +75,7 @@ def test_of_a_long_text_only_what_fits_is_tokenized(service, monkeypatch):
     assert 100_000 <= sum(lengths) < 110_000  # of 900,000 characters: each token takes two
 
 
-def test_only_a_prompt_that_may_be_too_long_is_tokenized_before_its_images_are_read(service, monkeypatch):
-    tokenizer, lengths = service.processor.tokenizer, []
-    works = type(tokenizer).__call__
-
-    def call(called, text, **settings):
-        if called is tokenizer:
-            lengths.append(len(text))
-        return works(called, text, **settings)
-
-    monkeypatch.setattr(type(tokenizer), "__call__", call)
+def test_only_a_prompt_that_may_be_too_long_is_tokenized_before_its_images_are_read(service, lengths):
     for words in (1, 200):
         service.check(read_request({"messages": chat("a " * words)}, ("demo",), ImageReader()))
     assert service._positions == 512 and not lengths

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
+from ...core.words import token_ids
 from .answers import Answer, Prepared
 from .errors import CallEnded, RequestError, too_busy
 from .requests import DEFAULT_MAX_TOKENS, ChatRequest
@@ -217,7 +218,8 @@ class Service:
         except (ValueError, TemplateError) as error:
             raise RequestError(" ".join(str(error).split())) from error
         if len(prompt.encode()) >= self._positions:  # a token stands for one byte at least
-            _check_length(len(self.processor.tokenizer(prompt)["input_ids"]) - request.images, self._positions)
+            (tokens,) = token_ids(self.processor.tokenizer, [prompt], add_special_tokens=True)
+            _check_length(len(tokens) - request.images, self._positions)
 
     def _check_texts(self, texts: Sequence[str]) -> None:
         """Refuse long texts; of one that is too long, little more than what fits is tokenized."""
@@ -230,7 +232,7 @@ class Service:
         for text in texts:
             for start in range(0, len(text), _PIECE):
                 piece = text[start : start + _PIECE]
-                tokens += len(self.processor.tokenizer(piece, add_special_tokens=False)["input_ids"])
+                tokens += len(token_ids(self.processor.tokenizer, [piece])[0])
                 cuts += 1  # each may have added a few tokens
                 _check_length(tokens - 8 * cuts, self._positions)
 
