@@ -7,6 +7,7 @@ with `recovery_turns="all"` all questions, without system prompt, answers or ans
 row's last question begins like.
 """
 
+import copy
 import functools
 import json
 import os
@@ -23,6 +24,7 @@ from .greyscale import readable_chat, readable_images
 from .questions import (
     batched,
     check_messages,
+    check_placeholders,
     check_prompt_tokenizer,
     check_question_tokenizer,
     check_turns,
@@ -37,6 +39,7 @@ from .questions import (
 from .recovery_tokenizer import RECOVERY_TOKENIZER_FOLDER, cached_path, load_recovery_tokenizer, window_length
 from .remote_code import write_sources
 from .rules import check_rules, find_rule
+from .tokenizing import OneAtATime
 from .words import encode_words
 
 _RECOVERY_INPUT_NAMES = ("recovery_input_ids", "recovery_attention_mask", "recovery_words")
@@ -69,6 +72,7 @@ class RecCompProcessorMixin(ProcessorMixin):
         turns, where a patch's best score counts (questions that fit patches better in general get more of them).
         System prompts and answers are never read. All other arguments are the stock processor's.
         """
+        check_placeholders(patch_size, vision_feature_select_strategy, num_additional_image_tokens)
         super().__init__(
             image_processor,
             tokenizer,
@@ -152,7 +156,9 @@ class RecCompProcessorMixin(ProcessorMixin):
         """
         turns = self.recovery_turns if recovery_turns is None else check_turns(recovery_turns)
         kwargs = {key: dict(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
-        encoding = super().__call__(images=readable_images(images), text=text, **kwargs)
+        stock = copy.copy(self)  # the call's own: other threads keep the tokenizer itself
+        stock.tokenizer = OneAtATime(self.tokenizer)
+        encoding = super(RecCompProcessorMixin, stock).__call__(images=readable_images(images), text=text, **kwargs)
         if text is None or not self._reads_text(recovery_rules):
             return encoding
         prompts = [text] if isinstance(text, str) else [row if isinstance(row, str) else " ".join(row) for row in text]
@@ -191,8 +197,7 @@ class RecCompProcessorMixin(ProcessorMixin):
 
     def extract_question(self, prompt: str) -> str:
         """The last question of a rendered prompt, see `extract_questions`; it may be empty."""
-        questions = choose_questions(self._user_turns(prompt), "last", self.image_token)
-        return questions[0] if questions else ""
+        return next(iter(choose_questions(self._user_turns(prompt), "last", self.image_token)), "")
 
     def extract_questions(self, prompt: str, recovery_turns: str | None = None) -> list[str]:
         """The questions of a rendered prompt that choose its visual tokens.
