@@ -229,9 +229,10 @@ class RecCompProcessorMixin(ProcessorMixin):
             recovery_rules: the rules of the call's settings, instead of the processor's own.
 
         Returns:
-            `recovery_input_ids` and `recovery_attention_mask`, int64 (rows, windows, recovery_max_length), with a
-            recovery tokenizer, and `recovery_words`, int64 (rows, tokens), -1 for padding; with rules `recovery_rule`,
-            int64 (rows,), -1 where none fits the question (of several the last).
+            `recovery_input_ids` and `recovery_attention_mask`, int64 (rows, windows, length), with a recovery
+            tokenizer, as long as the longest question needs in steps of 8; and `recovery_words`, int64 (rows, tokens),
+            -1 for padding. With rules `recovery_rule`, int64 (rows,), -1 where none fits the question (of several the
+            last).
         """
         return {name: torch.from_numpy(field) for name, field in self._fields(questions, recovery_rules).items()}
 

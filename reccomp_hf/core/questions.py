@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import CLIPTextConfig
 
 from .settings import is_int, shown
@@ -23,6 +24,8 @@ TURNS = ("last", "all")
 """Which user turns of a conversation choose its visual tokens."""
 LARGEST_IS_END = 2
 """`eos_token_id` of published CLIP configs, which stands for the largest id of a text."""
+LENGTH_STEP = 8
+"""Windows of a batch have a multiple of this length: few lengths mean few CUDA graphs and compiled programs."""
 
 _UNREAD_PARTS = ("video", "audio")
 """Types of a message's parts that a LLaVA's chat template would leave out in silence."""
@@ -143,15 +146,17 @@ def encode_windows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and mask of questions in windows, each wrapped in the start and end token.
 
-    Several questions of a row share no window: the text encoder reads each by itself.
+    Several questions of a row share no window: the text encoder reads each by itself. All windows are as long as the
+    longest one, rounded up to a multiple of 8. If the tokenizer does not pad with its end token, the last place of
+    a window shorter than `length` is padding, see `lengthened`.
 
     Args:
         tokenizer: The text encoder's tokenizer.
-        length: Number of tokens of a window.
+        length: Most tokens of a window.
         questions: One question, or a list of them, per row.
 
     Returns:
-        Two int64 arrays (rows, windows, length).
+        Two int64 arrays (rows, windows, tokens).
     """
     rows = [[row] if isinstance(row, str) else list(row) for row in questions]
     texts = [text for row in rows for text in row]
@@ -164,8 +169,10 @@ def encode_windows(
         ]
         for row in rows
     ]
-    shape = (len(rows), max(1, *map(len, windows)), length)
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    longest = max((len(piece) + 2 for pieces in windows for piece in pieces), default=1)
+    longest += padding != tokenizer.eos_token_id
+    shape = (len(rows), max(1, *map(len, windows)), min(-(-longest // LENGTH_STEP) * LENGTH_STEP, length))
     ids, mask = np.full(shape, padding, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     for row, pieces in enumerate(windows):
         for column, piece in enumerate(pieces):
@@ -175,9 +182,15 @@ def encode_windows(
     return ids, mask
 
 
+def lengthened(input_ids: Tensor, length: int) -> Tensor:
+    """Windows (..., tokens) of `encode_windows` with more padding, at least (..., length): their last id repeated."""
+    missing = max(0, length - input_ids.shape[-1])
+    return torch.cat([input_ids, input_ids[..., -1:].expand(*input_ids.shape[:-1], missing)], dim=-1)
+
+
 def converted(field: np.ndarray, example: Any) -> Any:
     """An array as the kind of a field that a stock processor returned: a tensor, an array or nested lists."""
-    if isinstance(example, torch.Tensor):
+    if isinstance(example, Tensor):
         return torch.from_numpy(field)
     return field if isinstance(example, np.ndarray) else field.tolist()
 
@@ -308,6 +321,7 @@ def _common_prefix(left: list[str], right: list[str]) -> list[str]:
 __all__ = [
     "ANSWER_INSTRUCTIONS",
     "LARGEST_IS_END",
+    "LENGTH_STEP",
     "TURNS",
     "batched",
     "check_messages",
@@ -320,6 +334,7 @@ __all__ = [
     "encode_windows",
     "find_turn_markers",
     "given_questions",
+    "lengthened",
     "message_text",
     "split_user_turns",
 ]
