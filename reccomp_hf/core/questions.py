@@ -142,7 +142,7 @@ def choose_questions(texts: Sequence[str], turns: str, image_token: str) -> list
 
 
 def encode_windows(
-    tokenizer: Any, length: int, questions: Sequence[str | Sequence[str]]
+    tokenizer: Any, length: int, questions: Sequence[str | Sequence[str]], whole: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and mask of questions in windows, each wrapped in the start and end token.
 
@@ -154,6 +154,7 @@ def encode_windows(
         tokenizer: The text encoder's tokenizer.
         length: Most tokens of a window.
         questions: One question, or a list of them, per row.
+        whole: Whether all windows have `length` tokens, whatever the questions.
 
     Returns:
         Two int64 arrays (rows, windows, tokens).
@@ -172,7 +173,8 @@ def encode_windows(
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     longest = max((len(piece) + 2 for pieces in windows for piece in pieces), default=1)
     longest += padding != tokenizer.eos_token_id
-    shape = (len(rows), max(1, *map(len, windows)), min(-(-longest // LENGTH_STEP) * LENGTH_STEP, length))
+    tokens = length if whole else min(-(-longest // LENGTH_STEP) * LENGTH_STEP, length)
+    shape = (len(rows), max(1, *map(len, windows)), tokens)
     ids, mask = np.full(shape, padding, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     for row, pieces in enumerate(windows):
         for column, piece in enumerate(pieces):
@@ -180,6 +182,11 @@ def encode_windows(
             ids[row, column, : len(wrapped)] = wrapped
             mask[row, column, : len(wrapped)] = 1
     return ids, mask
+
+
+def pads_to_length(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a processor's call pads prompts to a length: its rows may then be stacked with those of other calls."""
+    return (kwargs.get("text_kwargs") or {}).get("padding", kwargs.get("padding")) == "max_length"
 
 
 def lengthened(input_ids: Tensor, length: int) -> Tensor:
@@ -253,7 +260,8 @@ def check_placeholders(patch_size: Any, strategy: Any, additional: Any) -> None:
     """Check a processor's settings of the placeholders of an image; without a patch size it writes one.
 
     Raises:
-        ValueError: The patch size is no int above 0, the strategy is unknown, or the additional tokens are no int.
+        ValueError: The patch size is not an int above 0, the strategy is unknown, or the additional tokens are not an
+            int of at least 0.
     """
     for name, value, fits, wanted in (
         ("patch_size", patch_size, patch_size is None or (is_int(patch_size) and patch_size > 0), "an int above 0"),
@@ -336,5 +344,6 @@ __all__ = [
     "given_questions",
     "lengthened",
     "message_text",
+    "pads_to_length",
     "split_user_turns",
 ]
