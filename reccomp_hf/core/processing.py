@@ -157,8 +157,8 @@ class RecCompProcessorMixin(ProcessorMixin):
         """
         turns = self.recovery_turns if recovery_turns is None else check_turns(recovery_turns)
         kwargs = {key: dict(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
-        stock, whole = super(RecCompProcessorMixin, one_at_a_time(self)), pads_to_length(kwargs)
-        encoding = stock.__call__(images=readable_images(images), text=text, **kwargs)
+        whole, own = pads_to_length(kwargs), one_at_a_time(self)
+        encoding = super(RecCompProcessorMixin, own).__call__(images=readable_images(images), text=text, **kwargs)
         if text is None or not self._reads_text(recovery_rules):
             return encoding
         prompts = [text] if isinstance(text, str) else [row if isinstance(row, str) else " ".join(row) for row in text]
