@@ -105,6 +105,12 @@ def check_question(
             f"recovery_input_ids must have shape (rows, windows, length) with {rows} rows, got {tuple(shape)}; none "
             "of them may be 0."
         )
+    positions = (section.text_encoder_config or {}).get("max_position_embeddings", 77)
+    if shape[-1] > positions:
+        raise ValueError(
+            f"recovery_input_ids must have windows of at most {positions} tokens, the text encoder's positions, got "
+            f"{shape[-1]}: use the processor of this checkpoint, which splits a long question."
+        )
     check_mask("recovery_attention_mask", recovery_attention_mask, "recovery_input_ids", shape)
 
 

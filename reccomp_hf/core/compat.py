@@ -191,13 +191,13 @@ def mend_tokenizer_config(folder: str) -> None:
 
 
 def with_listed_content(conversation: Sequence[Any]) -> list[Any]:
-    """A copy of chat messages with text parts in place of plain strings, which 4.57 cannot encode."""
+    """A copy of chat messages with text parts in place of plain strings or nothing, which 4.57 cannot encode."""
     if isinstance(conversation[0], (list, tuple)):
         return [with_listed_content(messages) for messages in conversation]
     return [
         {**message, "content": [{"type": "text", "text": message["content"]}]}
         if isinstance(message.get("content"), str)
-        else message
+        else {**message, "content": message.get("content") or []}
         for message in conversation
     ]
 

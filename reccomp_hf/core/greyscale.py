@@ -76,6 +76,29 @@ def check_proportions(width: int, height: int) -> None:
         )
 
 
+def check_image_count(images: Any, placeholders: int) -> None:
+    """Refuse another number of images than of their placeholders, which transformers 4.57 takes or fails at.
+
+    Args:
+        images: An image, lists of them, or an array or tensor of several.
+        placeholders: Number of placeholders in all prompts.
+
+    Raises:
+        ValueError: The numbers differ.
+    """
+    if (found := _count(images)) != placeholders:
+        raise ValueError(
+            f"Every image needs a placeholder in a prompt: got {found} images and {placeholders} placeholders."
+        )
+
+
+def _count(images: Any) -> int:
+    if isinstance(images, list | tuple):
+        return sum(map(_count, images))
+    shape: Sequence[int] = getattr(images, "shape", ())
+    return shape[0] if len(shape) == 4 else 1
+
+
 def readable_images(images: Any) -> Any:
     """Images for a stock processor, those of [`is_deep`] with 8 bits: Pillow images, local files, and lists of them.
 
@@ -160,4 +183,12 @@ def _range(low: float, high: float, mode: str, bits: int) -> tuple[float, float]
     return low, high if high > low else low + 1.0
 
 
-__all__ = ["SMALLEST_SIDE", "check_proportions", "eight_bits", "is_deep", "readable_chat", "readable_images"]
+__all__ = [
+    "SMALLEST_SIDE",
+    "check_image_count",
+    "check_proportions",
+    "eight_bits",
+    "is_deep",
+    "readable_chat",
+    "readable_images",
+]

@@ -16,21 +16,21 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import create_repo
-from transformers import AutoConfig, BatchFeature, LlavaNextProcessor, LlavaProcessor, ProcessorMixin
+from transformers import BatchFeature, LlavaNextProcessor, LlavaProcessor, ProcessorMixin
 
 from .compat import mend_tokenizer_config, takes_processor_kwargs, with_listed_content
-from .greyscale import readable_chat, readable_images
+from .greyscale import check_image_count, readable_chat, readable_images
 from .questions import (
     batched,
     check_messages,
     check_placeholders,
-    check_prompt_tokenizer,
-    check_question_tokenizer,
+    check_tokenizers,
     check_turns,
     choose_questions,
     converted,
     encode_windows,
     find_turn_markers,
+    given_prompts,
     given_questions,
     message_text,
     pads_to_length,
@@ -152,16 +152,18 @@ class RecCompProcessorMixin(ProcessorMixin):
             padded to `"max_length"`, so are questions.
 
         Raises:
-            ValueError: a row with images and no question, not one `recovery_text` per row, unknown turns, or rules
-                that are not valid.
+            ValueError: no prompts, another number of images than of their placeholders, a row with images and no
+                question, not one `recovery_text` per row, unknown turns, or rules that are not valid.
         """
         turns = self.recovery_turns if recovery_turns is None else check_turns(recovery_turns)
         kwargs = {key: dict(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
+        images, prompts = readable_images(images), None if text is None else given_prompts(text, images is None)
+        if images is not None and prompts is not None:
+            check_image_count(images, sum(prompt.count(self.image_token) for prompt in prompts))
         whole, own = pads_to_length(kwargs), one_at_a_time(self)
-        encoding = super(RecCompProcessorMixin, own).__call__(images=readable_images(images), text=text, **kwargs)
-        if text is None or not self._reads_text(recovery_rules):
+        encoding = super(RecCompProcessorMixin, own).__call__(images=images, text=text, **kwargs)
+        if prompts is None or not self._reads_text(recovery_rules):
             return encoding
-        prompts = [text] if isinstance(text, str) else [row if isinstance(row, str) else " ".join(row) for row in text]
         questions = self.questions_of_prompts(prompts, recovery_text, turns)
         fields = self._fields(questions, recovery_rules, whole)
         encoding.update({name: converted(field, encoding["input_ids"]) for name, field in fields.items()})
@@ -355,14 +357,8 @@ class RecCompProcessorMixin(ProcessorMixin):
 
     def _read_config(self, source: str | os.PathLike[str], config: dict[str, Any]) -> None:
         """Compare both tokenizers with a model config of ours and read its rules; others are not read."""
-        encoder, text = (config.get("token_recovery") or {}).get("text_encoder_config"), config.get("text_config")
         try:
-            if encoder is not None and self._recovery_tokenizer is not None:
-                check_question_tokenizer(self._recovery_tokenizer, encoder)
-            if "token_recovery" in config and text is not None:
-                vocabulary = AutoConfig.for_model(**{"model_type": "llama", **text}).vocab_size
-                image_token_id = config.get("image_token_index", config.get("image_token_id", 32000))
-                check_prompt_tokenizer(self.tokenizer, vocabulary, self.image_token, image_token_id)
+            check_tokenizers(self, config)
             self.recovery_rules = (config.get("token_recovery") or {}).get("rules") or []
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error

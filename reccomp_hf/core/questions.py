@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import CLIPTextConfig
+from transformers import AutoConfig, CLIPTextConfig
 
 from .settings import is_int, shown
 from .tokenizing import token_ids
@@ -78,6 +78,23 @@ def check_messages(messages: Any) -> None:
                 )
             if part.get("type") == "text" and not isinstance(part.get("text"), str):
                 raise ValueError(f"A text part of message {number} of a chat needs a text, got {shown(part)}.")
+
+
+def given_prompts(text: Any, may_be_words: bool) -> list[str]:
+    """The prompts of a call, one per row; a row that is split into words is joined, if it may be.
+
+    Raises:
+        ValueError: There is none, or one is no text.
+    """
+    rows = [text] if isinstance(text, str) else list(text) if isinstance(text, list | tuple | np.ndarray) else []
+    rows = [" ".join(row) if may_be_words and _are_texts(row) else row for row in rows]
+    if not rows or not _are_texts(rows):
+        raise ValueError(f"text must be a prompt, or a list of at least one, got {shown(text)}.")
+    return rows
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list | tuple) and all(isinstance(value, str) for value in values)
 
 
 def given_questions(recovery_text: Any) -> list[list[str]]:
@@ -256,6 +273,21 @@ def check_prompt_tokenizer(tokenizer: Any, vocabulary: int, image_token: str, im
         )
 
 
+def check_tokenizers(processor: Any, config: Mapping[str, Any]) -> None:
+    """Check both tokenizers of a processor against the fields of a config.json of ours; of others nothing is read.
+
+    Raises:
+        ValueError: One does not belong to the model.
+    """
+    encoder, text = (config.get("token_recovery") or {}).get("text_encoder_config"), config.get("text_config")
+    if encoder is not None and processor.recovery_tokenizer is not None:
+        check_question_tokenizer(processor.recovery_tokenizer, encoder)
+    if "token_recovery" in config and text is not None:
+        vocabulary = AutoConfig.for_model(**{"model_type": "llama", **text}).vocab_size
+        image_token_id = config.get("image_token_index", config.get("image_token_id", 32000))
+        check_prompt_tokenizer(processor.tokenizer, vocabulary, processor.image_token, image_token_id)
+
+
 def check_placeholders(patch_size: Any, strategy: Any, additional: Any) -> None:
     """Check a processor's settings of the placeholders of an image; without a patch size it writes one.
 
@@ -336,11 +368,13 @@ __all__ = [
     "check_placeholders",
     "check_prompt_tokenizer",
     "check_question_tokenizer",
+    "check_tokenizers",
     "check_turns",
     "choose_questions",
     "converted",
     "encode_windows",
     "find_turn_markers",
+    "given_prompts",
     "given_questions",
     "lengthened",
     "message_text",

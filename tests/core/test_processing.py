@@ -358,3 +358,42 @@ def test_chat_template_takes_plain_strings():
 def test_chat_with_an_image_and_no_text_is_refused():
     with pytest.raises(ValueError, match="Row 0 has an image but no question"):
         tiny.recovery_processor().apply_chat_template([turn("user", "", PICTURE)], tokenize=True)
+
+
+@pytest.mark.parametrize("images", [None, PICTURE], ids=["without", "with"])
+@pytest.mark.parametrize("text", [[], [None], [5], 5, {"a": 1}, b"USER: <image>", [["USER: <image>", 5]]], ids=repr)
+def test_what_is_no_prompt_is_refused(images, text):
+    with pytest.raises(ValueError, match=r"text must be a prompt, or a list of at least one, got "):
+        tiny.recovery_processor()(images=images, text=text)
+
+
+def test_words_of_a_row_stand_for_it_only_without_images():
+    words = PLAIN_PROMPT.split()
+    assert questions.given_prompts([words, "b"], True) == [PLAIN_PROMPT, "b"]
+    with pytest.raises(ValueError, match="text must be a prompt"):
+        tiny.recovery_processor()(images=PICTURE, text=[PROMPT.split()], is_split_into_words=True)
+
+
+@pytest.mark.parametrize("cls", [None, LlavaNextRecCompProcessor], ids=["llava", "llava_next"])
+@pytest.mark.parametrize(
+    ("images", "text", "message"),
+    [
+        (PICTURE, PLAIN_PROMPT, "got 1 images and 0 placeholders"),
+        (PICTURE, f"<image>{PROMPT}", "got 1 images and 2 placeholders"),
+        (PICTURE * 2, PROMPT, "got 2 images and 1 placeholders"),
+        ([PICTURE * 2, PICTURE], [PROMPT, PROMPT], "got 3 images and 2 placeholders"),
+        (np.zeros((2, 40, 40, 3), np.uint8), PROMPT, "got 2 images and 1 placeholders"),
+    ],
+    ids=["none", "more", "fewer", "nested", "array"],
+)
+def test_another_number_of_images_than_of_placeholders_is_refused(cls, images, text, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.recovery_processor(cls)(images=images, text=text)
+
+
+@pytest.mark.parametrize(
+    "message", [{"role": "assistant"}, {"role": "assistant", "content": None}], ids=["no", "null"]
+)
+def test_a_message_without_content_is_encoded(message):
+    chat = [turn("user", QUESTION), message, turn("user", QUESTION)]
+    assert tiny.recovery_processor().apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
