@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import functools
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -25,6 +26,8 @@ _LARGEST_GRID = 8192
 _LARGEST_TABLE = 1024
 """Patches of a row of a kernel that reads their products; `cover` counts on it not to overflow."""
 _LEAST_BLOCK = 1024  # smaller images share its kernels, and so does the problem that checks them
+_LARGEST_SUM = 2.0**62
+"""Of whole numbers that `cover` adds up."""
 _TILE_BYTES = 65536
 """Memory of the rows of a table that a kernel reads at once."""
 
@@ -146,12 +149,27 @@ def _widen(table: Tensor, volumes: Tensor, candidates: Tensor, counts: Tensor, s
 
 
 def _cover(cosine: Tensor, weights: Tensor, candidates: Tensor, counts: Tensor, _: int) -> Tensor:
-    changes, chosen = counts.new_empty(len(cosine), 3, cosine.shape[-1]), candidates.new_empty(candidates.shape)
     # NaN, of which sums of whole numbers know nothing: it makes all gains NaN in the loop.
     weights = weights + cosine.masked_fill(~candidates.unsqueeze(1), 0).sum(-1) * 0
-    constants = {"TILE": _tile(changes), "BLOCK": _block(cosine.shape[-1])}
-    arguments = cosine, cosine.transpose(1, 2), weights, candidates, counts, changes
-    return _launch("cover", chosen, *arguments, warps=8, **constants)
+    unit = _LARGEST_SUM / _block(cosine.shape[-1])  # no cosine is larger than 1
+    return _launch_cover(cosine, weights, candidates, candidates, counts, unit)
+
+
+def _cover_rows(gains: Tensor, candidates: Tensor, counts: Tensor, _: int, most: float) -> Tensor:
+    weights = gains.sum(-1) * 0 + 1  # or NaN, as above
+    unit = _LARGEST_SUM / 2.0 ** (math.floor(math.log2(most)) + 1)
+    return _launch_cover(gains, weights, candidates, candidates.new_ones(gains.shape[::2]), counts, unit)
+
+
+def _launch_cover(
+    table: Tensor, weights: Tensor, candidates: Tensor, counted: Tensor, counts: Tensor, unit: float
+) -> Tensor:
+    """Run `cover` on a table (B, N, R), with weights (B, N), and the rows R that count (B, R)."""
+    changes, chosen = counts.new_empty(len(table), 3, table.shape[-1]), candidates.new_empty(candidates.shape)
+    blocks = {"BLOCK": _block(table.shape[1]), "ROWS": _block(table.shape[2])}
+    constants = {"UNIT": unit, "TILE": max(1, _TILE_BYTES // (blocks["BLOCK"] * changes.element_size())), **blocks}
+    arguments = table, table.transpose(1, 2), weights, candidates, counted, counts, changes
+    return _launch("cover", chosen, *arguments, warps=8, rows=table.shape[2], **constants)
 
 
 def _drop_alike(likeness: Tensor, queue: Tensor, left: Tensor, wanted: Tensor, most: int, _: list[int]) -> Tensor:
@@ -207,6 +225,12 @@ def _problem_of_cover() -> tuple[Any, ...]:
     return cosine, numbers.double(), candidates, counts, 27
 
 
+def _problem_of_cover_rows() -> tuple[Any, ...]:
+    cosine, numbers, candidates, counts = _drawn(4, 64, 80)
+    gains = torch.cat([cosine.double().softmax(-1) / 64, numbers.unsqueeze(-1).softmax(1)], -1)  # (4, 64, 65)
+    return gains.masked_fill(~candidates.unsqueeze(-1), 0), candidates, counts, 27, 2.0
+
+
 def _problem_of_drop_alike() -> tuple[Any, ...]:
     cosine, numbers, candidates, counts = _drawn(4, 64, 80)
     queue = numbers.masked_fill(~candidates, -torch.inf).argsort(dim=-1, descending=True)
@@ -216,6 +240,7 @@ def _problem_of_drop_alike() -> tuple[Any, ...]:
 
 _KERNELS: dict[str, Callable[..., Tensor]] = {
     "cover": _cover,
+    "cover_rows": _cover_rows,
     "drop_alike": _drop_alike,
     "farthest": _farthest,
     "follow": _follow,
@@ -223,6 +248,7 @@ _KERNELS: dict[str, Callable[..., Tensor]] = {
 }
 _PROBLEMS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "cover": _problem_of_cover,
+    "cover_rows": _problem_of_cover_rows,
     "drop_alike": _problem_of_drop_alike,
     "farthest": _problem_of_farthest,
     "follow": _problem_of_follow,

@@ -12,8 +12,7 @@ try:
 except ImportError as error:
     raise ImportError("Triton, which comes with torch's builds for GPUs, is missing: pip install triton.") from error
 
-_ONE = tl.constexpr(2.0**52)  # a cosine of 1 in whole numbers, of which 1024 add up to less than 2**63
-_ABOVE_ALL = tl.constexpr(2**53)  # no cosine is 2
+_ABOVE_ALL = tl.constexpr(2**62)  # no coverage in whole numbers is so large
 _INFINITY = tl.constexpr(float("inf"))
 
 
@@ -111,57 +110,64 @@ def widen(
 
 @triton.jit
 def cover(
-    cosine,
+    table,
     columns,
     weights,
     candidates,
+    counted,
     counts,
     changes,
     chosen,
     patches,
+    rows,
+    UNIT: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Make the picks of SCOPE: each has the largest product of weight and gain in coverage.
+    """Make the picks of SCOPE or MMTok: each has the largest product of weight and gain in coverage.
 
-    A gain is a sum over patches, of which a step changes only those that its pick covers better. Sums of whole numbers
-    are exact, so that what is added up here over steps is what a sum over all patches would be.
+    A gain is a sum over rows, of which a step changes only those that its pick covers better. Sums of whole numbers,
+    multiples of 1 / UNIT, do not depend on the order of the terms, so that equal patches stay equal.
     """
-    row = tl.program_id(0).to(tl.int64)
+    image = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     exists = place < patches
-    start = row * patches
-    changes += row * 3 * patches  # patch, coverage before and after, of those that changed
+    start = image * patches
+    item = tl.arange(0, ROWS)
+    is_row = item < rows
+    changes += image * 3 * rows  # row, coverage before and after, of those that changed
     candidate = tl.load(candidates + start + place, mask=exists, other=0) != 0
     weight = tl.load(weights + start + place, mask=exists, other=0.0)
-    after = tl.zeros([BLOCK], tl.int64)
-    before = tl.where(candidate, _ABOVE_ALL, after)  # no patch would add anything
-    gain = after
+    counts_here = tl.load(counted + image * rows + item, mask=is_row, other=0) != 0
+    after = tl.zeros([ROWS], tl.int64)
+    before = tl.where(counts_here, _ABOVE_ALL, after)  # no patch would add anything
+    gain = tl.zeros([BLOCK], tl.int64)
     taken = place < 0
-    for _step in range(tl.load(counts + row)):
+    for _step in range(tl.load(counts + image)):
         changed = before != after
         slot = tl.cumsum(changed.to(tl.int32), 0) - 1
-        tl.store(changes + slot, place.to(tl.int64), mask=changed)
-        tl.store(changes + patches + slot, before, mask=changed)
-        tl.store(changes + 2 * patches + slot, after, mask=changed)
+        tl.store(changes + slot, item.to(tl.int64), mask=changed)
+        tl.store(changes + rows + slot, before, mask=changed)
+        tl.store(changes + 2 * rows + slot, after, mask=changed)
         tl.debug_barrier()
         length = tl.sum(changed.to(tl.int32), 0)
         for begin in range(0, length, TILE):
             entry = begin + tl.arange(0, TILE)
             listed = entry < length
-            patch = tl.load(changes + entry, mask=listed, other=0)
-            was = tl.load(changes + patches + entry, mask=listed, other=0)[:, None]
-            now = tl.load(changes + 2 * patches + entry, mask=listed, other=0)[:, None]
-            line = columns + (start + patch) * patches
+            row = tl.load(changes + entry, mask=listed, other=0)
+            was = tl.load(changes + rows + entry, mask=listed, other=0)[:, None]
+            now = tl.load(changes + 2 * rows + entry, mask=listed, other=0)[:, None]
+            line = columns + (image * rows + row) * patches
             read = listed[:, None] & exists[None, :]
-            covers = (tl.load(line[:, None] + place[None, :], mask=read, other=0.0).to(tl.float64) * _ONE).to(tl.int64)
+            covers = (tl.load(line[:, None] + place[None, :], mask=read, other=0.0).to(tl.float64) * UNIT).to(tl.int64)
             gain += tl.sum((tl.maximum(covers, now) - now) - (tl.maximum(covers, was) - was), 0)
-        value = tl.where(candidate & (taken == 0), (gain.to(tl.float64) / _ONE) * weight, -_INFINITY)
+        value = tl.where(candidate & (taken == 0), (gain.to(tl.float64) / UNIT) * weight, -_INFINITY)
         _, pick = _largest(value)
         taken = taken | (place == pick)
         before = after
-        reaches = tl.load(cosine + (start + pick) * patches + place, mask=exists, other=0.0).to(tl.float64) * _ONE
-        after = tl.where(candidate, tl.maximum(before, reaches.to(tl.int64)), before)
+        reaches = tl.load(table + (start + pick) * rows + item, mask=is_row, other=0.0).to(tl.float64) * UNIT
+        after = tl.where(counts_here, tl.maximum(before, reaches.to(tl.int64)), before)
         tl.debug_barrier()
     tl.store(chosen + start + place, taken & candidate, mask=exists)
 

@@ -73,25 +73,24 @@ def _sorted_factor(ordered: Tensor, n_neighbors: int, size: Tensor | None) -> Te
     position = torch.arange(count, device=ordered.device)
     size = torch.full_like(ordered[..., :1], count, dtype=torch.long) if size is None else size
     neighbors = (size - 1).clamp(min=0, max=k)  # (..., 1)
-    start = position - _left_neighbors(ordered, k)
     # A row of k values or fewer is one window; behind its last value there is nothing.
-    start = torch.where(size > k, torch.minimum(start, size - 1 - k), 0).clamp(min=0)
-    windows = (start.unsqueeze(-1) + torch.arange(k + 1, device=ordered.device)).flatten(-2)  # (..., N * (k + 1))
-    last = (start + neighbors).clamp(max=count - 1)
-    reach = torch.maximum(ordered - ordered.gather(-1, start), ordered.gather(-1, last) - ordered)
+    start = torch.minimum(position - _left_neighbors(ordered, k), size - (k + 1)).clamp(min=0)
+    place = torch.arange(k + 1, device=ordered.device)
+    windows = (start.unsqueeze(-1) + place).flatten(-2)  # (..., N * (k + 1))
+    reach = torch.maximum(ordered - ordered.gather(-1, start), ordered.gather(-1, start + neighbors) - ordered)
 
     def in_windows(values: Tensor) -> Tensor:
         return values.gather(-1, windows).unflatten(-1, (count, k + 1))  # (..., N, k + 1)
 
     def mean_of_neighbors(values: Tensor, own: Tensor) -> Tensor:
         values = values.masked_fill(beyond, 0)
-        return (values.sum(-1) - own) / neighbors.clamp(min=1)
+        return (values.sum(-1) - own) / divisor
 
-    beyond = (torch.arange(k + 1, device=ordered.device) > neighbors).unsqueeze(-2)  # (..., 1, k + 1)
+    beyond, divisor = (place > neighbors).unsqueeze(-2), neighbors.clamp(min=1)  # (..., 1, k + 1), (..., 1)
     distance = (in_windows(ordered) - ordered.unsqueeze(-1)).abs()
-    density = 1 / (mean_of_neighbors(torch.maximum(distance, in_windows(reach)), reach) + 1e-10)
+    density = (mean_of_neighbors(torch.maximum(distance, in_windows(reach)), reach) + 1e-10).reciprocal()
     factor = mean_of_neighbors(in_windows(density), density) / density
-    return torch.where((position < size) & (neighbors > 0), factor, 1.0)
+    return factor.masked_fill((position >= size) | (neighbors == 0), 1.0)
 
 
 def _left_neighbors(ordered: Tensor, k: int) -> Tensor:

@@ -92,7 +92,7 @@ def top_mask(scores: Tensor, counts: Tensor, candidates: Tensor) -> Tensor:
     order = scores.masked_fill(~candidates, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     in_order = candidates.gather(-1, order)
     taken = in_order & (in_order.cumsum(-1) <= counts.unsqueeze(-1))
-    return torch.zeros_like(candidates).scatter_(-1, order, taken)
+    return torch.empty_like(candidates).scatter_(-1, order, taken)
 
 
 def nonzero_first(mask: Tensor, length: int) -> Tensor:

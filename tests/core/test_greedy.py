@@ -148,7 +148,7 @@ def operators(settings, patches=64, width=8):
         return torch.zeros(*shape, device=DEVICE)
 
     arguments = made(3, patches, width), made(3, width), made(3, patches + 1, width), made(3, patches)
-    features = VisualFeatures(*arguments, projected=made(3, patches, 12))
+    features = VisualFeatures(*arguments, projected=made(3, patches, 12), word_similarity=made(3, 32, patches))
     with Kernels() as counted:
         get_method(settings.method).select(features, settings)
     return counted.count

@@ -45,6 +45,14 @@ def test_a_choice_launches_few_kernels_whatever_its_budget(used, fields, budget,
 
 
 @pytest.mark.parametrize("budget", [64, 128])
+@pytest.mark.parametrize(("method", "most"), [("holov", 83), ("authors", 234)])
+def test_choices_without_a_loop_launch_few_kernels(method, most, budget, launched):
+    fields = {} if method == "authors" else {"budget": budget}
+    assert operators(TokenRecoveryConfig(method=method, **fields), patches=576, width=1024) <= most
+    assert launched == []
+
+
+@pytest.mark.parametrize("budget", [64, 128])
 def test_balanced_launches_two_kernels_and_finds_outliers(budget, launched):
     others = operators(TokenRecoveryConfig.from_preset("balanced", budget=budget), patches=576, width=1024)
     assert launched == ["widen", "follow"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from reccomp_hf.core import greedy
-from reccomp_hf.core.methods import cdpruner, scope, vispruner
+from reccomp_hf.core.methods import cdpruner, mmtok, scope, vispruner
 
 LOOPS = {
     "cover": scope._cover,
+    "cover_rows": mmtok._most_coverage,
     "drop_alike": vispruner._drop,
     "farthest": greedy.farthest_points,
     "follow": greedy.follow,
@@ -23,5 +24,6 @@ CHOICES = {
     "cdpruner": (["widen"], {"method": "cdpruner"}),
     "scope": (["cover"], {"method": "scope"}),
     "vispruner": (["drop_alike"], {"method": "vispruner"}),
+    "mmtok": (["cover"], {"method": "mmtok"}),
 }
 """Kernels that a choice takes, and its fields."""

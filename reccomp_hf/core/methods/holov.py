@@ -61,22 +61,19 @@ def _select(features: VisualFeatures, settings: Settings) -> TokenSelection:
 
 def _crops(valid: Tensor, crops: int) -> tuple[Tensor, Tensor]:
     """The crop of every patch, (B, N) int64, any for one that is not valid; and the crops' sizes, (B, P) int64."""
-    count = valid.sum(-1, keepdim=True)
+    order = valid.cumsum(-1)  # 1 for the first patch
+    count, numbers = order[:, -1:], torch.arange(1, crops + 1, device=valid.device)
     short, longer = count // crops, count % crops
-    place = (valid.cumsum(-1) - 1).clamp(min=0)
-    in_longer = longer * (short + 1)
-    crop = torch.where(
-        place < in_longer, place // (short + 1), longer + (place - in_longer) // short.clamp(min=1)
-    ).clamp(max=crops - 1)
-    numbers = torch.arange(crops, device=valid.device)
-    return crop, short + (numbers < longer).long()
+    ends = numbers * short + torch.minimum(numbers, longer)  # (B, P), patches of a crop and those before it
+    return torch.searchsorted(ends, order), short + (numbers <= longer)
 
 
 def _shares(saliency: Tensor, crop: Tensor, sizes: Tensor, counts: Tensor) -> Tensor:
     """(B, P) int64, tokens of every crop; `counts` together, or fewer where crops have fewer patches."""
-    member = crop.unsqueeze(1) == torch.arange(sizes.shape[1], device=crop.device).unsqueeze(-1)  # (B, P, N)
-    attention = torch.where(member, highest_precision(saliency).unsqueeze(1), 0).sum(-1)  # 0 where not valid
-    score = attention / sizes.clamp(min=1) * torch.where(sizes > 1, _SCALE, 1)
+    elsewhere = crop.unsqueeze(1) != torch.arange(sizes.shape[1], device=crop.device).unsqueeze(-1)  # (B, P, N)
+    attention = highest_precision(saliency).unsqueeze(1).masked_fill(elsewhere, 0).sum(-1)  # 0 where not valid
+    score = attention / sizes.clamp(min=1)
+    score = torch.where(sizes > 1, score * _SCALE, score)
     share = score / (score.sum(-1, keepdim=True) + _ROUNDING)
     tokens = (share * counts.unsqueeze(-1)).floor().long()
     return tokens + top_mask(share, counts - tokens.sum(-1), sizes > 0)

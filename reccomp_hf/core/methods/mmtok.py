@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 
 from ..features import TokenSelection, VisualFeatures
 from ..greedy import first_picks, in_blocks, products_of_all, take_row
+from ..kernels import in_one_launch
 from ..settings import LARGEST, Settings, is_number, shown
 from ..tensors import highest_precision
 from .budgets import spend
@@ -59,7 +60,8 @@ def _select(features: VisualFeatures, settings: Settings) -> TokenSelection:
     def choose(states: Tensor, words: Tensor, valid: Tensor, counts: Tensor, steps: int) -> Tensor:
         if steps == 0:
             return torch.zeros_like(valid)
-        return _most_coverage(_gains(states, words, valid, settings.options), valid, counts, steps)
+        gains = _gains(states, words, valid, settings.options)
+        return _most_coverage(gains, valid, counts, steps, 1 + settings.options.alpha)
 
     arguments = features.hidden_states.detach(), words, features.valid, spending.counts
     row_bytes = _READS * 8 * words.shape[2] * (words.shape[1] + words.shape[2])
@@ -93,7 +95,8 @@ def _gains(states: Tensor, words: Tensor, valid: Tensor, options: MMTokOptions) 
     return torch.cat(parts, dim=1).masked_fill(~patch, 0).transpose(1, 2).contiguous()
 
 
-def _most_coverage(gains: Tensor, valid: Tensor, counts: Tensor, steps: int) -> Tensor:
+@in_one_launch("cover_rows")
+def _most_coverage(gains: Tensor, valid: Tensor, counts: Tensor, steps: int, most: float) -> Tensor:
     """(B, N) bool: the greedy choice of `counts` patches; the first among equal ones.
 
     Args:
@@ -101,6 +104,7 @@ def _most_coverage(gains: Tensor, valid: Tensor, counts: Tensor, steps: int) -> 
         valid: (B, N) bool.
         counts: (B,) int64.
         steps: No entry of `counts` is larger.
+        most: No patches cover all rows together better than this.
     """
     covered, larger = torch.zeros_like(gains[:, :1]), torch.empty_like(gains)
     picks: list[Tensor] = []

@@ -28,8 +28,8 @@ WAYS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
 }
 """Ways to run greedy loops -> a context for each; without a GPU both are the loops."""
 PRESETS = ("paper", "balanced")
-METHODS = ("divprune", "cdpruner", "scope", "vispruner")
-PATCHES, WIDTH, PROJECTED, HEADS = 576, 1024, 4096, 16
+METHODS = ("divprune", "cdpruner", "scope", "vispruner", "mmtok")
+PATCHES, WIDTH, PROJECTED, HEADS, WORDS = 576, 1024, 4096, 16, 32
 
 
 def choices(build: Build, batch_size: int, budget: int, rounds: int = ROUNDS) -> Part:
@@ -50,8 +50,9 @@ def _choices(device: torch.device, size: int, budget: int, rounds: int) -> list[
         (size, PATCHES + 1, WIDTH),
         (size, PATCHES),
         (size, PATCHES, PROJECTED),
+        (size, WORDS, PATCHES),
     )
-    names = ("hidden_states", "class_query", "keys", "text_similarity", "projected")
+    names = ("hidden_states", "class_query", "keys", "text_similarity", "projected", "word_similarity")
     inputs = {
         name: torch.randn(shape, generator=generator).to(device) for name, shape in zip(names, shapes, strict=True)
     }
