@@ -14,12 +14,14 @@ from .tensors import highest_precision, reads_are_free
 
 _PRODUCTS_AT_ONCE = 5
 """Ratio of the speeds of a matrix product and of single rows' products on one CPU thread, rounded up."""
+_PRODUCTS_ALONE = 3
+"""The same ratio where numpy makes the products of single rows, and features stay in the CPU's cache."""
 _LARGEST_TABLE = 1024
 """Patches of an image of which all products with each other are kept elsewhere."""
 _BLOCK_BYTES = 4 * 2**20
 """Features that a greedy loop reads in every step on a CPU: more would not stay in its cache."""
 _ALONE_BYTES = 2**19
-"""Features of an image from which on a CPU takes images one after the other, by numpy: it has no batched steps."""
+"""Features of an image for which numpy's steps, one image after the other, are faster than batched ones."""
 _BLOCKS = 4
 """Blocks of an image's patches of which a CPU computes the products one by one."""
 NO_LENGTH = 1e-12
@@ -160,15 +162,17 @@ def in_blocks(
         arguments: Tensors of B rows each, the features first and the numbers of patches to choose, (B,), last.
         steps: No number is larger.
         row_bytes: Bytes that a step reads of a row; by default those of its features.
-        alone: `choose` for one row that chooses `steps` patches, where picks are multiplied one by one. It is taken
-            on a CPU for large images and for a single one: a step has several operators, and one of numpy begins
-            sooner than one of torch.
+        alone: `choose` for one row that chooses `steps` patches, in numpy, with products of one pick at a time. It is
+            taken on a CPU for large images and for a single one that chooses few patches: a step has several
+            operators, and one of numpy begins sooner than one of torch.
     """
     features, counts = arguments[0], arguments[-1]
     if not reads_are_free(features) or not len(features):
         return choose(*arguments, steps)
     row_bytes = features[0].nbytes if row_bytes is None else row_bytes
-    is_large = alone is not None and row_bytes >= _ALONE_BYTES and products_one_by_one(features, steps)
+    ratio = _PRODUCTS_ALONE if row_bytes <= _BLOCK_BYTES else _PRODUCTS_AT_ONCE
+    most_alone = 0 if alone is None else features.shape[1] // ratio
+    is_large = row_bytes >= _ALONE_BYTES and steps <= most_alone
     rows = 1 if is_large else max(1, _BLOCK_BYTES // max(1, row_bytes))
     blocks = [torch.split(argument, rows) for argument in arguments]
     # The largest count by the length of a histogram, not by item(): tests refuse reads, with a CPU in place of a GPU.
@@ -176,7 +180,7 @@ def in_blocks(
     chosen = []
     with np.errstate(all="ignore"):  # infinite features and NaN, as torch takes them
         for *block, most in zip(*blocks, longest, strict=True):
-            by_numpy = most and len(block[0]) == 1 and products_one_by_one(block[0], most)
+            by_numpy = len(block[0]) == 1 and 0 < most <= most_alone
             chosen.append((alone if alone and by_numpy else choose)(*block, most))
     return torch.cat(chosen)
 
