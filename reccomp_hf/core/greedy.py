@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,12 +14,18 @@ from .tensors import highest_precision, reads_are_free
 
 _PRODUCTS_AT_ONCE = 5
 """Ratio of the speeds of a matrix product and of single rows' products on one CPU thread, rounded up."""
+_PRODUCTS_ALONE = 3
+"""The same ratio where numpy makes the products of single rows, and features stay in the CPU's cache."""
 _LARGEST_TABLE = 1024
 """Patches of an image of which all products with each other are kept elsewhere."""
 _BLOCK_BYTES = 4 * 2**20
 """Features that a greedy loop reads in every step on a CPU: more would not stay in its cache."""
+_ALONE_BYTES = 2**19
+"""Features of an image for which numpy's steps, one image after the other, are faster than batched ones."""
 _BLOCKS = 4
 """Blocks of an image's patches of which a CPU computes the products one by one."""
+NO_LENGTH = 1e-12
+"""The least length that features are divided by, as in `torch.nn.functional.normalize`."""
 
 
 @in_one_launch("farthest")
@@ -54,14 +61,15 @@ def farthest_points(distance: Tensor, candidates: Tensor, counts: Tensor, grid: 
     return first_picks(picks, counts, candidates)
 
 
-def herd_patches(units: Tensor, members: Tensor, candidates: Tensor, counts: Tensor, steps: int) -> Tensor:
-    """Choose `counts` patches whose mean stays as close as possible to the mean of all members.
+def herd_patches(states: Tensor, members: Tensor, candidates: Tensor, counts: Tensor, steps: int) -> Tensor:
+    """Choose `counts` patches whose mean direction stays as close as possible to the mean direction of all members.
 
-    Kernel herding (Welling, ICML 2009) with the linear kernel. The loop runs over steps, for all rows at once. Among
-    equal candidates the first one is taken.
+    Kernel herding (Welling, ICML 2009) with the linear kernel of features divided by their lengths, in float32. The
+    loop runs over steps, for all rows at once; on a CPU large images take their steps one after the other. Among equal
+    candidates the first one is taken.
 
     Args:
-        units: (B, N, C) float32 features of length 1.
+        states: (B, N, C) features, any floating dtype.
         members: (B, N) bool, patches whose mean is approximated.
         candidates: (B, N) bool, patches to choose from.
         counts: (B,) int, how many to choose; no more than there are candidates.
@@ -70,11 +78,12 @@ def herd_patches(units: Tensor, members: Tensor, candidates: Tensor, counts: Ten
     Returns:
         (B, N) bool.
     """
-    return in_blocks(_herd, (units, members, candidates, counts), steps)
+    return in_blocks(_herd, (states, members, candidates, counts), steps, alone=_herd_alone)
 
 
-def _herd(units: Tensor, members: Tensor, candidates: Tensor, counts: Tensor, steps: int) -> Tensor:
+def _herd(states: Tensor, members: Tensor, candidates: Tensor, counts: Tensor, steps: int) -> Tensor:
     """`herd_patches` of some rows."""
+    units = torch.nn.functional.normalize(states.float(), dim=-1)
     patches = units.transpose(1, 2)  # (B, C, N)
     share = members.to(units.dtype) / members.sum(-1, keepdim=True).clamp(min=1)
     mean = share.unsqueeze(1) @ units  # (B, 1, C)
@@ -91,6 +100,25 @@ def _herd(units: Tensor, members: Tensor, candidates: Tensor, counts: Tensor, st
         picks.append(pick := gain.argmax(-1, keepdim=True))  # (B, 1, 1)
         gain = torch.baddbmm(gain, take_row(units, pick) - mean, patches, alpha=-2).scatter_(-1, pick, -torch.inf)
     return first_picks(picks, counts, candidates)
+
+
+def _herd_alone(states: Tensor, members: Tensor, candidates: Tensor, counts: Tensor, steps: int) -> Tensor:
+    """`_herd` of one image by numpy: lengths divide the products and not the features."""
+    states, member = states[0].float(), members[0].numpy()
+    vectors = states.numpy()
+    lengths = lengths_alone(vectors)
+    scale = 1 / np.maximum(lengths, NO_LENGTH)
+    twice, share = 2 * scale, scale * member / max(1, int(member.sum()))
+    center = (torch.from_numpy(share) @ states).numpy()  # (C,), the mean
+    gain = np.where(candidates[0].numpy(), twice * products_alone(vectors, center) - (lengths * scale) ** 2, -np.inf)
+    picks: list[int] = []
+    for _ in range(steps):
+        if picks:
+            pick = picks[-1]
+            gain -= twice * products_alone(vectors, scale[pick] * vectors[pick] - center)
+            gain[pick] = -np.inf
+        picks.append(int(gain.argmax()))
+    return chosen_alone(picks, candidates)
 
 
 @in_one_launch("follow")
@@ -121,7 +149,11 @@ def follow(
 
 
 def in_blocks(
-    choose: Callable[..., Tensor], arguments: tuple[Tensor, ...], steps: int, row_bytes: int | None = None
+    choose: Callable[..., Tensor],
+    arguments: tuple[Tensor, ...],
+    steps: int,
+    row_bytes: int | None = None,
+    alone: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Run a greedy loop for all rows at once; on a CPU for as many as fit into its cache, and no longer than needed.
 
@@ -130,15 +162,27 @@ def in_blocks(
         arguments: Tensors of B rows each, the features first and the numbers of patches to choose, (B,), last.
         steps: No number is larger.
         row_bytes: Bytes that a step reads of a row; by default those of its features.
+        alone: `choose` for one row that chooses `steps` patches, in numpy, with products of one pick at a time. It is
+            taken on a CPU for large images and for a single one that chooses few patches: a step has several
+            operators, and one of numpy begins sooner than one of torch.
     """
     features, counts = arguments[0], arguments[-1]
     if not reads_are_free(features) or not len(features):
         return choose(*arguments, steps)
-    rows = max(1, _BLOCK_BYTES // max(1, features[0].nbytes if row_bytes is None else row_bytes))
+    row_bytes = features[0].nbytes if row_bytes is None else row_bytes
+    ratio = _PRODUCTS_ALONE if row_bytes <= _BLOCK_BYTES else _PRODUCTS_AT_ONCE
+    most_alone = 0 if alone is None else features.shape[1] // ratio
+    is_large = row_bytes >= _ALONE_BYTES and steps <= most_alone
+    rows = 1 if is_large else max(1, _BLOCK_BYTES // max(1, row_bytes))
     blocks = [torch.split(argument, rows) for argument in arguments]
     # The largest count by the length of a histogram, not by item(): tests refuse reads, with a CPU in place of a GPU.
     longest = [len(block.bincount()) - 1 for block in counts.split(rows)]
-    return torch.cat([choose(*block, most) for *block, most in zip(*blocks, longest, strict=True)])
+    chosen = []
+    with np.errstate(all="ignore"):  # infinite features and NaN, as torch takes them
+        for *block, most in zip(*blocks, longest, strict=True):
+            by_numpy = len(block[0]) == 1 and 0 < most <= most_alone
+            chosen.append((alone if alone and by_numpy else choose)(*block, most))
+    return torch.cat(chosen)
 
 
 def products_one_by_one(vectors: Tensor, steps: int) -> bool:
@@ -150,6 +194,27 @@ def products_one_by_one(vectors: Tensor, steps: int) -> bool:
     """
     least = _PRODUCTS_AT_ONCE * steps if vectors.device.type == "cpu" else _LARGEST_TABLE + 1
     return vectors.shape[1] >= least
+
+
+def products_alone(vectors: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    """Products of vectors (N, C) with another one, (C,): (N,).
+
+    They are N products of two vectors to numpy, which makes them on this thread. A product of a matrix and a vector
+    would start threads of numpy's own, as many as there are cores.
+    """
+    return np.matmul(vectors[:, np.newaxis], vector)[:, 0]
+
+
+def lengths_alone(vectors: np.ndarray) -> np.ndarray:
+    """Lengths of vectors (N, C): (N,)."""
+    return np.sqrt(np.matmul(vectors[:, np.newaxis], vectors[:, :, np.newaxis])[:, 0, 0])
+
+
+def chosen_alone(picks: list[int], candidates: Tensor) -> Tensor:
+    """(1, N) bool: the picks, as far as they are candidates."""
+    chosen = np.zeros(candidates.shape, dtype=bool)
+    chosen[0, picks] = True
+    return torch.from_numpy(chosen) & candidates
 
 
 def products_of_all(vectors: Tensor) -> Tensor:
@@ -184,11 +249,15 @@ def first_picks(picks: list[Tensor], counts: Tensor, candidates: Tensor) -> Tens
 
 
 __all__ = [
+    "NO_LENGTH",
+    "chosen_alone",
     "farthest_points",
     "first_picks",
     "follow",
     "herd_patches",
     "in_blocks",
+    "lengths_alone",
+    "products_alone",
     "products_of_all",
     "products_one_by_one",
     "take_row",

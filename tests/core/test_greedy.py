@@ -15,13 +15,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reccomp_hf import TokenRecoveryConfig, VisualFeatures
 from reccomp_hf.core import greedy, tensors
+from reccomp_hf.core.methods import cdpruner
 from reccomp_hf.core.methods.cdpruner import largest_volume, scaled_relevance
 from reccomp_hf.core.methods.registry import get_method
 
 ROWS, PATCHES, WIDTH = 5, 24, 40  # wider than there are patches: cosines are float32
 COUNTS = torch.tensor([0, 3, 9, 1, 7])
 
-ways = pytest.mark.parametrize("at_once", [0, 10**9], ids=["product by product", "all products at once"])
+WAYS = {
+    "product by product": {"_PRODUCTS_AT_ONCE": 0, "_ALONE_BYTES": 10**9},
+    "all products at once": {"_PRODUCTS_AT_ONCE": 10**9, "_ALONE_BYTES": 10**9},
+    "by numpy": {"_PRODUCTS_ALONE": 1, "_ALONE_BYTES": 1},
+}
+"""Name of a way to take products -> values of the constants that choose it for images of a batch."""
+ways = pytest.mark.parametrize("constants", WAYS.values(), ids=WAYS)
 
 
 @pytest.fixture
@@ -86,14 +93,101 @@ each_loop = pytest.mark.parametrize(("loop", "oracle"), LOOPS.values(), ids=LOOP
 
 @ways
 @each_loop
-def test_both_ways_choose_as_the_plain_loop(loop, oracle, at_once, drawn, monkeypatch):
-    monkeypatch.setattr(greedy, "_PRODUCTS_AT_ONCE", at_once)
+def test_every_way_chooses_as_the_plain_loop(loop, oracle, constants, drawn, monkeypatch):
+    for name, value in constants.items():
+        monkeypatch.setattr(greedy, name, value)
     features, similarity, candidates = drawn
     for row, found in enumerate(chosen(loop(*drawn))):
         arrays = features[row].double().numpy(), similarity[row].double().numpy()
         wanted = oracle(*arrays, np.flatnonzero(candidates[row].numpy()).tolist(), int(COUNTS[row]))
         assert found == sorted(wanted)
         assert len(found) == COUNTS[row]
+
+
+@pytest.fixture
+def by_numpy(monkeypatch):
+    """The largest numbers of steps that were made in numpy, one for each image."""
+    steps, in_blocks = [], greedy.in_blocks
+
+    def watched(choose, arguments, most, row_bytes=None, alone=None):
+        def noted(*block):
+            steps.append(block[-1])
+            return alone(*block)
+
+        return in_blocks(choose, arguments, most, row_bytes, alone and noted)
+
+    for module in (greedy, cdpruner):
+        monkeypatch.setattr(module, "in_blocks", watched)
+    return steps
+
+
+@each_loop
+def test_numpy_takes_the_steps_of_single_and_of_large_images_that_choose_few(
+    loop, oracle, drawn, by_numpy, monkeypatch
+):
+    loop(*drawn)
+    assert by_numpy == []  # small images are taken together
+    few, many = torch.tensor([PATCHES // 3]), torch.tensor([PATCHES // 3 + 1])
+    one = [value[1:2] for value in drawn]
+    loop(*one, counts=few)
+    loop(*one, counts=many)
+    assert by_numpy == [8]
+    monkeypatch.setattr(greedy, "_ALONE_BYTES", PATCHES * WIDTH * 4 + 1)
+    loop(*drawn, counts=COUNTS.clamp(max=8))
+    assert by_numpy == [8]
+    monkeypatch.setattr(greedy, "_ALONE_BYTES", PATCHES * WIDTH * 4)
+    monkeypatch.setattr(greedy, "_PRODUCTS_ALONE", 2)  # for the 9 steps that `loop` asks for at most
+    wanted = loop(*drawn)
+    assert by_numpy == [8, 3, 9, 1, 7]  # an image that chooses nothing takes no steps
+    monkeypatch.setattr(greedy, "_ALONE_BYTES", 10**9)
+    assert loop(*drawn).equal(wanted)
+    monkeypatch.setattr(greedy, "_BLOCK_BYTES", PATCHES * WIDTH * 4 - 1)  # larger than the cache
+    by_numpy.clear()
+    loop(*one, counts=torch.tensor([4]))
+    loop(*one, counts=torch.tensor([5]))
+    assert by_numpy == [4]
+
+
+@each_loop
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_numpy_reads_features_of_any_dtype(loop, oracle, dtype, drawn, by_numpy, monkeypatch):
+    features, similarity, candidates = drawn
+    features = features.to(dtype)
+    single = [
+        loop(features[row : row + 1], similarity[row : row + 1], candidates[row : row + 1], COUNTS[row : row + 1])
+        for row in range(ROWS)
+    ]
+    assert by_numpy == [3, 1, 7]
+    assert torch.cat(single).equal(loop(features, similarity, candidates))
+
+
+@each_loop
+@pytest.mark.parametrize("odd", [0.0, math.inf, math.nan], ids=["zero", "inf", "nan"])
+@pytest.mark.filterwarnings("error")
+def test_numpy_takes_odd_features_as_torch_does(loop, oracle, odd, drawn, monkeypatch):
+    """Patches of length 0, or of infinite length, or without one, which leave herding no mean: without a warning."""
+    features, similarity, candidates = (value[1:3].clone() for value in drawn)
+    features[:, 4] = odd
+    candidates[:, 4] = True
+    counts = torch.tensor([6, 7])
+    wanted = loop(features, similarity, candidates, counts)
+    monkeypatch.setattr(greedy, "_ALONE_BYTES", 1)
+    monkeypatch.setattr(greedy, "_PRODUCTS_ALONE", 2)
+    found = loop(features, similarity, candidates, counts)
+    if odd == 0 or loop is widen:
+        assert found.equal(wanted)
+    assert not (found & ~candidates).any()
+
+
+@each_loop
+def test_the_first_of_equal_patches_is_taken_by_numpy_too(loop, oracle, drawn, by_numpy):
+    features, similarity, candidates = (value[1:2].clone() for value in drawn)
+    candidates[:] = True
+    first = chosen(loop(features, similarity, candidates, torch.tensor([1])))[0][0]
+    for value in (features, similarity):
+        value[:, -1] = value[:, first]
+    assert chosen(loop(features, similarity, candidates, torch.tensor([1]))) == [[first]]
+    assert by_numpy == [1, 1]
 
 
 @each_loop

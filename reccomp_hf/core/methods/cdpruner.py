@@ -14,11 +14,22 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..features import TokenSelection, VisualFeatures
-from ..greedy import first_picks, in_blocks, products_of_all, products_one_by_one, take_row
+from ..greedy import (
+    NO_LENGTH,
+    chosen_alone,
+    first_picks,
+    in_blocks,
+    lengths_alone,
+    products_alone,
+    products_of_all,
+    products_one_by_one,
+    take_row,
+)
 from ..kernels import in_one_launch
 from ..settings import Settings
 from ..tensors import highest_precision, top_mask
@@ -27,7 +38,6 @@ from .contract import RELEVANCE, RecoveryMethod
 
 _LEAST_RELEVANCE = 1e-6
 _NO_VOLUME = 1e-9
-_NO_LENGTH = 1e-12
 
 
 def _select(features: VisualFeatures, settings: Settings) -> TokenSelection:
@@ -65,17 +75,16 @@ def largest_volume(features: Tensor, relevance: Tensor, valid: Tensor, counts: T
         counts: (B,) int64, how many to choose.
         steps: No entry of `counts` is larger.
     """
-    return in_blocks(_widen, (features, relevance, valid, counts), steps)
+    return in_blocks(_widen, (features, relevance, valid, counts), steps, alone=_widen_alone)
 
 
 def _widen(features: Tensor, relevance: Tensor, valid: Tensor, counts: Tensor, steps: int) -> Tensor:
     """`largest_volume` of some rows."""
     if not steps:
         return torch.zeros_like(valid)
-    few = features.shape[-1] <= features.shape[1]
-    precise = highest_precision(features) if few else features.to(torch.promote_types(features.dtype, torch.float32))
-    patches, weight = precise.transpose(1, 2), relevance.masked_fill(~valid, 0).unsqueeze(1)  # (B, D, N), (B, 1, N)
-    scale = weight / torch.linalg.vector_norm(precise, dim=-1).clamp(min=_NO_LENGTH).unsqueeze(1)  # (B, 1, N)
+    precise, weight = _precise(features), relevance.masked_fill(~valid, 0).unsqueeze(1)  # (B, N, D), (B, 1, N)
+    patches = precise.transpose(1, 2)  # (B, D, N)
+    scale = weight / torch.linalg.vector_norm(precise, dim=-1).clamp(min=NO_LENGTH).unsqueeze(1)  # (B, 1, N)
     volume = weight.square()
     if products_one_by_one(precise, steps):
 
@@ -87,6 +96,31 @@ def _widen(features: Tensor, relevance: Tensor, valid: Tensor, counts: Tensor, s
     table = products_of_all(precise).to(weight.dtype).mul_(scale).mul_(scale.transpose(1, 2))  # (B, N, N)
     table.diagonal(dim1=1, dim2=2).copy_(volume.squeeze(1))
     return _widen_by_table(table, volume, valid, counts, steps, _NO_VOLUME)
+
+
+def _precise(features: Tensor) -> Tensor:
+    """Features in the precision in which their cosines are taken."""
+    few = features.shape[-1] <= features.shape[1]
+    return highest_precision(features) if few else features.to(torch.promote_types(features.dtype, torch.float32))
+
+
+def _widen_alone(features: Tensor, relevance: Tensor, valid: Tensor, counts: Tensor, steps: int) -> Tensor:
+    """`_widen` of one image by numpy."""
+    patches, weight = _precise(features)[0].numpy(), np.where(valid[0].numpy(), relevance[0].numpy(), 0)
+    scale, volume = weight / np.maximum(lengths_alone(patches), NO_LENGTH), weight * weight
+    factors, picks = np.zeros((len(volume), steps)), []
+    for step in range(steps):
+        pick = int(volume.argmax())
+        if not volume[pick] > _NO_VOLUME:
+            break
+        picks.append(pick)
+        row = products_alone(patches, patches[pick]) * (scale * scale[pick])
+        row[pick] = weight[pick] ** 2
+        row -= products_alone(factors[:, :step], factors[pick, :step])
+        row /= np.sqrt(volume[pick])
+        factors[:, step] = row
+        volume -= row * row
+    return chosen_alone(picks, valid)
 
 
 @in_one_launch("widen")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..features import MergedTokens, Sizes, TokenSelection, VisualFeatures
-from ..greedy import farthest_points, herd_patches, in_blocks
+from ..greedy import farthest_points, herd_patches
 from ..outliers import upper_outliers
 from ..settings import Settings
 from ..tensors import (
@@ -77,7 +77,7 @@ def _select_budget(features: VisualFeatures, saliency: Tensor, settings: Setting
     valid = features.per_image(features.valid, False)
     scores = saliency if max(features.tiles) == 1 else _relative(saliency, features.valid)
     scores, shares = features.per_image(scores, 0.0), _shares(features, settings)
-    visual = top_mask(scores, shares.visual, valid)
+    visual = _top(scores, shares.visual, valid, shares.most.visual)
     rest = valid & ~visual
     text, shares = _recover_text(features, rest, shares, settings)
     rest = rest & ~text
@@ -88,7 +88,7 @@ def _select_budget(features: VisualFeatures, saliency: Tensor, settings: Setting
         visual=features.per_tile(visual),
         text=features.per_tile(text),
         coverage=features.per_tile(coverage),
-        centres=top_mask(saliency, merged, features.per_tile(rest)),
+        centres=_top(saliency, merged, features.per_tile(rest), shares.most.merged),
         merged_counts=merged,
         saliency=saliency,
         known_sizes=Sizes(shares.total, shares.most.merged, shares.total * len(saliency))
@@ -142,18 +142,15 @@ def _cover(features: VisualFeatures, kept: Tensor, rest: Tensor, shares: _Shares
     if not steps:
         return torch.zeros_like(rest)
     if settings.coverage_by == "content":
-        states, members = (
-            features.per_image(features.hidden_states.detach(), 0.0),
-            features.per_image(features.valid, False),
-        )
-        return in_blocks(_herd, (states, members, rest, shares.coverage), steps)
+        states = features.per_image(features.hidden_states.detach(), 0.0)
+        return herd_patches(states, features.per_image(features.valid, False), rest, shares.coverage, steps)
     distance = squared_distances(features.per_tile(kept), features.grid)
     return farthest_points(features.per_image(distance, 0), rest, shares.coverage, features.grid, steps)
 
 
-def _herd(states: Tensor, members: Tensor, rest: Tensor, counts: Tensor, steps: int) -> Tensor:
-    """`herd_patches` of features of any length."""
-    return herd_patches(torch.nn.functional.normalize(states.float(), dim=-1), members, rest, counts, steps)
+def _top(scores: Tensor, counts: Tensor, candidates: Tensor, most: int) -> Tensor:
+    """`top_mask`, where no count is larger than `most`."""
+    return top_mask(scores, counts, candidates) if most else torch.zeros_like(candidates)
 
 
 def _relative(saliency: Tensor, valid: Tensor) -> Tensor:
