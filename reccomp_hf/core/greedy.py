@@ -8,13 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .kernels import in_one_launch
+from .kernels import LARGEST_TABLE, in_one_launch
 from .tensors import highest_precision, reads_are_free
 
 _PRODUCTS_AT_ONCE = 5
 """Ratio of the speeds of a matrix product and of single rows' products on one CPU thread, rounded up."""
-_LARGEST_TABLE = 1024
-"""Patches of an image of which all products with each other are kept elsewhere."""
+_TABLE_BYTES = 2**29
+"""Memory of the products of all patches with each other, for as many images as are chosen for at once elsewhere."""
 _BLOCK_BYTES = 4 * 2**20
 """Features that a greedy loop reads in every step on a CPU: more would not stay in its cache."""
 _BLOCKS = 4
@@ -123,7 +123,9 @@ def follow(
 def in_blocks(
     choose: Callable[..., Tensor], arguments: tuple[Tensor, ...], steps: int, row_bytes: int | None = None
 ) -> Tensor:
-    """Run a greedy loop for all rows at once; on a CPU for as many as fit into its cache, and no longer than needed.
+    """Run a greedy loop for as many rows at once as there is memory for tables.
+
+    On a CPU, for as many as fit into its cache, and no longer than needed.
 
     Args:
         choose: `choose(*arguments, steps)` chooses patches in `steps` steps: (B, N) bool.
@@ -133,7 +135,11 @@ def in_blocks(
     """
     features, counts = arguments[0], arguments[-1]
     if not reads_are_free(features) or not len(features):
-        return choose(*arguments, steps)
+        at_once = max(1, _TABLE_BYTES // (8 * features.shape[1] ** 2))  # tables of float64
+        if len(features) <= at_once:
+            return choose(*arguments, steps)
+        parts = zip(*(torch.split(argument, at_once) for argument in arguments), strict=True)
+        return torch.cat([choose(*part, steps) for part in parts])
     rows = max(1, _BLOCK_BYTES // max(1, features[0].nbytes if row_bytes is None else row_bytes))
     blocks = [torch.split(argument, rows) for argument in arguments]
     # The largest count by the length of a histogram, not by item(): tests refuse reads, with a CPU in place of a GPU.
@@ -148,7 +154,7 @@ def products_one_by_one(vectors: Tensor, steps: int) -> bool:
         vectors: (B, N, C).
         steps: Number of picks.
     """
-    least = _PRODUCTS_AT_ONCE * steps if vectors.device.type == "cpu" else _LARGEST_TABLE + 1
+    least = _PRODUCTS_AT_ONCE * steps if vectors.device.type == "cpu" else LARGEST_TABLE + 1
     return vectors.shape[1] >= least
 
 
