@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextConfig
 
-from .settings import shown
+from .settings import is_int, shown
+from .tokenizing import token_ids
 
 ANSWER_INSTRUCTIONS = (
     "Answer the question using a single word or phrase.",
@@ -141,7 +142,7 @@ def choose_questions(texts: Sequence[str], turns: str, image_token: str) -> list
 
 
 def encode_windows(
-    tokenizer: Any, length: int, questions: Sequence[str | Sequence[str]]
+    tokenizer: Any, length: int, questions: Sequence[str | Sequence[str]], whole: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and mask of questions in windows, each wrapped in the start and end token.
 
@@ -153,15 +154,14 @@ def encode_windows(
         tokenizer: The text encoder's tokenizer.
         length: Most tokens of a window.
         questions: One question, or a list of them, per row.
+        whole: Whether all windows have `length` tokens, whatever the questions.
 
     Returns:
         Two int64 arrays (rows, windows, tokens).
     """
     rows = [[row] if isinstance(row, str) else list(row) for row in questions]
     texts = [text for row in rows for text in row]
-    # verbose: no warning about questions longer than the text encoder reads
-    options = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
-    encoded = iter(tokenizer(texts, **options).input_ids if texts else [])
+    encoded = iter(token_ids(tokenizer, texts))
     windows = [
         [
             tokens[at : at + length - 2]
@@ -173,7 +173,8 @@ def encode_windows(
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     longest = max((len(piece) + 2 for pieces in windows for piece in pieces), default=1)
     longest += padding != tokenizer.eos_token_id
-    shape = (len(rows), max(1, *map(len, windows)), min(-(-longest // LENGTH_STEP) * LENGTH_STEP, length))
+    tokens = length if whole else min(-(-longest // LENGTH_STEP) * LENGTH_STEP, length)
+    shape = (len(rows), max(1, *map(len, windows)), tokens)
     ids, mask = np.full(shape, padding, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     for row, pieces in enumerate(windows):
         for column, piece in enumerate(pieces):
@@ -181,6 +182,11 @@ def encode_windows(
             ids[row, column, : len(wrapped)] = wrapped
             mask[row, column, : len(wrapped)] = 1
     return ids, mask
+
+
+def pads_to_length(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a processor's call pads prompts to a length: its rows may then be stacked with those of other calls."""
+    return (kwargs.get("text_kwargs") or {}).get("padding", kwargs.get("padding")) == "max_length"
 
 
 def lengthened(input_ids: Tensor, length: int) -> Tensor:
@@ -211,7 +217,7 @@ def check_question_tokenizer(tokenizer: Any, encoder: Mapping[str, Any]) -> None
     config, advice = CLIPTextConfig(**encoder), "Use the tokenizer of the same CLIP, with all of its files."
     _check_vocabulary("The recovery tokenizer", tokenizer, config.vocab_size, advice)
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    ids = tokenizer(_PROBES[0], add_special_tokens=False)["input_ids"]
+    (ids,) = token_ids(tokenizer, _PROBES[:1])
     if config.eos_token_id == LARGEST_IS_END:
         fits, wanted = end is not None and end > max(ids), "an end of text that is its largest id"
     else:
@@ -242,7 +248,7 @@ def check_prompt_tokenizer(tokenizer: Any, vocabulary: int, image_token: str, im
             "needs another id, or the embedding table more rows."
         )
     _check_vocabulary("The LLaVA's tokenizer", tokenizer, vocabulary, "Use the LLaVA's own, with all of its files.")
-    ids = tokenizer(image_token, add_special_tokens=False)["input_ids"]
+    (ids,) = token_ids(tokenizer, [image_token])
     if ids != [image_token_id]:
         raise ValueError(
             f"The LLaVA's tokenizer does not fit its config: {image_token!r} must be the one id {image_token_id}, got "
@@ -250,11 +256,29 @@ def check_prompt_tokenizer(tokenizer: Any, vocabulary: int, image_token: str, im
         )
 
 
+def check_placeholders(patch_size: Any, strategy: Any, additional: Any) -> None:
+    """Check a processor's settings of the placeholders of an image; without a patch size it writes one.
+
+    Raises:
+        ValueError: The patch size is not an int above 0, the strategy is unknown, or the additional tokens are not an
+            int of at least 0.
+    """
+    for name, value, fits, wanted in (
+        ("patch_size", patch_size, patch_size is None or (is_int(patch_size) and patch_size > 0), "an int above 0"),
+        ("vision_feature_select_strategy", strategy, strategy in (None, "default", "full"), "'default' or 'full'"),
+        ("num_additional_image_tokens", additional, is_int(additional) and additional >= 0, "an int, 0 or more"),
+    ):
+        if not fits:
+            raise ValueError(
+                f"The processor's {name} must be {wanted}, got {shown(value)}: correct it in processor_config.json."
+            )
+
+
 def _check_vocabulary(name: str, tokenizer: Any, vocabulary: int, advice: str) -> None:
     """Check a tokenizer's length, which may be padded in the model, and that it tells two questions apart."""
     if not _LEAST_SHARE * vocabulary <= len(tokenizer) <= vocabulary:
         raise ValueError(f"{name} has {len(tokenizer)} tokens, but the model's vocabulary has {vocabulary}. {advice}")
-    one, other = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in _PROBES)
+    one, other = token_ids(tokenizer, _PROBES)
     if not one or one == other:
         raise ValueError(f"{name} encodes {_PROBES[0]!r} and {_PROBES[1]!r} as the same ids, {one}. {advice}")
 
@@ -309,6 +333,7 @@ __all__ = [
     "TURNS",
     "batched",
     "check_messages",
+    "check_placeholders",
     "check_prompt_tokenizer",
     "check_question_tokenizer",
     "check_turns",
@@ -319,5 +344,6 @@ __all__ = [
     "given_questions",
     "lengthened",
     "message_text",
+    "pads_to_length",
     "split_user_turns",
 ]

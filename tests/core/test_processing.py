@@ -140,6 +140,20 @@ def test_length_of_another_text_encoder(longest, shape):
     assert encoding["recovery_input_ids"].shape == encoding["recovery_attention_mask"].shape == shape
 
 
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "text_kwargs"])
+def test_questions_are_padded_as_prompts_are_to_a_length(nested):
+    """Rows of calls with `padding="max_length"` can be stacked."""
+    processor, options = tiny.recovery_processor(), {"padding": "max_length", "max_length": 40}
+    options = {"text_kwargs": options} if nested else options
+    call = {"text": PLAIN_PROMPT, "return_tensors": "pt"}
+    rows = [processor(**call, **options, recovery_text=text) for text in ("cat", "cat " * 42)]
+    for row in rows:
+        assert row["recovery_input_ids"].shape == row["recovery_attention_mask"].shape == (1, 1, 77)
+        assert row["input_ids"].shape == (1, 40)
+    short = processor(**call, recovery_text="cat")["recovery_input_ids"]
+    assert questions.lengthened(short, 77).equal(rows[0]["recovery_input_ids"])
+
+
 @pytest.mark.parametrize(("padding", "length"), [(None, 8), (0, 16)], ids=["end of text", "a token of its own"])
 def test_the_last_place_of_a_short_window_shows_the_padding(padding, length):
     """6 words and both ends are 8 tokens; behind them only a padding of its own needs a place."""
