@@ -29,7 +29,7 @@ _LARGEST_FACTOR = 2**20
 """Patches times picks of `widen`: in every step a program reads the rows of all earlier picks."""
 _LEAST_BLOCK = 1024  # smaller images share its kernels, and so does the problem that checks them
 _LARGEST_SUM = 2.0**62
-"""Of whole numbers that `cover` adds up."""
+"""The sum of whole numbers in `cover`, at most."""
 _TILE_BYTES = 65536
 """Memory of the rows of a table that a kernel reads at once."""
 

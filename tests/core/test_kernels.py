@@ -41,7 +41,7 @@ def launched(monkeypatch):
 def test_a_choice_launches_few_kernels_whatever_its_budget(used, fields, budget, launched):
     others = operators(TokenRecoveryConfig(budget=budget, **fields), patches=576, width=1024)
     assert launched == used
-    assert others + len(launched) <= 75
+    assert others + len(launched) <= 76
 
 
 @each_choice
