@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .kernels import in_one_launch
+from .kernels import LARGEST_TABLE, in_one_launch
 from .tensors import highest_precision, reads_are_free
 
 _PRODUCTS_AT_ONCE = 5
 """Ratio of the speeds of a matrix product and of single rows' products on one CPU thread, rounded up."""
 _PRODUCTS_ALONE = 3
 """The same ratio where numpy makes the products of single rows, and features stay in the CPU's cache."""
-_LARGEST_TABLE = 1024
-"""Patches of an image of which all products with each other are kept elsewhere."""
+_TABLE_BYTES = 2**29
+"""Memory of the products of all patches with each other, for as many images as are chosen for at once elsewhere."""
 _BLOCK_BYTES = 4 * 2**20
 """Features that a greedy loop reads in every step on a CPU: more would not stay in its cache."""
 _ALONE_BYTES = 2**19
@@ -155,7 +155,9 @@ def in_blocks(
     row_bytes: int | None = None,
     alone: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """Run a greedy loop for all rows at once; on a CPU for as many as fit into its cache, and no longer than needed.
+    """Run a greedy loop for as many rows at once as there is memory for tables.
+
+    On a CPU, for as many as fit into its cache, and no longer than needed.
 
     Args:
         choose: `choose(*arguments, steps)` chooses patches in `steps` steps: (B, N) bool.
@@ -168,7 +170,11 @@ def in_blocks(
     """
     features, counts = arguments[0], arguments[-1]
     if not reads_are_free(features) or not len(features):
-        return choose(*arguments, steps)
+        at_once = max(1, _TABLE_BYTES // (8 * features.shape[1] ** 2))  # tables of float64
+        if len(features) <= at_once:
+            return choose(*arguments, steps)
+        parts = zip(*(torch.split(argument, at_once) for argument in arguments), strict=True)
+        return torch.cat([choose(*part, steps) for part in parts])
     row_bytes = features[0].nbytes if row_bytes is None else row_bytes
     ratio = _PRODUCTS_ALONE if row_bytes <= _BLOCK_BYTES else _PRODUCTS_AT_ONCE
     most_alone = 0 if alone is None else features.shape[1] // ratio
@@ -192,7 +198,7 @@ def products_one_by_one(vectors: Tensor, steps: int) -> bool:
         vectors: (B, N, C).
         steps: Number of picks.
     """
-    least = _PRODUCTS_AT_ONCE * steps if vectors.device.type == "cpu" else _LARGEST_TABLE + 1
+    least = _PRODUCTS_AT_ONCE * steps if vectors.device.type == "cpu" else LARGEST_TABLE + 1
     return vectors.shape[1] >= least
 
 

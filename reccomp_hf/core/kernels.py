@@ -23,11 +23,13 @@ Loop = TypeVar("Loop", bound=Callable[..., Tensor])
 _DEVICES = ("cuda",)
 _LARGEST_GRID = 8192
 """Patches of a row that a kernel without a table keeps in registers."""
-_LARGEST_TABLE = 1024
-"""Patches of a row of a kernel that reads their products; `cover` counts on it not to overflow."""
+LARGEST_TABLE = 4096
+"""Patches of a row of a kernel that reads their products, which it keeps in registers."""
+_LARGEST_FACTOR = 2**20
+"""Patches times picks of `widen`: in every step a program reads the rows of all earlier picks."""
 _LEAST_BLOCK = 1024  # smaller images share its kernels, and so does the problem that checks them
 _LARGEST_SUM = 2.0**62
-"""Of whole numbers that `cover` adds up."""
+"""The sum of whole numbers in `cover`, at most."""
 _TILE_BYTES = 65536
 """Memory of the rows of a table that a kernel reads at once."""
 
@@ -53,7 +55,7 @@ def in_one_launch(name: str) -> Callable[[Loop], Loop]:
     def decorate(loop: Loop) -> Loop:
         @functools.wraps(loop)
         def choose(*arguments: Any) -> Tensor:
-            return (_KERNELS[name] if _is_usable(name, loop, arguments[0]) else loop)(*arguments)
+            return (_KERNELS[name] if _is_usable(name, loop, *arguments) else loop)(*arguments)
 
         return choose  # type: ignore[return-value]
 
@@ -70,10 +72,13 @@ def loops_only() -> Iterator[None]:
         _LOOPS_ONLY.reset(token)
 
 
-def _is_usable(name: str, loop: Callable[..., Tensor], values: Tensor) -> bool:
+def _is_usable(name: str, loop: Callable[..., Tensor], values: Tensor, *others: Any) -> bool:
     if values.device.type not in _DEVICES or is_traced(values) or _LOOPS_ONLY.get():
         return False
-    if not values.numel() or values.shape[-1] > (_LARGEST_GRID if name == "farthest" else _LARGEST_TABLE):
+    patches = values.shape[-1]
+    if not values.numel() or patches > (_LARGEST_GRID if name == "farthest" else LARGEST_TABLE):
+        return False
+    if name == "widen" and patches * others[3] > _LARGEST_FACTOR:
         return False
     key = name, values.device
     if key not in _USABLE:
@@ -121,6 +126,11 @@ def _block(patches: int) -> int:
     return max(_LEAST_BLOCK, 1 << (patches - 1).bit_length())
 
 
+def _warps(block: int) -> int:
+    """Warps of a program that goes over a table."""
+    return min(16, block // 128)
+
+
 def _tile(table: Tensor) -> int:
     """Rows of a table that are read at once: a power of 2."""
     return max(1, _TILE_BYTES // (_block(table.shape[-1]) * table.element_size()))
@@ -131,7 +141,8 @@ def _follow(
 ) -> Tensor:
     chosen = candidates.new_empty(candidates.shape)
     arguments = table, first, then, candidates, counts
-    return _launch("follow", chosen, *arguments, warps=4, ADD=add, BLOCK=_block(table.shape[-1]))
+    block = _block(table.shape[-1])
+    return _launch("follow", chosen, *arguments, warps=block // 256, ADD=add, BLOCK=block)
 
 
 def _farthest(distance: Tensor, candidates: Tensor, counts: Tensor, grid: tuple[int, int], _: int) -> Tensor:
@@ -143,9 +154,10 @@ def _farthest(distance: Tensor, candidates: Tensor, counts: Tensor, grid: tuple[
 
 def _widen(table: Tensor, volumes: Tensor, candidates: Tensor, counts: Tensor, steps: int, least: float) -> Tensor:
     factors, chosen = table.new_empty(len(table), steps, table.shape[-1]), candidates.new_empty(candidates.shape)
-    constants = {"NO_VOLUME": least, "TILE": _tile(table), "BLOCK": _block(table.shape[-1])}
+    block = _block(table.shape[-1])
     arguments = table, volumes, candidates, counts, factors
-    return _launch("widen", chosen, *arguments, warps=8, steps=steps, **constants)
+    constants = {"NO_VOLUME": least, "TILE": _tile(table), "BLOCK": block}
+    return _launch("widen", chosen, *arguments, warps=_warps(block), steps=steps, **constants)
 
 
 def _cover(cosine: Tensor, weights: Tensor, candidates: Tensor, counts: Tensor, _: int) -> Tensor:
@@ -169,7 +181,7 @@ def _launch_cover(
     blocks = {"BLOCK": _block(table.shape[1]), "ROWS": _block(table.shape[2])}
     constants = {"UNIT": unit, "TILE": max(1, _TILE_BYTES // (blocks["BLOCK"] * changes.element_size())), **blocks}
     arguments = table, table.transpose(1, 2), weights, candidates, counted, counts, changes
-    return _launch("cover", chosen, *arguments, warps=8, rows=table.shape[2], **constants)
+    return _launch("cover", chosen, *arguments, warps=_warps(max(blocks.values())), rows=table.shape[2], **constants)
 
 
 def _drop_alike(likeness: Tensor, queue: Tensor, left: Tensor, wanted: Tensor, most: int, _: list[int]) -> Tensor:

@@ -10,13 +10,13 @@ import os
 import numpy as np
 import pytest
 import torch
-from greedy_loops import CHOICES, LOOPS, PLACE
+from greedy_loops import CHOICES, LOOPS
 from method_cases import check, draw
 from test_greedy import COUNTS, PATCHES, chosen, herd, herding_oracle, volume_oracle, widen
 from test_methods_ties import tied
 
 from reccomp_hf import TokenRecoveryConfig, VisualFeatures
-from reccomp_hf.core import kernels
+from reccomp_hf.core import greedy, kernels
 from reccomp_hf.core.methods.registry import get_method
 
 pytestmark = pytest.mark.triton
@@ -93,13 +93,16 @@ def test_kernels_choose_as_the_loops(used, fields, valid, spoil, on_cpu, monkeyp
 
 
 @interpreted
-def test_farthest_points_of_many_tiles(on_cpu, monkeypatch):
-    """More patches than tables may have."""
-    kept, settings = features(False, 5, patches=1296, width=4), TokenRecoveryConfig(budget=9, **PLACE)
-    found = choose(settings, kept)
-    assert set(on_cpu) == {"farthest"}
+@each_choice
+def test_kernels_choose_as_the_loops_among_many_tiles(used, fields, on_cpu, monkeypatch):
+    """Longer vectors, of which programs read fewer rows at once."""
+    monkeypatch.setattr(greedy, "_PRODUCTS_AT_ONCE", 10**9)  # tables, as on a GPU
+    options = {"method_options": {"step": 300}} if fields.get("method") == "vispruner" else {}
+    given, settings = features(True, 5, patches=1296), TokenRecoveryConfig(budget=5, **fields, **options)
+    found = choose(settings, given)
+    assert set(on_cpu) == set(used)
     monkeypatch.setattr(kernels, "_DEVICES", ("cuda",))
-    assert found.equal(choose(settings, kept))
+    assert found.equal(choose(settings, given))
 
 
 @interpreted
@@ -173,7 +176,21 @@ PROBLEMS = {
     ),
     "diversity in float64": ("follow", lambda: _doubled("follow", add=False)),
     "coverage in float64": ("cover", lambda: _doubled("cover")),
+    "herding of five tiles": ("follow", lambda: (*_tables(torch.float32, 3), *_CHOICE, 9, True)),
+    "volume of five tiles": ("widen", lambda: (*_tables(torch.float64, 2), *_CHOICE, 9, 1e-9)),
+    "coverage of five tiles": ("cover", lambda: (*_tables(torch.float32, 1), torch.ones(1, 2880), *_CHOICE, 9)),
+    "likeness of five tiles": (
+        "drop_alike",
+        lambda: (*_tables(torch.float32, 1), torch.arange(2880)[None], *[torch.ones(1).long()] * 2, 8, []),
+    ),
 }
+_CHOICE = torch.ones(1, 2880) > 0, torch.ones(1).long()
+"""Candidates, and how many to choose."""
+
+
+def _tables(dtype, count):
+    """The table of a row of 2,880 patches, and vectors."""
+    return torch.zeros(1, 2880, 2880, dtype=dtype), *[torch.zeros(1, 1, 2880, dtype=dtype)] * (count - 1)
 
 
 def _doubled(name, **last):
