@@ -7,7 +7,6 @@ with `recovery_turns="all"` all questions, without system prompt, answers or ans
 row's last question begins like.
 """
 
-import copy
 import functools
 import json
 import os
@@ -34,12 +33,13 @@ from .questions import (
     given_prompts,
     given_questions,
     message_text,
+    pads_to_length,
     split_user_turns,
 )
 from .recovery_tokenizer import RECOVERY_TOKENIZER_FOLDER, cached_path, load_recovery_tokenizer, window_length
 from .remote_code import write_sources
 from .rules import check_rules, find_rule
-from .tokenizing import OneAtATime
+from .tokenizing import one_at_a_time
 from .words import encode_words
 
 _RECOVERY_INPUT_NAMES = ("recovery_input_ids", "recovery_attention_mask", "recovery_words")
@@ -148,7 +148,8 @@ class RecCompProcessorMixin(ProcessorMixin):
             **kwargs: passed to the stock processor; `return_tensors` applies to the added fields too.
 
         Returns:
-            The stock fields and, with a recovery tokenizer and `text`, those of `encode_questions`.
+            The stock fields and, with a recovery tokenizer and `text`, those of `encode_questions`; if prompts are
+            padded to `"max_length"`, so are questions.
 
         Raises:
             ValueError: no prompts, another number of images than of their placeholders, a row with images and no
@@ -159,13 +160,12 @@ class RecCompProcessorMixin(ProcessorMixin):
         images, prompts = readable_images(images), None if text is None else given_prompts(text, images is None)
         if images is not None and prompts is not None:
             check_image_count(images, sum(prompt.count(self.image_token) for prompt in prompts))
-        stock = copy.copy(self)  # the call's own: other threads keep the tokenizer itself
-        stock.tokenizer = OneAtATime(self.tokenizer)
-        encoding = super(RecCompProcessorMixin, stock).__call__(images=images, text=text, **kwargs)
+        whole, own = pads_to_length(kwargs), one_at_a_time(self)
+        encoding = super(RecCompProcessorMixin, own).__call__(images=images, text=text, **kwargs)
         if prompts is None or not self._reads_text(recovery_rules):
             return encoding
         questions = self.questions_of_prompts(prompts, recovery_text, turns)
-        fields = self._fields(questions, recovery_rules)
+        fields = self._fields(questions, recovery_rules, whole)
         encoding.update({name: converted(field, encoding["input_ids"]) for name, field in fields.items()})
         return encoding
 
@@ -231,9 +231,9 @@ class RecCompProcessorMixin(ProcessorMixin):
             recovery_rules: the rules of the call's settings, instead of the processor's own.
 
         Returns:
-            `recovery_input_ids` and `recovery_attention_mask`, int64 (rows, windows, recovery_max_length), with a
-            recovery tokenizer, and `recovery_words`, int64 (rows, tokens), -1 for padding; with rules `recovery_rule`,
-            int64 (rows,), -1 where none fits the question (of several the last).
+            With a recovery tokenizer `recovery_input_ids` and `recovery_attention_mask`, int64 (rows, windows,
+            length), as long as the longest question needs in steps of 8, and `recovery_words`, int64 (rows, tokens),
+            -1 for padding; with rules `recovery_rule`, int64 (rows,), -1 where none fits the (last) question.
         """
         return {name: torch.from_numpy(field) for name, field in self._fields(questions, recovery_rules).items()}
 
@@ -248,11 +248,11 @@ class RecCompProcessorMixin(ProcessorMixin):
         """Whether a call with these rules adds a field."""
         return self._recovery_tokenizer is not None or bool(self._rules(recovery_rules))
 
-    def _fields(self, questions: Sequence[Any], recovery_rules: Sequence[Any] | None) -> dict[str, np.ndarray]:
-        """The added fields, see `encode_questions`."""
+    def _fields(self, questions: Sequence[Any], recovery_rules: Any, whole: bool = False) -> dict[str, np.ndarray]:
+        """The added fields, see `encode_questions`; `whole`: with windows of the text encoder's length."""
         fields, rules = {}, self._rules(recovery_rules)
         if self._recovery_tokenizer is not None:
-            windows = encode_windows(self._recovery_tokenizer, self.recovery_max_length or 0, questions)
+            windows = encode_windows(self._recovery_tokenizer, self.recovery_max_length or 0, questions, whole)
             words = encode_words(self.tokenizer, questions)
             fields = dict(zip(_RECOVERY_INPUT_NAMES, (*windows, words), strict=True))
         if rules:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import AutoConfig, CLIPTextConfig
 
 from .settings import is_int, shown
@@ -23,6 +24,8 @@ TURNS = ("last", "all")
 """Which user turns of a conversation choose its visual tokens."""
 LARGEST_IS_END = 2
 """`eos_token_id` of published CLIP configs, which stands for the largest id of a text."""
+LENGTH_STEP = 8
+"""Windows of a batch have a multiple of this length: few lengths mean few CUDA graphs and compiled programs."""
 
 _UNREAD_PARTS = ("video", "audio")
 """Types of a message's parts that a LLaVA's chat template would leave out in silence."""
@@ -156,19 +159,22 @@ def choose_questions(texts: Sequence[str], turns: str, image_token: str) -> list
 
 
 def encode_windows(
-    tokenizer: Any, length: int, questions: Sequence[str | Sequence[str]]
+    tokenizer: Any, length: int, questions: Sequence[str | Sequence[str]], whole: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and mask of questions in windows, each wrapped in the start and end token.
 
-    Several questions of a row share no window: the text encoder reads each by itself.
+    Several questions of a row share no window: the text encoder reads each by itself. All windows are as long as the
+    longest one, rounded up to a multiple of 8. If the tokenizer does not pad with its end token, the last place of
+    a window shorter than `length` is padding, see `lengthened`.
 
     Args:
         tokenizer: The text encoder's tokenizer.
-        length: Number of tokens of a window.
+        length: Most tokens of a window.
         questions: One question, or a list of them, per row.
+        whole: Whether all windows have `length` tokens, whatever the questions.
 
     Returns:
-        Two int64 arrays (rows, windows, length).
+        Two int64 arrays (rows, windows, tokens).
     """
     rows = [[row] if isinstance(row, str) else list(row) for row in questions]
     texts = [text for row in rows for text in row]
@@ -181,8 +187,11 @@ def encode_windows(
         ]
         for row in rows
     ]
-    shape = (len(rows), max(1, *map(len, windows)), length)
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    longest = max((len(piece) + 2 for pieces in windows for piece in pieces), default=1)
+    longest += padding != tokenizer.eos_token_id
+    tokens = length if whole else min(-(-longest // LENGTH_STEP) * LENGTH_STEP, length)
+    shape = (len(rows), max(1, *map(len, windows)), tokens)
     ids, mask = np.full(shape, padding, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     for row, pieces in enumerate(windows):
         for column, piece in enumerate(pieces):
@@ -192,9 +201,20 @@ def encode_windows(
     return ids, mask
 
 
+def pads_to_length(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a processor's call pads prompts to a length: its rows may then be stacked with those of other calls."""
+    return (kwargs.get("text_kwargs") or {}).get("padding", kwargs.get("padding")) == "max_length"
+
+
+def lengthened(input_ids: Tensor, length: int) -> Tensor:
+    """Windows (..., tokens) of `encode_windows` with more padding, at least (..., length): their last id repeated."""
+    missing = max(0, length - input_ids.shape[-1])
+    return torch.cat([input_ids, input_ids[..., -1:].expand(*input_ids.shape[:-1], missing)], dim=-1)
+
+
 def converted(field: np.ndarray, example: Any) -> Any:
     """An array as the kind of a field that a stock processor returned: a tensor, an array or nested lists."""
-    if isinstance(example, torch.Tensor):
+    if isinstance(example, Tensor):
         return torch.from_numpy(field)
     return field if isinstance(example, np.ndarray) else field.tolist()
 
@@ -272,7 +292,8 @@ def check_placeholders(patch_size: Any, strategy: Any, additional: Any) -> None:
     """Check a processor's settings of the placeholders of an image; without a patch size it writes one.
 
     Raises:
-        ValueError: The patch size is no int above 0, the strategy is unknown, or the additional tokens are no int.
+        ValueError: The patch size is not an int above 0, the strategy is unknown, or the additional tokens are not an
+            int of at least 0.
     """
     for name, value, fits, wanted in (
         ("patch_size", patch_size, patch_size is None or (is_int(patch_size) and patch_size > 0), "an int above 0"),
@@ -340,6 +361,7 @@ def _common_prefix(left: list[str], right: list[str]) -> list[str]:
 __all__ = [
     "ANSWER_INSTRUCTIONS",
     "LARGEST_IS_END",
+    "LENGTH_STEP",
     "TURNS",
     "batched",
     "check_messages",
@@ -354,6 +376,8 @@ __all__ = [
     "find_turn_markers",
     "given_prompts",
     "given_questions",
+    "lengthened",
     "message_text",
+    "pads_to_length",
     "split_user_turns",
 ]

@@ -5,6 +5,7 @@ Each call sets them: another thread that encodes at that moment fails (4.57), or
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import threading
@@ -22,6 +23,13 @@ def _renew_lock() -> None:
 
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_renew_lock)
+
+
+def one_at_a_time(processor: Any) -> Any:
+    """A copy of a processor for one call, with the processor's tokenizer as a [`OneAtATime`]."""
+    own = copy.copy(processor)
+    own.tokenizer = OneAtATime(processor.tokenizer)
+    return own
 
 
 class OneAtATime:
@@ -58,4 +66,4 @@ def token_ids(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool = F
     return [list(itertools.compress(row.ids, row.attention_mask)) for row in encoded]
 
 
-__all__ = ["OneAtATime", "token_ids"]
+__all__ = ["OneAtATime", "one_at_a_time", "token_ids"]

@@ -100,12 +100,33 @@ def test_choices_are_timed_and_counted_with_kernels_and_without(monkeypatch):
     monkeypatch.setitem(choices.WAYS, choices.LOOPS, without)
     facts = report([choices.choices(lambda: (torch.zeros(1), None), 2, 6, rounds=2)])
     assert facts["failed"] == [] and json.loads(json.dumps(facts)) == facts
-    assert [row["method"] for row in facts["choices"]] == ["balanced", *choices.METHODS]
+    assert [row["method"] for row in facts["choices"]] == [*choices.PRESETS, *choices.METHODS]
     for row in facts["choices"]:
         assert row["launches"][choices.KERNELS] == row["launches"][choices.LOOPS] > 30  # without a GPU
+        assert list(row["choice"]) == [choices.KERNELS, choices.LOOPS] and row["failed"] == {}
         assert all(len(spread["values"]) == 2 and spread["median"] > 0 for spread in row["choice"].values())
     assert contexts == [True] * len(facts["choices"]) * 4 and not kernels._LOOPS_ONLY.get()
     assert "| scope | 6 | 2 |" in " ".join(speed_markdown(facts).split())
+
+
+def test_choices_are_timed_as_graphs(monkeypatch):
+    """On tape, and where one cannot be recorded."""
+    tape = TapeRecorder()
+
+    def record(computation, inputs):
+        if computation.args[0].method == "scope":
+            raise RuntimeError("this cannot be recorded")
+        return tape(computation, inputs)
+
+    monkeypatch.setattr(choices, "PATCHES", 40)
+    monkeypatch.setattr(choices, "new_recorder", lambda device: record)
+    facts = report([choices.choices(lambda: (torch.zeros(1), None), 2, 6, rounds=2)])
+    graphed = {row["method"]: speed.GRAPHED in row["choice"] for row in facts["choices"]}
+    assert graphed == {name: name != "scope" for name in (*choices.PRESETS, *choices.METHODS)}
+    assert tape.replayed == 2 * tape.recorded == 2 * (len(graphed) - 1)
+    assert "CUDA graphs of the choice by scope, batch 2: RuntimeError: this cannot be recorded" in speed_markdown(
+        facts
+    )
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from torchao_noise import without_torchao
 from traitlets.config import Config
 
 VARIES = "varies"
-_TIMEOUT = 180  # seconds, of a cell
+_TIMEOUT = 900  # seconds of a cell: a hang ends, a busy machine does not
 _QUIET = {"PYTHONWARNINGS": "ignore:IProgress not found"}  # tqdm says so in every kernel without ipywidgets
 
 

@@ -1,4 +1,4 @@
-"""The choice of tokens alone: its time and its launches, by Triton kernels and by the loops they stand for."""
+"""The choice of tokens alone: by Triton kernels, by the loops they stand for, and as a part of a CUDA graph."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...core.configuration import TokenRecoveryConfig
 from ...core.features import VisualFeatures
+from ...core.graphs import CudaRecorder, Recorder
 from ...core.kernels import loops_only
 from ...core.methods.registry import get_method
+from ...core.tensors import used_constants
 from .counting import launches
-from .speed import ROUNDS, Build, Part
+from .reporting import format_milliseconds
+from .speed import GRAPHED, ROUNDS, Build, Part, summary
 from .timing import Measures, Stopwatch, interleave
 
 KERNELS, LOOPS = "kernels", "loops"
@@ -23,12 +27,13 @@ WAYS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     LOOPS: loops_only,
 }
 """Ways to run greedy loops -> a context for each; without a GPU both are the loops."""
+PRESETS = ("paper", "balanced")
 METHODS = ("divprune", "cdpruner", "scope", "vispruner")
-PATCHES, WIDTH, PROJECTED = 576, 1024, 4096
+PATCHES, WIDTH, PROJECTED, HEADS = 576, 1024, 4096, 16
 
 
 def choices(build: Build, batch_size: int, budget: int, rounds: int = ROUNDS) -> Part:
-    """The part that times the choice of `budget` tokens by the preset `balanced` and by every greedy method.
+    """The part that times the choice of `budget` tokens by presets and by every greedy method.
 
     Features are random, of LLaVA-1.5-7B's size, in float32, on the device of the model that `build` makes.
     """
@@ -46,24 +51,49 @@ def _choices(device: torch.device, size: int, budget: int, rounds: int) -> list[
         (size, PATCHES),
         (size, PATCHES, PROJECTED),
     )
-    states, query, keys, similarity, projected = (
-        torch.randn(shape, generator=generator).to(device) for shape in shapes
-    )
-    features, rows = VisualFeatures(states, query, keys, similarity, num_heads=16, projected=projected), []
-    settings = {"balanced": TokenRecoveryConfig.from_preset("balanced", budget=budget)}
+    names = ("hidden_states", "class_query", "keys", "text_similarity", "projected")
+    inputs = {
+        name: torch.randn(shape, generator=generator).to(device) for name, shape in zip(names, shapes, strict=True)
+    }
+    features, rows, recorder = _features(inputs), [], new_recorder(device)
+    settings = {preset: TokenRecoveryConfig.from_preset(preset, budget=budget) for preset in PRESETS}
     settings |= {method: TokenRecoveryConfig(method=method, budget=budget) for method in METHODS}
     for name, config in settings.items():
         work = functools.partial(get_method(config.method).select, features, config)
         turns = {way: functools.partial(_turn, work, context, stopwatch) for way, context in WAYS.items()}
         interleave(turns, 1)  # compiles
-        times = interleave(turns, rounds)
+        failed: dict[str, str] = {}
+        with used_constants():  # a graph reads them where they are
+            if recorder is not None:
+                try:
+                    replay, _ = recorder(functools.partial(_kept, config), inputs)
+                except RuntimeError as error:
+                    failed[GRAPHED] = summary(error)
+                else:
+                    turns[GRAPHED] = functools.partial(_turn, replay, contextlib.nullcontext, stopwatch)
+            times = interleave(turns, rounds)
         counts = {}
         for way, context in WAYS.items():
             with context():
                 counts[way] = launches(work, device)
+        row = {"method": name, "case": f"the choice by {name}", "budget": budget, "batch_size": size}
         seconds = {way: spreads["choice"].to_dict() for way, spreads in times.items()}
-        rows.append({"method": name, "budget": budget, "batch_size": size, "choice": seconds, "launches": counts})
+        rows.append({**row, "choice": seconds, "launches": counts, "failed": failed})
     return rows
+
+
+def new_recorder(device: torch.device) -> Recorder | None:
+    """A recorder of CUDA graphs; `None` without a GPU."""
+    return CudaRecorder() if device.type == "cuda" else None
+
+
+def _kept(config: TokenRecoveryConfig, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The patches that a choice keeps, as a recorder wants its computation."""
+    return {"kept": get_method(config.method).select(_features(inputs), config).kept_mask}
+
+
+def _features(inputs: Mapping[str, Any]) -> VisualFeatures:
+    return VisualFeatures(**inputs, num_heads=HEADS)
 
 
 def _turn(
@@ -74,13 +104,14 @@ def _turn(
 
 
 def choices_table(rows: list[Mapping[str, Any]]) -> list[list[str]]:
-    """Rows of the part as cells: milliseconds and launches by way."""
-    table = [["method", "tokens", "batch", *(f"{way}, {what}" for way in WAYS for what in ("ms", "launches"))]]
+    """Rows of the part as cells: milliseconds and launches by way, and milliseconds as a CUDA graph."""
+    columns = [f"{way}, {what}" for way in WAYS for what in ("ms", "launches")]
+    table = [["method", "tokens", "batch", *columns, f"{GRAPHED}, ms"]]
     for row in rows:
         cells = [row["method"], str(row["budget"]), str(row["batch_size"])]
         for way in WAYS:
-            cells += [f"{row['choice'][way]['median'] * 1e3:.2f}", str(row["launches"][way])]
-        table.append(cells)
+            cells += [format_milliseconds(row["choice"][way]), str(row["launches"][way])]
+        table.append([*cells, format_milliseconds(row["choice"].get(GRAPHED))])
     return table
 
 

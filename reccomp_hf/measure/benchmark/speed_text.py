@@ -38,7 +38,8 @@ def speed_markdown(facts: Mapping[str, Any]) -> str:
         *_section("Launches", f"Launches of a prefill: {facts['launches_are']}.", _launches(facts)),
         *_section(
             "Choice of tokens",
-            "Medians of all rounds and launches, with Triton kernels where there is a GPU and step by step.",
+            "Medians of all rounds and launches: with Triton kernels where there is a GPU, step by step, and with "
+            "kernels as a CUDA graph.",
             choices_table(facts["choices"]),
         ),
         *_section("Largest batches", "Rows that fit, and tokens per second of their decoding.", _largest(facts)),
@@ -118,7 +119,7 @@ def _notes(facts: Mapping[str, Any]) -> list[str]:
     ]
     failed = [
         f"{name} of {row['case']}, batch {row['batch_size']}: {reason}"
-        for row in (*facts["prefills"], *facts["answers"])
+        for row in (*facts["prefills"], *facts["answers"], *facts["choices"])
         for name, reason in row["failed"].items()
     ]
     notes += [f"Failed: {line}." for line in (*failed, *facts["failed"])]
