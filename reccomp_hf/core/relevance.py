@@ -80,7 +80,7 @@ def received_attention(block: Any, states: Tensor, num_heads: int, valid: Tensor
             return logits.softmax(-1).mean((1, 2))[:, 1:]
         exists = torch.cat([torch.ones_like(valid[:, :1]), valid], dim=1)
         attention = logits.masked_fill(~exists[:, None, None], -torch.inf).softmax(-1).mean(1)  # (B, N + 1, N + 1)
-        share = exists / exists.sum(-1, keepdim=True)
+        share = exists.float() / exists.sum(-1, keepdim=True)
         return (share.unsqueeze(1) @ attention).squeeze(1)[:, 1:]
 
 

@@ -15,6 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import logged_warnings
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
+from reccomp_hf.core.compat import IS_V5
+
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 LORA_TARGETS = {
     "all-linear": "all-linear",
@@ -56,6 +58,24 @@ def test_eager_equals_sdpa(architecture, folders):
         assert_same_records([record], [record_too])
         inside = short["attention_mask"].bool()
         torch.testing.assert_close(eager(**short).logits[inside], sdpa(**short_too).logits[inside], **CLOSE)
+
+
+@torch.no_grad()
+@each_architecture
+def test_the_default_dtype_changes_nothing(architecture):
+    """It is a state of all threads, and `from_pretrained` sets it while it builds a model in another one."""
+    model, batch = architecture.compressed(), architecture.encode()
+    other = torch.bfloat16 if IS_V5 else torch.float64  # in bfloat16 the mask of 4.57's own text encoder overflows
+    for setting in MODEL_SETTINGS.values():
+        expected, record = model.compress_inputs(**batch, token_recovery=setting)
+        torch.set_default_dtype(other)
+        try:
+            found, record_too = model.compress_inputs(**batch, token_recovery=setting)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert_same_records([record], [record_too])
+        for name, value in expected.items():
+            assert found[name].dtype == value.dtype and torch.equal(found[name], value), (setting, name)
 
 
 @torch.no_grad()

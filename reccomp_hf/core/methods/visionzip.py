@@ -105,7 +105,7 @@ def _contextual_tokens(features: VisualFeatures, selection: TokenSelection, most
         cluster = torch.where(targets, targets.cumsum(-1) - 1, torch.where(joins, nearest, -1))
         itself = targets.unsqueeze(1) & (positions(targets).unsqueeze(1) == places.unsqueeze(-1))  # (B, M, N)
         joined = (cluster.unsqueeze(1) == positions(places).unsqueeze(-1)) & ~targets.unsqueeze(1)
-        weights = joined / joined.sum(-1, keepdim=True).clamp(min=1) + itself.float()
+        weights = joined.float() / joined.sum(-1, keepdim=True).clamp(min=1) + itself.float()
     return MergedTokens(weighted_sums(features.hidden_states, weights), places, cluster)
 
 

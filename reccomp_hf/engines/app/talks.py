@@ -107,6 +107,7 @@ class Talks:
                     began = time.perf_counter()
                     talk.ask(question, None if talk.turns else visit.image, **self._options)
                     seconds.append(time.perf_counter() - began)
+                turns, times = list(talk.turns), list(seconds)  # another tab of the visit may ask on
         except ValueError as error:
             raise Refused(f"These settings do not work here: {error}") from error
         except torch.OutOfMemoryError as error:
@@ -114,7 +115,7 @@ class Talks:
                 self._held.clear()
             raise Refused("The machine has not enough memory for this question: try fewer tokens.") from error
         _, patches, newlines = picture_tokens(self.model.config, visit.image.size)
-        return Asked(visit.image, list(talk.turns), list(seconds), mode, method, patches + newlines)
+        return Asked(visit.image, turns, times, mode, method, patches + newlines)
 
     def warm_up(self) -> None:
         """Ask a question with and without compression, so that the first visitor's times are not those of a start."""
