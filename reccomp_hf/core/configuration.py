@@ -50,8 +50,8 @@ class TokenRecoveryConfig(Settings):
             image; a `float` in (0, 1] is a share of the image's patches.
         text_share: Share in [0, 1] of the kept tokens of a fixed budget that the question chooses.
         text_limit: `"share"`: the question chooses its whole share of a fixed budget; `"outliers"`: it chooses only
-            patches that stand out among the similarities, as many as the dynamic mode would, and no more than the
-            share; the rest of the share goes to coverage. `"half_outliers"`: half as many.
+            patches that stand out among the similarities, as many as the dynamic mode would, and at most its share;
+            coverage gets the rest. `"half_outliers"`: half as many; `"half_or_few"`: half or 2 % of the patches.
         text_by: `"similarity"`: of a fixed budget the question chooses the patches most similar to it; `"diversity"`:
             patches that are similar to it and unlike each other (CDPruner, Zhang et al., arXiv 2506.10967).
         merged_tokens: Number of tokens of a fixed budget that are merged ones (cluster means of the patches that

@@ -70,7 +70,6 @@ _BALANCED: dict[str, Any] = {
     "text_relevance": "value",
     "visual_layer": -2,
     "text_share": 1.0,
-    "coverage_share": 0.25,
     "coverage_by": "content",
     "merged_tokens": 0,
     "position_ids": "original",
@@ -81,17 +80,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The computation of the paper's released code, for reproduction.
     "authors": {"method": "authors"},
     # A fixed budget with the settings that measured best on the demo models: the question takes half as many patches
-    # as stand out for it, unlike each other, and the rest of the budget represents the image as a whole.
-    "balanced": {**_BALANCED, "text_limit": "half_outliers", "text_by": "diversity"},
+    # as stand out for it, or 2 % of all if that is more, unlike each other, and the rest of the budget represents the
+    # image as a whole.
+    "balanced": {**_BALANCED, "text_limit": "half_or_few", "text_by": "diversity", "coverage_share": 0.125},
     # `balanced` as it was before `text_by`: the question takes the patches that stand out for it.
-    "balanced-v1": {**_BALANCED, "text_limit": "outliers"},
+    "balanced-v1": {**_BALANCED, "text_limit": "outliers", "coverage_share": 0.25},
 }
 
 CHOICES: dict[str, tuple[str | int, ...]] = {
     "text_relevance": ("last", "penultimate", "value"),
     "text_relevance_sign": (1, -1),
     "visual_heads": ("joint", "mean"),
-    "text_limit": ("share", "outliers", "half_outliers"),
+    "text_limit": ("share", "outliers", "half_outliers", "half_or_few"),
     "text_by": ("similarity", "diversity"),
     "coverage_by": ("place", "content"),
     "position_ids": ("compact", "original"),

@@ -121,7 +121,7 @@ def test_only_options_that_are_given_replace_fields():
     assert options.section_fields(parsed("--budget", "8", "--set", "budget=9")) == {"budget": 9}
     fields = options.section_fields(parsed("--preset", "balanced", "--budget", "0.5"))
     assert fields == {**options.preset_fields("balanced"), "budget": 0.5}
-    assert "text_encoder_config" not in fields and fields["text_limit"] == "half_outliers"
+    assert "text_encoder_config" not in fields and fields["text_limit"] == "half_or_few"
 
 
 def test_the_help_ends_with_defaults_worth_printing():

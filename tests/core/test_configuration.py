@@ -37,9 +37,9 @@ BALANCED = {
     "text_relevance": "value",
     "visual_layer": -2,
     "text_share": 1.0,
-    "text_limit": "half_outliers",
+    "text_limit": "half_or_few",
     "text_by": "diversity",
-    "coverage_share": 0.25,
+    "coverage_share": 0.125,
     "coverage_by": "content",
     "merged_tokens": 0,
     "position_ids": "original",
@@ -57,7 +57,7 @@ def test_the_defaults_are_the_papers():
         ("paper", {}),
         ("authors", {"method": "authors"}),
         ("balanced", BALANCED),
-        ("balanced-v1", {**BALANCED, "text_limit": "outliers", "text_by": "similarity"}),
+        ("balanced-v1", {**BALANCED, "text_limit": "outliers", "text_by": "similarity", "coverage_share": 0.25}),
     ],
 )
 def test_presets(preset, fields):

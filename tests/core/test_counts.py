@@ -23,7 +23,12 @@ BUDGETS = {
 METHODS = {name: {"method": name, "budget": 9} for name in method_names() if get_method(name).budget != "none"}
 HOST_SIDE = ("random", "pooling")  # their drawing and tabulating on the host is not part of a graph
 each_budget = pytest.mark.parametrize("fields", BUDGETS.values(), ids=BUDGETS)
-COMPILED = {**BUDGETS, **{f"method {name}": fields for name, fields in METHODS.items() if name not in HOST_SIDE}}
+LIMITED = {"budget": 16, "text_limit": "half_or_few", "text_by": "diversity", "coverage_by": "content"}
+COMPILED = {
+    **BUDGETS,
+    "limited": LIMITED,
+    **{f"method {name}": fields for name, fields in METHODS.items() if name not in HOST_SIDE},
+}
 each_method_and_budget = pytest.mark.parametrize("fields", COMPILED.values(), ids=COMPILED)
 
 

@@ -28,7 +28,7 @@ def test_a_method_runs_on_the_device_of_the_features(name, budget, tiles):
 @each_form
 @pytest.mark.parametrize("fields", [{"coverage_share": 0.5}, {"coverage_share": 0.5, "coverage_by": "content"}])
 @pytest.mark.parametrize("by", ["similarity", "diversity"])
-@pytest.mark.parametrize("limit", ["share", "outliers", "half_outliers"])
+@pytest.mark.parametrize("limit", ["share", "outliers", "half_outliers", "half_or_few"])
 def test_every_way_to_spend_a_budget_runs_there(fields, limit, by, tiles):
     settings = TokenRecoveryConfig(budget=8, text_limit=limit, text_by=by, merged_tokens=2, **fields)
     assert run_elsewhere(get_method("recoverable"), settings, tiles) == {"meta"}

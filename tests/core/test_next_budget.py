@@ -62,7 +62,7 @@ def image_oracle(
     n_visual, n_text, n_coverage, n_merged = budget_split(config, len(patches), text is not None)
     stages: dict[str, Any] = {"visual_mask": top(patches, relative, n_visual)}
     rest = [j for j in patches if j not in stages["visual_mask"]]
-    n_text, n_coverage = limited(config, text, rest, n_text, n_coverage)
+    n_text, n_coverage = limited(config, text, len(patches), rest, n_text, n_coverage)
     features = case.hidden_states.double().numpy().reshape(tiles * n, -1)
     stages["text_mask"] = text_patches(features, text, rest, n_text, config)
     rest = [j for j in rest if j not in stages["text_mask"]]
@@ -153,7 +153,7 @@ SHARES: list[dict[str, Any]] = [
     {
         "budget": 0.3,
         "text_share": 1.0,
-        "text_limit": "half_outliers",
+        "text_limit": "half_or_few",
         "text_by": "diversity",
         "coverage_by": "content",
     },

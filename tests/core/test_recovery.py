@@ -158,7 +158,7 @@ def test_a_row_with_invalid_patches_equals_the_valid_patches_alone() -> None:
             "merge_neighbors": st.integers(1, 12),
             "outlier_threshold": st.sampled_from([1.2, 1.5, 2.0]),
             "visual_heads": st.sampled_from(["joint", "mean"]),
-            "text_limit": st.sampled_from(["share", "outliers", "half_outliers"]),
+            "text_limit": st.sampled_from(["share", "outliers", "half_outliers", "half_or_few"]),
             "coverage_by": st.sampled_from(["place", "content"]),
         }
     ),

@@ -107,6 +107,20 @@ def test_text_recovery_limited_to_outliers_leaves_the_others_to_coverage() -> No
     assert not flat.recover(TokenRecoveryConfig(text_limit="outliers", **fields)).text_mask.any()
 
 
+def test_text_recovery_limited_to_half_of_the_outliers_takes_a_few_patches_at_least() -> None:
+    fields = {"budget": 40, "text_share": 1.0, "merged_tokens": 0, "text_limit": "half_or_few"}
+    for n, few in ((24, 0), (25, 1), (144, 3), (576, 12)):  # 2 % of the patches, rounded
+        case = make_case(batch=1, n=n)
+        flat = dataclasses.replace(case, text_similarity=torch.zeros(1, n))
+        config = TokenRecoveryConfig(**{**fields, "budget": min(40, n - 1)})
+        assert int(flat.recover(config).text_mask.sum()) == few
+        outliers = upper_outliers(range(n), case.text_similarity[0].numpy(), 20, 1.5)
+        assert int(case.recover(config).text_mask.sum()) == max(few, len(outliers) // 2)
+    flat = dataclasses.replace(make_case(batch=1, n=144), text_similarity=torch.zeros(1, 144))
+    small = flat.recover(TokenRecoveryConfig(**{**fields, "budget": 2}))
+    assert (int(small.text_mask.sum()), int(small.counts)) == (2, 2)  # no more than the budget
+
+
 def test_coverage_alone_starts_at_the_first_valid_patch() -> None:
     case, valid = make_case(batch=1, n=16, c=8), torch.ones(1, 16, dtype=torch.bool)
     valid[0, :2] = False

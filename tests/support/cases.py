@@ -166,6 +166,6 @@ LIMITED = [
 DIVERSE = [
     {"budget": budget, "text_share": share, "text_limit": limit, "text_by": "diversity", "coverage_by": "content"}
     for budget, share in ((1, 1.0), (9, 0.5), (20, 1.0), (0.37, 0.5), (100, 1.0))
-    for limit in ("share", "outliers", "half_outliers")
+    for limit in ("share", "outliers", "half_outliers", "half_or_few")
 ]
 RECOVERY_FIELDS = [*DYNAMIC, *BUDGETS, *SHARES, *LIMITED, *DIVERSE]

@@ -129,12 +129,16 @@ def budget_split(config: Any, n: int, has_text: bool) -> tuple[int, int, int, in
     return total - merged - coverage - text, text, coverage, merged
 
 
-def limited(config: Any, s: Array | None, rest: list[int], n_text: int, n_coverage: int) -> tuple[int, int]:
+def limited(config: Any, s: Array | None, n: int, rest: list[int], n_text: int, n_coverage: int) -> tuple[int, int]:
     """Numbers of text and coverage tokens once text recovery takes outliers only, if it is to."""
     if s is None or config.text_limit == "share":
         return n_text, n_coverage
     found = len(upper_outliers(rest, s, config.outlier_neighbors, config.outlier_threshold))
-    found = min(n_text, found // 2 if config.text_limit == "half_outliers" else found)
+    if config.text_limit != "outliers":
+        found //= 2
+    if config.text_limit == "half_or_few":
+        found = max(found, math.floor(0.02 * n + 0.5))
+    found = min(n_text, found)
     return found, n_coverage + n_text - found
 
 
@@ -184,7 +188,7 @@ def budget_stages(
     n_visual, n_text, n_coverage, n_merged = budget_split(config, len(patches), s is not None)
     visual = top(patches, a, n_visual)
     rest = [j for j in patches if j not in visual]
-    n_text, n_coverage = limited(config, s, rest, n_text, n_coverage)
+    n_text, n_coverage = limited(config, s, len(patches), rest, n_text, n_coverage)
     text = text_patches(h, s, rest, n_text, config)
     rest = [j for j in rest if j not in text]
     if config.coverage_by == "content":

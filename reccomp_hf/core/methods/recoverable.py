@@ -123,7 +123,9 @@ def _recover_text(
     if settings.text_limit != "share":
         k, threshold = settings.outlier_neighbors, settings.outlier_threshold
         outliers = upper_outliers(similarity, k, threshold, rest).sum(-1)
-        limit = outliers // 2 if settings.text_limit == "half_outliers" else outliers
+        limit = outliers if settings.text_limit == "outliers" else outliers // 2
+        if settings.text_limit == "half_or_few":
+            limit = torch.maximum(limit, _few(features.per_image(features.valid, False).sum(-1)))
         most = shares.most._replace(coverage=shares.most_chosen)
         left = (shares.text - limit).clamp(min=0)
         shares = dataclasses.replace(
@@ -134,6 +136,11 @@ def _recover_text(
     relevance, states = scaled_relevance(similarity, rest), features.per_image(features.hidden_states.detach(), 0.0)
     text = largest_volume(states, relevance, rest, shares.text, shares.most.text)
     return text | top_mask(relevance, shares.text - text.sum(-1), rest & ~text), shares
+
+
+def _few(patches: Tensor) -> Tensor:
+    """2 % of numbers of patches, rounded: (I,) int64."""
+    return (patches + 25) // 50
 
 
 def _cover(features: VisualFeatures, kept: Tensor, rest: Tensor, shares: _Shares, settings: Settings) -> Tensor:
