@@ -33,7 +33,7 @@ from .questions import (
     given_prompts,
     given_questions,
     message_text,
-    pads_to_length,
+    pads_to_longest,
     split_user_turns,
 )
 from .recovery_tokenizer import RECOVERY_TOKENIZER_FOLDER, cached_path, load_recovery_tokenizer, window_length
@@ -148,8 +148,8 @@ class RecCompProcessorMixin(ProcessorMixin):
             **kwargs: passed to the stock processor; `return_tensors` applies to the added fields too.
 
         Returns:
-            The stock fields and, with a recovery tokenizer and `text`, those of `encode_questions`; if prompts are
-            padded to `"max_length"`, so are questions.
+            The stock fields and, with a recovery tokenizer and `text`, those of `encode_questions`; unless prompts
+            are padded to the longest, windows have the text encoder's length, so that a collator can join rows.
 
         Raises:
             ValueError: no prompts, another number of images than of their placeholders, a row with images and no
@@ -160,7 +160,7 @@ class RecCompProcessorMixin(ProcessorMixin):
         images, prompts = readable_images(images), None if text is None else given_prompts(text, images is None)
         if images is not None and prompts is not None:
             check_image_count(images, sum(prompt.count(self.image_token) for prompt in prompts))
-        whole, own = pads_to_length(kwargs), one_at_a_time(self)
+        whole, own = not pads_to_longest(kwargs), one_at_a_time(self)
         encoding = super(RecCompProcessorMixin, own).__call__(images=images, text=text, **kwargs)
         if prompts is None or not self._reads_text(recovery_rules):
             return encoding

@@ -201,9 +201,9 @@ def encode_windows(
     return ids, mask
 
 
-def pads_to_length(kwargs: Mapping[str, Any]) -> bool:
-    """Whether a processor's call pads prompts to a length: its rows may then be stacked with those of other calls."""
-    return (kwargs.get("text_kwargs") or {}).get("padding", kwargs.get("padding")) == "max_length"
+def pads_to_longest(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a processor's call pads prompts to the longest one, and no rows of other calls will join them."""
+    return (kwargs.get("text_kwargs") or {}).get("padding", kwargs.get("padding")) in (True, "longest")
 
 
 def lengthened(input_ids: Tensor, length: int) -> Tensor:
@@ -378,6 +378,6 @@ __all__ = [
     "given_questions",
     "lengthened",
     "message_text",
-    "pads_to_length",
+    "pads_to_longest",
     "split_user_turns",
 ]

@@ -95,15 +95,18 @@ def test_model_input_names():
 # The recovery fields
 
 
+@pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("words", [0, 1, 6, 7, 62, 63, 70, 71, 75, 76, 150, 151, 400])
-def test_windows(words, logged):
+def test_windows(words, padding, logged):
     question = " ".join(["cat"] * words)
-    encoding = tiny.recovery_processor()(text=PLAIN_PROMPT, recovery_text=question, return_tensors="pt")
+    call = {"text": PLAIN_PROMPT, "recovery_text": question, "return_tensors": "pt", "padding": padding}
+    encoding = tiny.recovery_processor()(**call)
     assert logged == []
     ids, mask, tokens = (encoding[name] for name in RECOVERY_NAMES)
     assert ids.dtype == mask.dtype == tokens.dtype == torch.int64
-    assert ids.tolist() == [clip_windows(question)[0]]
-    assert mask.tolist() == [clip_windows(question)[1]]
+    expected = clip_windows(question, longest=padding)
+    assert ids.tolist() == [expected[0]]
+    assert mask.tolist() == [expected[1]]
 
 
 def test_rows_with_fewer_windows_get_empty_ones():
@@ -136,22 +139,23 @@ def test_recovery_fields_have_the_type_asked_for(kind, expected):
 def test_length_of_another_text_encoder(longest, shape):
     """42 words are 44 tokens: 48 in one window, or windows as long as the encoder reads at most."""
     processor = tiny.recovery_processor(recovery_max_length=longest)
-    encoding = processor(text=PLAIN_PROMPT, recovery_text="cat " * 42, return_tensors="pt")
+    encoding = processor(text=PLAIN_PROMPT, recovery_text="cat " * 42, return_tensors="pt", padding="longest")
     assert encoding["recovery_input_ids"].shape == encoding["recovery_attention_mask"].shape == shape
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["flat", "text_kwargs"])
-def test_questions_are_padded_as_prompts_are_to_a_length(nested):
-    """Rows of calls with `padding="max_length"` can be stacked."""
-    processor, options = tiny.recovery_processor(), {"padding": "max_length", "max_length": 40}
+@pytest.mark.parametrize(
+    ("padding", "lengths"),
+    [(True, (8, 48)), ("longest", (8, 48)), (False, (77, 77)), (None, (77, 77)), ("max_length", (77, 77))],
+)
+def test_questions_are_padded_as_prompts_are(padding, lengths, nested):
+    """To the longest of the call; otherwise rows of several calls can be joined, as pipelines do."""
+    options = {} if padding is None else {"padding": padding}
+    options |= {"max_length": 40} if padding == "max_length" else {}
     options = {"text_kwargs": options} if nested else options
-    call = {"text": PLAIN_PROMPT, "return_tensors": "pt"}
-    rows = [processor(**call, **options, recovery_text=text) for text in ("cat", "cat " * 42)]
-    for row in rows:
-        assert row["recovery_input_ids"].shape == row["recovery_attention_mask"].shape == (1, 1, 77)
-        assert row["input_ids"].shape == (1, 40)
-    short = processor(**call, recovery_text="cat")["recovery_input_ids"]
-    assert questions.lengthened(short, 77).equal(rows[0]["recovery_input_ids"])
+    for text, length in zip(("cat", "cat " * 42), lengths, strict=True):
+        row = tiny.recovery_processor()(text=PLAIN_PROMPT, recovery_text=text, return_tensors="pt", **options)
+        assert row["recovery_input_ids"].shape == row["recovery_attention_mask"].shape == (1, 1, length)
 
 
 @pytest.mark.parametrize(("padding", "length"), [(None, 8), (0, 16)], ids=["end of text", "a token of its own"])
@@ -285,7 +289,7 @@ def test_row_with_an_image_needs_a_question(arguments):
 def test_row_without_images_may_have_no_question():
     encoding = tiny.recovery_processor()(text="USER:  ASSISTANT:", return_tensors="pt")
     assert encoding["recovery_attention_mask"].sum() == 0
-    assert encoding["recovery_input_ids"].shape == (1, 1, 8)
+    assert encoding["recovery_input_ids"].shape == (1, 1, 77)
 
 
 # Chat messages

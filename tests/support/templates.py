@@ -46,8 +46,11 @@ UNUSABLE_TEMPLATES = {
 }
 
 
-def clip_windows(*questions, most=77):
-    """The definition in plain Python: windows of up to 75 tokens, wrapped, padded on the right as far as needed."""
+def clip_windows(*questions, most=77, longest=False):
+    """The definition in plain Python: windows of up to 75 tokens, wrapped, padded on the right.
+
+    `longest`: padded as far as the longest needs, in steps of 8.
+    """
     tokenizer, wrapped = tiny.clip_tokenizer(), []
     for question in questions:
         tokens = tokenizer.tokenize(question)
@@ -55,6 +58,7 @@ def clip_windows(*questions, most=77):
             body = tokenizer.convert_tokens_to_ids(tokens[at : at + most - 2])
             wrapped.append([tokenizer.bos_token_id, *body, tokenizer.eos_token_id])
     wrapped = wrapped or [[]]
-    length = next(length for length in (*range(8, most, 8), most) if length >= max(map(len, wrapped)))
+    lengths = (*range(8, most, 8), most) if longest else (most,)
+    length = next(length for length in lengths if length >= max(map(len, wrapped)))
     ids = [row + [tokenizer.pad_token_id] * (length - len(row)) for row in wrapped]
     return ids, [[1] * len(row) + [0] * (length - len(row)) for row in wrapped]
