@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...core.checks import check_supported, is_tiled
@@ -17,6 +18,12 @@ REQUEST_KEYS = ("token_recovery", "recovery_text", "recovery_turns")
 """Keys of a request's `mm_processor_kwargs` that this plug-in handles."""
 _CHARACTERS = 16
 """More than the tokens of a text have on average."""
+_ARGUMENTS = "mm_processor_kwargs"
+_BODY_NAMES = (*REQUEST_KEYS, _ARGUMENTS, "extra_body", *(name for name in FIELDS if name != "version"))
+"""Names in a body that concern token recovery; no other name of vLLM's or OpenAI's is near one."""
+_NEAR = 0.75
+_MOST_NAMES = 1000
+"""Most names of a body that are compared with near ones, which takes some 0.1 ms each."""
 
 
 def override(**fields: Any) -> str:
@@ -112,6 +119,63 @@ def check_request(given: Mapping[str, Any], server: Mapping[str, Any], positions
             )
 
 
+def check_body(body: Any, *, pictures: bool = True) -> None:
+    """Refuse a field that vLLM's server would ignore, in the body of a request, a message or a part of its content.
+
+    Args:
+        body: A parsed body, of any type: vLLM itself refuses what is not an object.
+        pictures: Whether this kind of request may contain images.
+
+    Raises:
+        ValueError: A name of token recovery, or one that is near, anywhere but in `mm_processor_kwargs`.
+    """
+    others: set[str] = set()
+    for where, given in _objects(body):
+        for name in given:
+            if name in others or (name == _ARGUMENTS and not where and pictures):
+                continue
+            near = [name] if name in _BODY_NAMES else []
+            if not near and len(others) < _MOST_NAMES:
+                near = difflib.get_close_matches(name[:40].lower(), _BODY_NAMES, n=1, cutoff=_NEAR)
+                others.add(name)
+            if near:
+                meant = "" if near[0] == name else f"did you mean {near[0]!r}? If so, "
+                hint = f"{meant}{_where_to_write(near[0], pictures)}"
+                raise ValueError(f"Unknown field {shown(name)} in {where or 'the body'}: {hint}")
+
+
+def _objects(body: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The body, its messages (the items of `input` in a request for a response) and their parts, with their places."""
+    if isinstance(body, dict):
+        yield "", body
+        for name in ("messages", "input"):
+            for where, message in _listed(body.get(name), name):
+                yield where, message
+                yield from _listed(message.get("content"), f"{where}.content")
+
+
+def _listed(value: Any, name: str, batch: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a list, or of the lists of a batch, with their places."""
+    for index, item in enumerate(value if isinstance(value, list) else ()):
+        if isinstance(item, dict):
+            yield f"{name}[{index}]", item
+        elif isinstance(item, list) and batch:
+            yield from _listed(item, f"{name}[{index}]", batch=False)
+
+
+def _where_to_write(name: str, pictures: bool) -> str:
+    """The end of a sentence about a field that vLLM's server would ignore."""
+    if not pictures:
+        return "these requests have no images, ask for a chat completion."
+    if name == "extra_body":
+        return "OpenAI's Python client puts what is in its argument extra_body at the top of the body, write it there."
+    inside = {_ARGUMENTS: "...", "budget": '{"token_recovery": {"budget": ...}}'}
+    if name in (*inside, *REQUEST_KEYS):
+        inner = inside.get(name, f'{{"{name}": ...}}')
+        return f'write {{"{_ARGUMENTS}": {inner}}} at the top of the body.'
+    return f"a request may set only the budget; the server sets other fields, {override()}."
+
+
 def _how_to_fix_the_count(section: TokenRecoveryConfig) -> str:
     ways = (
         "or compress outside vLLM (reccomp-hf embed) and send image_embeds, with --enable-mm-embeds "
@@ -129,4 +193,4 @@ def _how_to_fix_the_count(section: TokenRecoveryConfig) -> str:
     )
 
 
-__all__ = ["REQUEST_KEYS", "check_request", "check_servable", "keeps_places", "override"]
+__all__ = ["REQUEST_KEYS", "check_body", "check_request", "check_servable", "keeps_places", "override"]
