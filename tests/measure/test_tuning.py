@@ -74,6 +74,7 @@ def test_a_batch_measures_what_single_steps_measure(architecture):
         "fixed": {"budget": 0.2, "position_ids": "original"},
         "dynamic": {},
         "all": {"budget": 1.0, "merged_tokens": 0},
+        "words": {"method": "mmtok", "budget": 0.2},
     }
     samples, model = samples_of(5), architecture.compressed()
     found = measure(model, architecture.processor(), samples, settings, 4)
@@ -107,7 +108,7 @@ def test_candidates_are_valid_and_differ():
         assert len(found) == len(names)
         sections = [json.dumps(model.config.token_recovery.replace(one.fields).to_dict()) for one in found.values()]
         assert len(set(sections)) == len(names)
-    assert set(FEW) < set(LISTS["many"]) and 8 <= len(FEW) <= 10
+    assert set(FEW) < set(LISTS["many"]) and 8 <= len(FEW) <= 10 and "mmtok" in LISTS["many"]
 
 
 def test_without_a_text_encoder_the_settings_that_read_the_question_are_left_out(tmp_path):

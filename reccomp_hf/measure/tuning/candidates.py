@@ -58,6 +58,7 @@ MANY = (
     "scope",
     "hiprune",
     "holov",
+    "mmtok",
 )
 LISTS = {"few": FEW, "many": MANY}
 LADDER = (0.03, 0.05, 0.07, 0.1, 0.15, 0.25, 0.5)
