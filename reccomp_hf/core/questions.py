@@ -84,7 +84,7 @@ def given_prompts(text: Any, may_be_words: bool) -> list[str]:
     """The prompts of a call, one per row; a row that is split into words is joined, if it may be.
 
     Raises:
-        ValueError: There is none, or one is no text.
+        ValueError: There is none, or one is not a text.
     """
     rows = [text] if isinstance(text, str) else list(text) if isinstance(text, list | tuple | np.ndarray) else []
     rows = [" ".join(row) if may_be_words and _are_texts(row) else row for row in rows]
