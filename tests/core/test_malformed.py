@@ -149,8 +149,8 @@ UNREAD = {
     "no windows": (lambda b: {"recovery_input_ids": b["recovery_input_ids"][:, :0]}, r"\(1, 0, \d+\); none .* be 0"),
     "no length": (lambda b: {"recovery_input_ids": b["recovery_input_ids"][..., :0]}, r", 0\); none of them may be 0"),
     "long window": (
-        lambda b: {"recovery_input_ids": b["recovery_input_ids"].repeat(1, 1, 10), "recovery_attention_mask": None},
-        r"windows of at most 77 tokens, the text encoder's positions, got \d+",
+        lambda b: {"recovery_input_ids": b["recovery_input_ids"].repeat(1, 1, 20), "recovery_attention_mask": None},
+        "windows of at most 77 tokens, the text encoder's positions, got ",
     ),
     "negative question mask": (
         lambda b: {"recovery_attention_mask": -b["recovery_attention_mask"]},
