@@ -13,7 +13,7 @@ from ..core.features import Sizes
 from ..core.methods.registry import reads_question
 from ..demo import CHECKPOINTS, checkpoint_folder
 from .hub import resolve
-from .processors import load_config, load_processor
+from .processors import check_generation_config, check_processor_files, load_config
 from .weight_files import WeightFiles, open_shard
 
 # Piece of a weight's name -> part of the model; all other weights belong to the language model.
@@ -57,7 +57,8 @@ def describe(folder: Path, name: str) -> dict[str, Any]:
         raise ValueError(f"{name} is not a compressed LLaVA: its model_type is {config.model_type!r}.")
     check_supported(config, section)
     if (folder / "processor_config.json").is_file():
-        load_processor(folder)
+        check_processor_files(folder, config)
+    check_generation_config(folder)
     found = WeightFiles.find(folder)
     if found.missing and Path(name).expanduser().is_dir():  # of a Hub repository only the index is here
         raise ValueError(f"{name} lacks {found.describe_missing()}: copy or download it again.")

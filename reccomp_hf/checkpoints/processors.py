@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoProcessor, AutoTokenize
 from ..core.counting import picture_tokens
 from ..core.questions import check_prompt_tokenizer, check_question_tokenizer
 from ..core.recovery_tokenizer import RECOVERY_TOKENIZER_FOLDER
+from ..core.settings import is_int, is_number, shown
 from .json_files import read_json
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,11 @@ def load_config(folder: Path) -> Any:
         ValueError: It is damaged, or its class is neither transformers' nor this package's.
     """
     fields = read_json(folder / "config.json")
+    for name in ("vision_config", "text_config"):
+        if not isinstance(fields.get(name, {}), dict):  # transformers would take the defaults for null
+            raise ValueError(
+                f"{folder / 'config.json'}: {name} must be an object, got {fields[name]!r}. Download or save it again."
+            )
     if fields.get("auto_map") and fields.get("model_type") not in CONFIG_MAPPING:
         raise ValueError(f"{folder} has the model_type {fields.get('model_type')!r}, which needs {_OWN_CODE}")
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -54,9 +61,58 @@ def load_processor(folder: Path) -> Any:
     return _load(AutoProcessor, folder, "processor")
 
 
+def check_processor_files(folder: Path, config: Any) -> None:
+    """Check that the processor in a folder can be loaded, reads an image, and fits the config.
+
+    Raises:
+        ValueError: It does not.
+    """
+    processor = load_processor(folder)
+    try:
+        check_processor(processor, config)
+    except ValueError as error:
+        raise ValueError(f"The processor in {folder} does not fit: {error}") from error
+
+
+def check_generation_config(folder: Path) -> None:
+    """Check the generation_config.json in a folder, which may be absent.
+
+    Raises:
+        ValueError: It is damaged, or a field has a value of another type.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+    for name, value in read_json(path).items():
+        if value is None or name not in _GENERATION:
+            continue
+        fits, wanted = _GENERATION[name]
+        if not fits(value):
+            raise ValueError(f"{path}: {name} must be {wanted}, got {shown(value)}. Correct it, or remove the file.")
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a folder, see [`load_processor`]."""
     return _load(AutoTokenizer, folder, "tokenizer")
+
+
+def _is_ids(value: Any) -> bool:
+    return is_int(value) or (isinstance(value, list) and bool(value) and all(map(is_int, value)))
+
+
+_GENERATION: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), (is_int, "a token's id")),
+    "eos_token_id": (_is_ids, "a token's id or a list of ids"),
+    **dict.fromkeys(
+        ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences", "top_k"),
+        (is_int, "an int"),
+    ),
+    **dict.fromkeys(
+        ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty"), (is_number, "a number")
+    ),
+    **dict.fromkeys(("do_sample", "use_cache"), (lambda value: isinstance(value, bool), "true or false")),
+}
+"""Fields of generation_config.json: a test of their values, and what they must be."""
 
 
 def build_processor(processor_class: Any, config: Any, stock: Any, clip_tokenizer: Any) -> Any:
@@ -88,8 +144,19 @@ def check_processor(processor: Any, config: Any) -> None:
     Raises:
         ValueError: It does not.
     """
-    if config.token_recovery.text_encoder_config is not None:
-        check_question_tokenizer(processor.recovery_tokenizer, config.token_recovery.text_encoder_config)
+    encoder = config.token_recovery.text_encoder_config
+    if encoder is None and processor.recovery_tokenizer is not None:
+        raise ValueError(
+            "The processor has CLIP's tokenizer, but config.json has no token_recovery.text_encoder_config, without "
+            "which questions are not read: save model and processor of one checkpoint again."
+        )
+    if encoder is not None and processor.recovery_tokenizer is None:
+        raise ValueError(
+            "config.json has a token_recovery.text_encoder_config, but the processor has no recovery_tokenizer: save "
+            "model and processor of one checkpoint again."
+        )
+    if encoder is not None:
+        check_question_tokenizer(processor.recovery_tokenizer, encoder)
     vocabulary = config.get_text_config().vocab_size
     check_prompt_tokenizer(processor.tokenizer, vocabulary, processor.image_token, config.image_token_id)
     if config.vision_config.model_type != _CLIP_TOWER or config.vision_feature_select_strategy != "default":
@@ -108,9 +175,14 @@ def check_processor(processor: Any, config: Any) -> None:
 
 def _check_picture(processor: Any, config: Any, size: tuple[int, int]) -> None:
     """Encode a blank image; its pixels and placeholders must be those that the model reads."""
-    inputs = processor(
-        images=Image.new("RGB", size), text=processor.image_token, recovery_text="What is it?", return_tensors="pt"
-    )
+    call = {"images": Image.new("RGB", size), "text": processor.image_token, "recovery_text": "What is it?"}
+    try:
+        inputs = processor(**call, return_tensors="pt")
+    except Exception as error:  # image processors raise all kinds of errors for settings that they cannot use
+        raise ValueError(
+            f"The processor cannot read an image ({type(error).__name__}: {' '.join(str(error).split())}): correct "
+            "the sizes and settings in preprocessor_config.json and processor_config.json."
+        ) from error
     side, shape = config.vision_config.image_size, tuple(inputs["pixel_values"].shape)
     if shape[-2:] != (side, side):
         raise ValueError(
@@ -172,4 +244,12 @@ def _reason(error: Exception, files: list[Path]) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-__all__ = ["build_processor", "check_processor", "load_config", "load_processor", "load_tokenizer"]
+__all__ = [
+    "build_processor",
+    "check_generation_config",
+    "check_processor",
+    "check_processor_files",
+    "load_config",
+    "load_processor",
+    "load_tokenizer",
+]

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 from transformers.utils import logging
+
+from ..data.shared_setting import SharedSetting
 
 
 @contextlib.contextmanager
 def quiet(progress_bars: bool = False) -> Iterator[None]:
     """Suppress transformers' log lines below errors, and its progress bars unless `progress_bars` is true."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if not progress_bars:
-        logging.disable_progress_bar()
-    try:
+    with _NO_WARNINGS, contextlib.nullcontext() if progress_bars else _NO_BARS:
         yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
+
+def _silence() -> Callable[[], None]:
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    return functools.partial(logging.set_verbosity, before)
+
+
+def _hide_bars() -> Callable[[], None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    return logging.enable_progress_bar if shown else lambda: None
+
+
+_NO_WARNINGS, _NO_BARS = SharedSetting(_silence), SharedSetting(_hide_bars)
 
 __all__ = ["quiet"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from ..core.tokenizing import token_ids
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -119,7 +121,8 @@ def unreadable_note(processor: Any, texts: list[str]) -> list[str]:
     tokenizer = processor.recovery_tokenizer
     if tokenizer is None:
         return []
-    found = [text for text in texts if len(tokenizer(text, add_special_tokens=False)["input_ids"]) > len(text)]
+    lengths = map(len, token_ids(tokenizer, texts))
+    found = [text for text, tokens in zip(texts, lengths, strict=True) if tokens > len(text)]
     return [f"Note: the text encoder has no words of the script of {text!r}; ask in English." for text in found]
 
 

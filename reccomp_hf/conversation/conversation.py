@@ -15,6 +15,7 @@ from ..core.compat import CACHE
 from ..core.features import TokenRecoveryOutput
 from ..core.generation import PromptStreamer
 from ..core.greyscale import readable_images
+from ..core.tokenizing import token_ids
 from ..core.vision import EncodedImages, concatenate
 from ..measure.plot import plot_recovery
 from .cache import ConversationCache, visual_tokens
@@ -200,8 +201,8 @@ class Conversation:
         placeholders = [image_token * length for length in lengths]
         prompt = "".join(itertools.chain.from_iterable(zip(texts, [*placeholders, ""], strict=True)))
         has_start = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
-        ids = tokenizer(prompt, add_special_tokens=not has_start, return_tensors="pt").input_ids
-        return ids.to(self.model.device)
+        ids = token_ids(tokenizer, [prompt], add_special_tokens=not has_start)
+        return torch.tensor(ids, device=self.model.device)
 
     def _default_length(self, generate_kwargs: Mapping[str, Any]) -> dict[str, int]:
         given = "generation_config" in generate_kwargs or self.model.generation_config.max_new_tokens is not None

@@ -23,6 +23,7 @@ from .greyscale import readable_chat, readable_images
 from .questions import (
     batched,
     check_messages,
+    check_placeholders,
     check_prompt_tokenizer,
     check_question_tokenizer,
     check_turns,
@@ -32,11 +33,13 @@ from .questions import (
     find_turn_markers,
     given_questions,
     message_text,
+    pads_to_length,
     split_user_turns,
 )
 from .recovery_tokenizer import RECOVERY_TOKENIZER_FOLDER, cached_path, load_recovery_tokenizer, window_length
 from .remote_code import write_sources
 from .rules import check_rules, find_rule
+from .tokenizing import one_at_a_time
 from .words import encode_words
 
 _RECOVERY_INPUT_NAMES = ("recovery_input_ids", "recovery_attention_mask", "recovery_words")
@@ -69,6 +72,7 @@ class RecCompProcessorMixin(ProcessorMixin):
         turns, where a patch's best score counts (questions that fit patches better in general get more of them).
         System prompts and answers are never read. All other arguments are the stock processor's.
         """
+        check_placeholders(patch_size, vision_feature_select_strategy, num_additional_image_tokens)
         super().__init__(
             image_processor,
             tokenizer,
@@ -144,7 +148,8 @@ class RecCompProcessorMixin(ProcessorMixin):
             **kwargs: passed to the stock processor; `return_tensors` applies to the added fields too.
 
         Returns:
-            The stock fields and, with a recovery tokenizer and `text`, those of `encode_questions`.
+            The stock fields and, with a recovery tokenizer and `text`, those of `encode_questions`; if prompts are
+            padded to `"max_length"`, so are questions.
 
         Raises:
             ValueError: a row with images and no question, not one `recovery_text` per row, unknown turns, or rules
@@ -152,12 +157,13 @@ class RecCompProcessorMixin(ProcessorMixin):
         """
         turns = self.recovery_turns if recovery_turns is None else check_turns(recovery_turns)
         kwargs = {key: dict(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
-        encoding = super().__call__(images=readable_images(images), text=text, **kwargs)
+        whole, own = pads_to_length(kwargs), one_at_a_time(self)
+        encoding = super(RecCompProcessorMixin, own).__call__(images=readable_images(images), text=text, **kwargs)
         if text is None or not self._reads_text(recovery_rules):
             return encoding
         prompts = [text] if isinstance(text, str) else [row if isinstance(row, str) else " ".join(row) for row in text]
         questions = self.questions_of_prompts(prompts, recovery_text, turns)
-        fields = self._fields(questions, recovery_rules)
+        fields = self._fields(questions, recovery_rules, whole)
         encoding.update({name: converted(field, encoding["input_ids"]) for name, field in fields.items()})
         return encoding
 
@@ -191,8 +197,7 @@ class RecCompProcessorMixin(ProcessorMixin):
 
     def extract_question(self, prompt: str) -> str:
         """The last question of a rendered prompt, see `extract_questions`; it may be empty."""
-        questions = choose_questions(self._user_turns(prompt), "last", self.image_token)
-        return questions[0] if questions else ""
+        return next(iter(choose_questions(self._user_turns(prompt), "last", self.image_token)), "")
 
     def extract_questions(self, prompt: str, recovery_turns: str | None = None) -> list[str]:
         """The questions of a rendered prompt that choose its visual tokens.
@@ -224,9 +229,9 @@ class RecCompProcessorMixin(ProcessorMixin):
             recovery_rules: the rules of the call's settings, instead of the processor's own.
 
         Returns:
-            `recovery_input_ids` and `recovery_attention_mask`, int64 (rows, windows, recovery_max_length), with a
-            recovery tokenizer, and `recovery_words`, int64 (rows, tokens), -1 for padding; with rules `recovery_rule`,
-            int64 (rows,), -1 where none fits the question (of several the last).
+            With a recovery tokenizer `recovery_input_ids` and `recovery_attention_mask`, int64 (rows, windows,
+            length), as long as the longest question needs in steps of 8, and `recovery_words`, int64 (rows, tokens),
+            -1 for padding; with rules `recovery_rule`, int64 (rows,), -1 where none fits the (last) question.
         """
         return {name: torch.from_numpy(field) for name, field in self._fields(questions, recovery_rules).items()}
 
@@ -241,11 +246,11 @@ class RecCompProcessorMixin(ProcessorMixin):
         """Whether a call with these rules adds a field."""
         return self._recovery_tokenizer is not None or bool(self._rules(recovery_rules))
 
-    def _fields(self, questions: Sequence[Any], recovery_rules: Sequence[Any] | None) -> dict[str, np.ndarray]:
-        """The added fields, see `encode_questions`."""
+    def _fields(self, questions: Sequence[Any], recovery_rules: Any, whole: bool = False) -> dict[str, np.ndarray]:
+        """The added fields, see `encode_questions`; `whole`: with windows of the text encoder's length."""
         fields, rules = {}, self._rules(recovery_rules)
         if self._recovery_tokenizer is not None:
-            windows = encode_windows(self._recovery_tokenizer, self.recovery_max_length or 0, questions)
+            windows = encode_windows(self._recovery_tokenizer, self.recovery_max_length or 0, questions, whole)
             words = encode_words(self.tokenizer, questions)
             fields = dict(zip(_RECOVERY_INPUT_NAMES, (*windows, words), strict=True))
         if rules:

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import CLIPTextConfig
 
-from .settings import shown
+from .settings import is_int, shown
+from .tokenizing import token_ids
 
 ANSWER_INSTRUCTIONS = (
     "Answer the question using a single word or phrase.",
@@ -22,6 +24,8 @@ TURNS = ("last", "all")
 """Which user turns of a conversation choose its visual tokens."""
 LARGEST_IS_END = 2
 """`eos_token_id` of published CLIP configs, which stands for the largest id of a text."""
+LENGTH_STEP = 8
+"""Windows of a batch have a multiple of this length: few lengths mean few CUDA graphs and compiled programs."""
 
 _UNREAD_PARTS = ("video", "audio")
 """Types of a message's parts that a LLaVA's chat template would leave out in silence."""
@@ -138,25 +142,26 @@ def choose_questions(texts: Sequence[str], turns: str, image_token: str) -> list
 
 
 def encode_windows(
-    tokenizer: Any, length: int, questions: Sequence[str | Sequence[str]]
+    tokenizer: Any, length: int, questions: Sequence[str | Sequence[str]], whole: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and mask of questions in windows, each wrapped in the start and end token.
 
-    Several questions of a row share no window: the text encoder reads each by itself.
+    Several questions of a row share no window: the text encoder reads each by itself. All windows are as long as the
+    longest one, rounded up to a multiple of 8. If the tokenizer does not pad with its end token, the last place of
+    a window shorter than `length` is padding, see `lengthened`.
 
     Args:
         tokenizer: The text encoder's tokenizer.
-        length: Number of tokens of a window.
+        length: Most tokens of a window.
         questions: One question, or a list of them, per row.
+        whole: Whether all windows have `length` tokens, whatever the questions.
 
     Returns:
-        Two int64 arrays (rows, windows, length).
+        Two int64 arrays (rows, windows, tokens).
     """
     rows = [[row] if isinstance(row, str) else list(row) for row in questions]
     texts = [text for row in rows for text in row]
-    # verbose: no warning about questions longer than the text encoder reads
-    options = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
-    encoded = iter(tokenizer(texts, **options).input_ids if texts else [])
+    encoded = iter(token_ids(tokenizer, texts))
     windows = [
         [
             tokens[at : at + length - 2]
@@ -165,8 +170,11 @@ def encode_windows(
         ]
         for row in rows
     ]
-    shape = (len(rows), max(1, *map(len, windows)), length)
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    longest = max((len(piece) + 2 for pieces in windows for piece in pieces), default=1)
+    longest += padding != tokenizer.eos_token_id
+    tokens = length if whole else min(-(-longest // LENGTH_STEP) * LENGTH_STEP, length)
+    shape = (len(rows), max(1, *map(len, windows)), tokens)
     ids, mask = np.full(shape, padding, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     for row, pieces in enumerate(windows):
         for column, piece in enumerate(pieces):
@@ -176,9 +184,20 @@ def encode_windows(
     return ids, mask
 
 
+def pads_to_length(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a processor's call pads prompts to a length: its rows may then be stacked with those of other calls."""
+    return (kwargs.get("text_kwargs") or {}).get("padding", kwargs.get("padding")) == "max_length"
+
+
+def lengthened(input_ids: Tensor, length: int) -> Tensor:
+    """Windows (..., tokens) of `encode_windows` with more padding, at least (..., length): their last id repeated."""
+    missing = max(0, length - input_ids.shape[-1])
+    return torch.cat([input_ids, input_ids[..., -1:].expand(*input_ids.shape[:-1], missing)], dim=-1)
+
+
 def converted(field: np.ndarray, example: Any) -> Any:
     """An array as the kind of a field that a stock processor returned: a tensor, an array or nested lists."""
-    if isinstance(example, torch.Tensor):
+    if isinstance(example, Tensor):
         return torch.from_numpy(field)
     return field if isinstance(example, np.ndarray) else field.tolist()
 
@@ -198,7 +217,7 @@ def check_question_tokenizer(tokenizer: Any, encoder: Mapping[str, Any]) -> None
     config, advice = CLIPTextConfig(**encoder), "Use the tokenizer of the same CLIP, with all of its files."
     _check_vocabulary("The recovery tokenizer", tokenizer, config.vocab_size, advice)
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    ids = tokenizer(_PROBES[0], add_special_tokens=False)["input_ids"]
+    (ids,) = token_ids(tokenizer, _PROBES[:1])
     if config.eos_token_id == LARGEST_IS_END:
         fits, wanted = end is not None and end > max(ids), "an end of text that is its largest id"
     else:
@@ -229,7 +248,7 @@ def check_prompt_tokenizer(tokenizer: Any, vocabulary: int, image_token: str, im
             "needs another id, or the embedding table more rows."
         )
     _check_vocabulary("The LLaVA's tokenizer", tokenizer, vocabulary, "Use the LLaVA's own, with all of its files.")
-    ids = tokenizer(image_token, add_special_tokens=False)["input_ids"]
+    (ids,) = token_ids(tokenizer, [image_token])
     if ids != [image_token_id]:
         raise ValueError(
             f"The LLaVA's tokenizer does not fit its config: {image_token!r} must be the one id {image_token_id}, got "
@@ -237,11 +256,29 @@ def check_prompt_tokenizer(tokenizer: Any, vocabulary: int, image_token: str, im
         )
 
 
+def check_placeholders(patch_size: Any, strategy: Any, additional: Any) -> None:
+    """Check a processor's settings of the placeholders of an image; without a patch size it writes one.
+
+    Raises:
+        ValueError: The patch size is not an int above 0, the strategy is unknown, or the additional tokens are not an
+            int of at least 0.
+    """
+    for name, value, fits, wanted in (
+        ("patch_size", patch_size, patch_size is None or (is_int(patch_size) and patch_size > 0), "an int above 0"),
+        ("vision_feature_select_strategy", strategy, strategy in (None, "default", "full"), "'default' or 'full'"),
+        ("num_additional_image_tokens", additional, is_int(additional) and additional >= 0, "an int, 0 or more"),
+    ):
+        if not fits:
+            raise ValueError(
+                f"The processor's {name} must be {wanted}, got {shown(value)}: correct it in processor_config.json."
+            )
+
+
 def _check_vocabulary(name: str, tokenizer: Any, vocabulary: int, advice: str) -> None:
     """Check a tokenizer's length, which may be padded in the model, and that it tells two questions apart."""
     if not _LEAST_SHARE * vocabulary <= len(tokenizer) <= vocabulary:
         raise ValueError(f"{name} has {len(tokenizer)} tokens, but the model's vocabulary has {vocabulary}. {advice}")
-    one, other = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in _PROBES)
+    one, other = token_ids(tokenizer, _PROBES)
     if not one or one == other:
         raise ValueError(f"{name} encodes {_PROBES[0]!r} and {_PROBES[1]!r} as the same ids, {one}. {advice}")
 
@@ -292,9 +329,11 @@ def _common_prefix(left: list[str], right: list[str]) -> list[str]:
 __all__ = [
     "ANSWER_INSTRUCTIONS",
     "LARGEST_IS_END",
+    "LENGTH_STEP",
     "TURNS",
     "batched",
     "check_messages",
+    "check_placeholders",
     "check_prompt_tokenizer",
     "check_question_tokenizer",
     "check_turns",
@@ -303,6 +342,8 @@ __all__ = [
     "encode_windows",
     "find_turn_markers",
     "given_questions",
+    "lengthened",
     "message_text",
+    "pads_to_length",
     "split_user_turns",
 ]

@@ -13,10 +13,9 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from .checks import check_supported
 from .compat import key_options, rename_vision_key
-from .questions import LARGEST_IS_END
+from .questions import LARGEST_IS_END, LENGTH_STEP, lengthened
 from .tensor_checks import check_known_ids
 
-_LENGTH_STEP = 8  # of texts, in tokens
 _SKIP_LISTS = ("modules_to_not_convert", "llm_int8_skip_modules")  # TorchAO's and most others', bitsandbytes'
 
 
@@ -69,20 +68,22 @@ class TokenRecoveryModules(nn.Module):
             flat = torch.cat([flat, flat[:1].expand(texts - len(flat), -1)])
         if pooling == "end":
             length = self._read_length(flat)
-            flat = flat[:, : -(-length // _LENGTH_STEP) * _LENGTH_STEP if rounded else length]
+            flat = flat[:, : -(-length // LENGTH_STEP) * LENGTH_STEP if rounded else length]
         return flat, inverse.view(input_ids.shape[:2])
 
     def embed_question(self, input_ids: Tensor, pooling: str = "end") -> Tensor:
         """Embeddings of questions in CLIP's joint space; padding after the end-of-text token needs no mask.
 
         Args:
-            input_ids: (rows, windows, length) int64.
-            pooling: `"end"`: at the end-of-text token, as CLIP was trained; `"last"`: at the last place, which holds
-                padding unless a window is full.
+            input_ids: (rows, windows, length) int64, as long as the longest question needs.
+            pooling: `"end"`: at the end-of-text token, as CLIP was trained; `"last"`: at the encoder's last position,
+                to which the last id is repeated; it holds padding unless a window is full.
 
         Returns:
             (rows, windows, P).
         """
+        if pooling == "last":
+            input_ids = lengthened(input_ids, self.text_encoder.config.max_position_embeddings)
         outputs = self.text_encoder(input_ids=input_ids.flatten(0, 1))
         embeds = outputs.text_embeds
         if pooling == "last":

@@ -6,7 +6,6 @@ ICLR 2026, arXiv 2508.18264).
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .questions import ANSWER_INSTRUCTIONS
+from .tokenizing import token_ids
 
 STOP_WORDS = frozenset(
     (
@@ -68,17 +68,4 @@ def encode_words(tokenizer: Any, questions: Sequence[str | Sequence[str]]) -> np
     return table
 
 
-def token_ids(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
-    """Tokens of texts, without padding, and without a change to the tokenizer.
-
-    A call of a fast tokenizer sets its padding, which is the state of all threads: one that encodes at that moment
-    fails, or gets the other's padding.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not texts or backend is None or backend.truncation is not None:
-        return tokenizer(list(texts), add_special_tokens=add_special_tokens).input_ids if texts else []
-    encoded = backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
-    return [list(itertools.compress(row.ids, row.attention_mask)) for row in encoded]
-
-
-__all__ = ["NO_WORD", "STOP_WORDS", "content_words", "encode_words", "token_ids"]
+__all__ = ["NO_WORD", "STOP_WORDS", "content_words", "encode_words"]

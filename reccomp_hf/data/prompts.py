@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from PIL import Image
 
 
@@ -15,12 +16,21 @@ def build_prompt(processor: Any, text: str, images: int) -> str:
         processor: The processor of a compressed LLaVA.
         text: The text of the turn.
         images: Number of image placeholders in front of the text.
+
+    Raises:
+        ValueError: The chat template is damaged, or refuses such a turn.
     """
     if processor.chat_template is None:
         placeholders = f"{processor.image_token}\n" * images
         return f"USER: {placeholders}{text} ASSISTANT:"
     turn = [*[{"type": "image"}] * images, {"type": "text", "text": text}]
-    return str(processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True))
+    try:
+        return str(processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True))
+    except TemplateError as error:
+        raise ValueError(
+            f"The chat template cannot write a question with {images} images "
+            f"({type(error).__name__}: {' '.join(str(error).split())}): correct chat_template.jinja of the checkpoint."
+        ) from error
 
 
 def add_instruction(question: str, instruction: str) -> str:

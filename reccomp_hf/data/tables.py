@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from .shared_setting import SharedSetting
 
 
 def _datasets(what: str) -> Any:
@@ -20,16 +23,24 @@ def _datasets(what: str) -> Any:
 def _reading(path: Path, what: str) -> Iterator[Any]:
     """The `datasets` library, whose errors become a ValueError and whose log is silent meanwhile."""
     datasets = _datasets(what)
-    level = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        yield datasets
+        with _SILENT:
+            yield datasets
     except Exception as error:  # its readers raise all kinds for a damaged file
         root = error.__cause__ if isinstance(error, datasets.exceptions.DatasetsError) else None
         reason = " ".join(str(root or error).split()) or type(error).__name__
         raise ValueError(f"{path} cannot be read as {what[0].lower()}{what[1:]}: {reason}") from error
-    finally:
-        datasets.logging.set_verbosity(level)
+
+
+def _silence() -> Callable[[], None]:
+    from datasets import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    return functools.partial(logging.set_verbosity, before)
+
+
+_SILENT = SharedSetting(_silence)
 
 
 def read_parquet(path: Path) -> Any:

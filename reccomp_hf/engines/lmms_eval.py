@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from ..checkpoints.loading import load
 from ..core.configuration import overridden
+from ..core.tokenizing import token_ids
 from ..data.pictures import open_picture, upright_rgb
 from ..data.prompts import count_visual_tokens
 from ..measure.evaluation.settings import parse_setting
@@ -250,7 +251,8 @@ class RecComp(lmms):
 
     def _answer_lengths(self, prompts: list[str], texts: list[str]) -> list[int]:
         """Number of ids at the end of each text that do not belong to its prompt."""
-        prompt_ids, text_ids = (self.processor.tokenizer(batch).input_ids for batch in (prompts, texts))
+        tokenizer = self.processor.tokenizer
+        prompt_ids, text_ids = (token_ids(tokenizer, batch, add_special_tokens=True) for batch in (prompts, texts))
         pairs = zip(prompt_ids, text_ids, strict=True)
         return [len(ids) - _common_prefix_length(prompt, ids) for prompt, ids in pairs]
 

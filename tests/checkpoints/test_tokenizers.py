@@ -7,7 +7,7 @@ import pytest
 import tiny
 from architectures import LLAVA, each_architecture
 from conversions import converted, copies, leave_cards_unmeasured
-from transformers import AutoProcessor, CLIPTextConfig
+from transformers import AutoProcessor, BatchEncoding, CLIPTextConfig
 
 import reccomp_hf
 from reccomp_hf.checkpoints import hub as package_hub
@@ -124,8 +124,8 @@ def test_a_tokenizer_that_knows_no_word_is_refused():
         def __len__(self):
             return 689
 
-        def __call__(self, text, **kwargs):
-            return {"input_ids": [7]}
+        def __call__(self, texts, **kwargs):
+            return BatchEncoding({"input_ids": [[7]] * len(texts)})
 
     with pytest.raises(ValueError, match=r"encodes 'Is there a red circle.*' and 'How many .*' as the same ids"):
         check_question_tokenizer(Deaf(), {**ENCODER, "bos_token_id": 0, "eos_token_id": 1})

@@ -107,8 +107,10 @@ def test_a_centre_may_be_the_first_of_the_remaining_patches() -> None:
 def test_authors_pools_the_question_at_the_last_padded_place(architecture: Any) -> None:
     """As `CLIPTextModelWithProjection` of transformers gives it for a text padded to the longest length."""
     model, batch = architecture.compressed(), architecture.encode(ROWS[:2])
-    encoder, ids = model.token_recovery.text_encoder, batch["recovery_input_ids"]
-    assert ids.shape[1:] == (1, encoder.config.max_position_embeddings)
+    encoder, cut = model.token_recovery.text_encoder, batch["recovery_input_ids"]
+    length = encoder.config.max_position_embeddings
+    assert cut.shape[1:] == (1, 24)
+    ids = torch.nn.functional.pad(cut, (0, length - 24), value=encoder.config.eos_token_id)
     states = encoder(input_ids=ids.squeeze(1)).last_hidden_state
     width = model.token_recovery.visual_projection.out_features
     at_end = (ids.squeeze(1) == encoder.config.eos_token_id).int().argmax(-1)

@@ -76,7 +76,7 @@ def test_stock_fields_are_equal(options, padding_side, with_tokenizer):
 def test_next_fields_are_equal():
     inputs = {"images": tiny.pictures(2), "text": [PROMPT, PROMPT], "return_tensors": "pt", "padding": True}
     ours = tiny.recovery_processor(LlavaNextRecCompProcessor)(**inputs)
-    assert [tuple(ours.pop(name).shape) for name in RECOVERY_NAMES] == [(2, 1, 77), (2, 1, 77), (2, 32)]
+    assert [tuple(ours.pop(name).shape) for name in RECOVERY_NAMES] == [(2, 1, 16), (2, 1, 16), (2, 32)]
     assert_same(ours, tiny.stock_next_processor()(**inputs))
 
 
@@ -95,7 +95,7 @@ def test_model_input_names():
 # The recovery fields
 
 
-@pytest.mark.parametrize("words", [0, 1, 75, 76, 150, 151, 400])
+@pytest.mark.parametrize("words", [0, 1, 6, 7, 62, 63, 70, 71, 75, 76, 150, 151, 400])
 def test_windows(words, logged):
     question = " ".join(["cat"] * words)
     encoding = tiny.recovery_processor()(text=PLAIN_PROMPT, recovery_text=question, return_tensors="pt")
@@ -123,7 +123,7 @@ def test_windows_hold_every_token_once(question, length):
     bodies = [row[: int(keep.sum())][1:-1] for row, keep in zip(ids[0], mask[0], strict=True)]
     whole = tiny.clip_tokenizer()(question, add_special_tokens=False)["input_ids"]
     assert [token for body in bodies for token in body] == whole
-    assert ids.shape[-1] == length
+    assert ids.shape[-1] == min(length, 8 if len(whole) <= 6 else 16)
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("pt", torch.Tensor), ("np", np.ndarray), (None, list)])
@@ -132,9 +132,40 @@ def test_recovery_fields_have_the_type_asked_for(kind, expected):
     assert all(isinstance(encoding[name], expected) for name in RECOVERY_NAMES)
 
 
-def test_length_of_another_text_encoder():
-    encoding = tiny.recovery_processor(recovery_max_length=32)(text=PLAIN_PROMPT, return_tensors="pt")
-    assert encoding["recovery_input_ids"].shape == (1, 1, 32)
+@pytest.mark.parametrize(("longest", "shape"), [(77, (1, 1, 48)), (36, (1, 2, 36)), (5, (1, 14, 5))])
+def test_length_of_another_text_encoder(longest, shape):
+    """42 words are 44 tokens: 48 in one window, or windows as long as the encoder reads at most."""
+    processor = tiny.recovery_processor(recovery_max_length=longest)
+    encoding = processor(text=PLAIN_PROMPT, recovery_text="cat " * 42, return_tensors="pt")
+    assert encoding["recovery_input_ids"].shape == encoding["recovery_attention_mask"].shape == shape
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "text_kwargs"])
+def test_questions_are_padded_as_prompts_are_to_a_length(nested):
+    """Rows of calls with `padding="max_length"` can be stacked."""
+    processor, options = tiny.recovery_processor(), {"padding": "max_length", "max_length": 40}
+    options = {"text_kwargs": options} if nested else options
+    call = {"text": PLAIN_PROMPT, "return_tensors": "pt"}
+    rows = [processor(**call, **options, recovery_text=text) for text in ("cat", "cat " * 42)]
+    for row in rows:
+        assert row["recovery_input_ids"].shape == row["recovery_attention_mask"].shape == (1, 1, 77)
+        assert row["input_ids"].shape == (1, 40)
+    short = processor(**call, recovery_text="cat")["recovery_input_ids"]
+    assert questions.lengthened(short, 77).equal(rows[0]["recovery_input_ids"])
+
+
+@pytest.mark.parametrize(("padding", "length"), [(None, 8), (0, 16)], ids=["end of text", "a token of its own"])
+def test_the_last_place_of_a_short_window_shows_the_padding(padding, length):
+    """6 words and both ends are 8 tokens; behind them only a padding of its own needs a place."""
+    tokenizer = tiny.clip_tokenizer()
+    tokenizer.pad_token = None if padding is None else tokenizer.convert_ids_to_tokens(padding)
+    ids, mask = questions.encode_windows(tokenizer, 77, [["cat " * 6, "cat"]])
+    assert ids.shape == (1, 2, length) and mask.sum(-1).tolist() == [[8, 3]]
+    assert ids[0, :, -1].tolist() == [tokenizer.eos_token_id if padding is None else padding] * 2
+    whole = questions.lengthened(torch.from_numpy(ids), 77)
+    assert whole.shape == (1, 2, 77) and whole[..., :length].equal(torch.from_numpy(ids))
+    assert whole[..., length:].unique().tolist() == [ids[0, 0, -1]]
+    assert questions.lengthened(whole, 77).equal(whole)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +285,7 @@ def test_row_with_an_image_needs_a_question(arguments):
 def test_row_without_images_may_have_no_question():
     encoding = tiny.recovery_processor()(text="USER:  ASSISTANT:", return_tensors="pt")
     assert encoding["recovery_attention_mask"].sum() == 0
-    assert encoding["recovery_input_ids"].shape == (1, 1, 77)
+    assert encoding["recovery_input_ids"].shape == (1, 1, 8)
 
 
 # Chat messages
@@ -281,7 +312,8 @@ def test_chat_template_takes_the_last_user_turn(name, logged):
     before = copy.deepcopy(conversation)
     options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
     encoding = tiny.recovery_processor().apply_chat_template(conversation, **options)
-    assert [row[:1] for row in encoding.pop("recovery_input_ids")] == [clip_windows(text)[0] for text in questions]
+    together = clip_windows(*questions)[0]
+    assert encoding.pop("recovery_input_ids") == [[window] for window in together]
     del encoding["recovery_attention_mask"], encoding["recovery_words"]
     assert logged == []
     assert_same(encoding, tiny.stock_processor().apply_chat_template(conversation, **options))

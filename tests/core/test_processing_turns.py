@@ -33,11 +33,6 @@ ENCODED = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
 each_turns = pytest.mark.parametrize("turns", ["last", "all"])
 
 
-def windows_of(questions):
-    """Every question in windows of its own, side by side."""
-    return [window for question in questions for window in clip_windows(question)[0]]
-
-
 @each_turns
 @pytest.mark.parametrize("name", MORE_TEMPLATES)
 @pytest.mark.parametrize("asks", [True, False])
@@ -56,7 +51,7 @@ def test_rendered_prompts(name, turns, asks, answered):
 def test_messages_and_rendered_prompts_agree(name, turns):
     processor = tiny.recovery_processor(chat_template=TEMPLATES[name], recovery_turns=turns)
     chat = processor.apply_chat_template(CONVERSATION, **ENCODED)
-    assert chat["recovery_input_ids"] == [windows_of(QUESTIONS[turns])]
+    assert chat["recovery_input_ids"] == [clip_windows(*QUESTIONS[turns])[0]]
     prompt = processor.apply_chat_template(CONVERSATION, add_generation_prompt=True)
     rendered = processor(images=PICTURE, text=prompt)
     assert [rendered[key] for key in RECOVERY_NAMES] == [chat[key] for key in RECOVERY_NAMES]
@@ -67,12 +62,12 @@ def test_messages_and_rendered_prompts_agree(name, turns):
 def test_a_call_may_name_the_turns_of_the_question(nested):
     processor = tiny.recovery_processor()
     prompt = processor.apply_chat_template(CONVERSATION, add_generation_prompt=True)
-    assert processor(images=PICTURE, text=prompt)["recovery_input_ids"] == [windows_of([QUESTION])]
+    assert processor(images=PICTURE, text=prompt)["recovery_input_ids"] == [clip_windows(QUESTION)[0]]
     rendered = processor(images=PICTURE, text=prompt, recovery_turns="all")
-    assert rendered["recovery_input_ids"] == [windows_of(QUESTIONS["all"])]
+    assert rendered["recovery_input_ids"] == [clip_windows(*QUESTIONS["all"])[0]]
     options = {"processor_kwargs": {"recovery_turns": "all"}} if nested else {"recovery_turns": "all"}
     chat = processor.apply_chat_template(CONVERSATION, **ENCODED, **options)
-    assert chat["recovery_input_ids"] == [windows_of(QUESTIONS["all"])]
+    assert chat["recovery_input_ids"] == [clip_windows(*QUESTIONS["all"])[0]]
     assert processor.recovery_turns == "last"
     assert processor.extract_questions(prompt, "all") == QUESTIONS["all"]
 
@@ -83,8 +78,8 @@ def test_a_long_question_shares_no_window_with_another():
     fields = processor.encode_questions([[FIRST, long], QUESTION, []])
     ids, mask, _ = (fields[name] for name in RECOVERY_NAMES)
     assert ids.shape == (3, 3, 77)
-    assert ids[0].tolist() == windows_of([FIRST, long])
-    assert ids[1, :1].tolist() == windows_of([QUESTION])
+    assert ids[0].tolist() == clip_windows(FIRST, long)[0]
+    assert ids[1, :1].tolist() == clip_windows(QUESTION, long)[0][:1]
     assert (mask.sum(-1) > 0).tolist() == [[True] * 3, [True, False, False], [False] * 3]
     assert tiny.recovery_processor(recovery_tokenizer=None).encode_questions([QUESTION]) == {}
 
@@ -97,10 +92,10 @@ def test_turns_without_a_question_are_left_out(empty):
         processor.apply_chat_template(messages, **ENCODED),
         processor(images=PICTURE, text=processor.apply_chat_template(messages, add_generation_prompt=True)),
     ):
-        assert encoding["recovery_input_ids"] == [windows_of([QUESTION])]
+        assert encoding["recovery_input_ids"] == [clip_windows(QUESTION)[0]]
     # A picture that comes without a word is asked about by the turns before it.
     messages = [turn("user", FIRST), turn("assistant", "Show me."), turn("user", empty, PICTURE)]
-    assert processor.apply_chat_template(messages, **ENCODED)["recovery_input_ids"] == [windows_of([FIRST])]
+    assert processor.apply_chat_template(messages, **ENCODED)["recovery_input_ids"] == [clip_windows(FIRST)[0]]
     with pytest.raises(ValueError, match="Row 0 has an image but no question"):
         processor.apply_chat_template(messages, **ENCODED, recovery_turns="last")
 
@@ -116,7 +111,7 @@ def test_rows_of_a_batch_have_their_own_turns():
 @pytest.mark.parametrize("given_text", [[[FIRST, QUESTION]], [(FIRST, " ", QUESTION)]])
 def test_several_questions_may_be_given(given_text):
     encoding = tiny.recovery_processor()(text="USER: Hello ASSISTANT:", recovery_text=given_text)
-    assert encoding["recovery_input_ids"] == [windows_of([FIRST, QUESTION])]
+    assert encoding["recovery_input_ids"] == [clip_windows(FIRST, QUESTION)[0]]
 
 
 @pytest.mark.parametrize("name", UNUSABLE_TEMPLATES)

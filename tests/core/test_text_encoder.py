@@ -8,6 +8,7 @@ import pytest
 import torch
 from architectures import LONG_QUESTION, each_architecture, generate
 from fixed_budgets import BALANCED
+from prefill_elsewhere import model_elsewhere
 from tape import TapeRecorder
 from transformers import CLIPTextConfig
 
@@ -18,11 +19,11 @@ LENGTH, LARGEST = 24, 49
 TEXTS = [[5, 6, 7], [5, 6, 7], [8], [], [9, 10, 11, 12, 5]]
 
 
-def modules(end):
+def modules(end, length=LENGTH):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = CLIPTextConfig(
         vocab_size=LARGEST + 1,
-        max_position_embeddings=LENGTH,
+        max_position_embeddings=length,
         projection_dim=16,
         bos_token_id=1,
         eos_token_id=end,
@@ -94,6 +95,25 @@ def test_windows_of_full_length_are_read_whole():
     assert text.distinct_texts(ids, rounded=True)[0].shape == (2, LENGTH)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", ["end", "last"])
+@pytest.mark.parametrize(
+    ("end", "padding"), [(LARGEST, LARGEST), (LARGEST, 0), (2, LARGEST)], ids=["end", "own padding", "largest id"]
+)
+def test_padding_that_is_cut_changes_no_embedding(end, padding, pooling):
+    """From 8 tokens to CLIP's 77, as a batch of the processor is cut."""
+    text, generator = modules(end, 77), torch.Generator().manual_seed(0)
+    for length in range(8, 78):
+        longest = length - (padding != LARGEST and length < 77)  # the last place shows the padding
+        ids = torch.full((2, 1, 77), padding)
+        for row, tokens in enumerate((longest, 5)):
+            words = torch.randint(4, LARGEST - 1, (tokens - 2,), generator=generator)
+            ids[row, 0, :tokens] = torch.tensor([1, *words, LARGEST])
+        found, wanted = (text.embed_question(given, pooling) for given in (ids[..., :length], ids))
+        torch.testing.assert_close(found, wanted)
+        assert not torch.isclose(found[0], found[1]).all()
+
+
 # ---- in the models -------------------------------------------------------------------------------------------------
 
 
@@ -118,8 +138,37 @@ def test_recordings_read_texts_once_and_to_their_end(architecture, fields):
         batch = architecture.encode(rows)
         found = generate(model, batch, token_recovery=fields)
         assert found.equal(generate(architecture.compressed(), batch, token_recovery=fields))
-        longest = int(batch["recovery_attention_mask"].sum(-1).max())
-        whole = batch["recovery_input_ids"].shape[-1]
-        assert texts_read(model)[-1] == (texts, 1, min(-(-longest // 8) * 8, whole))
-        assert (longest == whole) == (rows == [(LONG_QUESTION, 1)])
+        assert texts_read(model)[-1] == (texts, 1, 77 if rows == [(LONG_QUESTION, 1)] else 8)
     assert len(texts_read(model)) == 3
+
+
+@pytest.mark.parametrize("fields", [BALANCED, {"method": "authors"}], ids=["balanced", "authors"])
+@each_architecture
+def test_questions_without_their_padding_choose_the_same_tokens(architecture, fields):
+    """As older code wrote it, a window always has the encoder's length."""
+    model, batch = architecture.compressed(), architecture.encode([("Is it red?", 1), ("Is it dark tan?", 1)])
+    ids, mask = batch["recovery_input_ids"], batch["recovery_attention_mask"]
+    whole = {
+        "recovery_input_ids": torch.nn.functional.pad(ids, (0, 77 - ids.shape[-1]), value=ids.max()),
+        "recovery_attention_mask": torch.nn.functional.pad(mask, (0, 77 - ids.shape[-1])),
+    }
+    assert ids.shape == (2, 1, 16)
+    found, wanted = (model.recover(**given, token_recovery=fields) for given in (batch, {**batch, **whole}))
+    for one, other in zip(found, wanted, strict=True):
+        assert one.cluster.equal(other.cluster) and one.places.equal(other.places)
+        torch.testing.assert_close(one.text_similarity, other.text_similarity)
+
+
+@pytest.mark.parametrize(
+    ("fields", "length"), [(BALANCED, 16), ({"method": "authors"}, 77)], ids=["balanced", "authors"]
+)
+@each_architecture
+def test_a_device_reads_no_further_than_the_longest_question(architecture, fields, length):
+    """The shape of the processor's ids says it: nothing is read from the device."""
+    read, batch = [], architecture.encode([("Is it red?", 1), ("Is it dark tan?", 1)])
+    with model_elsewhere(architecture, batch, fields) as (model, inputs, _):
+        model.token_recovery.text_encoder.register_forward_pre_hook(
+            lambda module, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        )
+        model.compress_inputs(**inputs, token_recovery=fields)
+    assert read == [(2, length)]

@@ -265,6 +265,20 @@ def test_pictures_of_several_requests_go_through_the_tower_together(fresh, expec
     assert answers[: len(PAIRS)] == [expected(user(question), (number,)) for number, question in PAIRS]
 
 
+def test_questions_of_other_lengths_are_padded_as_the_processor_pads_them():
+    from reccomp_hf.engines.vllm.models import _question, _RequestImage
+
+    given = [
+        (torch.tensor([[1, 5, 9, 9]]), torch.tensor([[1, 1, 1, 0]]), torch.tensor([4])),
+        (torch.tensor([[1, 5, 6, 7, 8, 9], [1, 3, 9, 9, 9, 9]]), torch.ones(2, 6, dtype=torch.long), torch.tensor([])),
+    ]
+    images = [_RequestImage(torch.empty(0), (1, 1), 4, question) for question in given]
+    question = _question(images, torch.arange(2))
+    assert question.input_ids.shape == (2, 2, 6)
+    assert question.input_ids[:, 0].tolist() == [[1, 5, 9, 9, 9, 9], [1, 5, 6, 7, 8, 9]]
+    assert question.windows.tolist() == [[True, False], [True, True]]
+
+
 METHODS = {
     "recoverable": {"merged_tokens": 4, "text_limit": "share", "text_share": 0.5, "coverage_by": "place"},
     "last": {"text_relevance": "last", "visual_layer": -1, "visual_heads": "mean"},

@@ -13,6 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from reccomp_hf.core.questions import lengthened
+
 LINE = f"{transformers.__version__.partition('.')[0]}x"
 PARTS = ("vision_tower", "multi_modal_projector", "language_model", "lm_head")
 OLDER = {"llava": "checkpoint_5x", "llava_next": "checkpoint_4x"}
@@ -78,8 +80,14 @@ def fixture_values(folder):
     with torch.no_grad():
         outputs = {name: model(**batch, token_recovery=setting) for name, setting in FIXTURE_SETTINGS.items()}
     logits = {name: output.logits[:, -8:].clone() for name, output in outputs.items()}
-    names = ("input_ids", "recovery_input_ids", "recovery_attention_mask")
-    return {**{name: batch[name] for name in names}, **logits, "ids": generate(model, batch)}
+    ids, mask = batch["recovery_input_ids"], batch["recovery_attention_mask"]
+    whole = lengthened(ids, 77)  # as earlier versions padded them
+    prompt = {
+        "input_ids": batch["input_ids"],
+        "recovery_input_ids": whole,
+        "recovery_attention_mask": torch.nn.functional.pad(mask, (0, 77 - ids.shape[-1])),
+    }
+    return {**prompt, **logits, "ids": generate(model, batch)}
 
 
 def write_fixture():

@@ -46,11 +46,15 @@ UNUSABLE_TEMPLATES = {
 }
 
 
-def clip_windows(question, length=77):
-    """The definition in plain Python: consecutive windows of length - 2 tokens, wrapped and padded on the right."""
-    tokenizer = tiny.clip_tokenizer()
-    tokens, step = tokenizer.tokenize(question), length - 2
-    bodies = [tokenizer.convert_tokens_to_ids(tokens[at : at + step]) for at in range(0, len(tokens), step)]
-    wrapped = [[tokenizer.bos_token_id, *body, tokenizer.eos_token_id] for body in bodies] or [[]]
+def clip_windows(*questions, most=77):
+    """The definition in plain Python: windows of up to 75 tokens, wrapped, padded on the right as far as needed."""
+    tokenizer, wrapped = tiny.clip_tokenizer(), []
+    for question in questions:
+        tokens = tokenizer.tokenize(question)
+        for at in range(0, len(tokens), most - 2):
+            body = tokenizer.convert_tokens_to_ids(tokens[at : at + most - 2])
+            wrapped.append([tokenizer.bos_token_id, *body, tokenizer.eos_token_id])
+    wrapped = wrapped or [[]]
+    length = next(length for length in (*range(8, most, 8), most) if length >= max(map(len, wrapped)))
     ids = [row + [tokenizer.pad_token_id] * (length - len(row)) for row in wrapped]
     return ids, [[1] * len(row) + [0] * (length - len(row)) for row in wrapped]

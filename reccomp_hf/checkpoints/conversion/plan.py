@@ -18,7 +18,7 @@ from ...core.modeling_llava import LlavaRecCompForConditionalGeneration
 from ...core.modeling_llava_next import LlavaNextRecCompForConditionalGeneration
 from ...core.processing import LlavaNextRecCompProcessor, LlavaRecCompProcessor
 from .. import hub
-from ..processors import load_config
+from ..processors import check_generation_config, load_config
 from ..weight_files import WeightFiles
 from . import shards
 from .compatibility import check_clip, check_keys, check_text_side, guess_clip, text_encoder_config
@@ -163,6 +163,7 @@ def read_source(name: str | os.PathLike[str], argument: str) -> Source:
     local = Path(name).expanduser().is_dir()
     folder = hub.resolve(name, weights=False, progress=is_progress_bar_enabled())
     config = load_config(folder)
+    check_generation_config(folder)
     check_model_type(config, argument)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{name} is quantised: convert the plain model, and quantise the result.")

@@ -12,6 +12,7 @@ from typing import Any
 from ...core.checks import is_tiled
 from ...core.counting import compressed_tokens, picture_tokens
 from ...core.rules import NO_RULE, find_rule
+from ...core.tokenizing import token_ids
 from ...data.rows import Picture
 from .questions import BadRow, Questions, RowQuestion
 
@@ -49,8 +50,7 @@ def plan_batches(questions: Questions, config: Any, section: Any, processor: Any
         good = [row for row in chunk if isinstance(row, RowQuestion)]
         bad_rows += [row for row in chunk if isinstance(row, BadRow)]
         texts = [question.text for question in good]
-        ids = processor.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
-        for question, tokens in zip(good, ids, strict=True):
+        for question, tokens in zip(good, token_ids(processor.tokenizer, texts), strict=True):
             try:
                 check_length(len(tokens), limit)
             except ValueError as error:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from ...core.words import token_ids
+from ...core.tokenizing import token_ids
 from .answers import Answer, Prepared
 from .errors import CallEnded, RequestError, too_busy
 from .requests import DEFAULT_MAX_TOKENS, ChatRequest

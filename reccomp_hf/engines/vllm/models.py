@@ -23,6 +23,7 @@ from ...core.layout import ImageLayout
 from ...core.methods.registry import reads_question
 from ...core.modeling_llava_next import tiled_layout
 from ...core.picture_tokens import Question, choose_tokens, window_mask
+from ...core.questions import lengthened
 from ...core.tensors import pack_rows
 from ...core.text_encoder import TokenRecoveryModules
 from ...core.vision import EncodedImages, needed_states, vision_states
@@ -289,11 +290,16 @@ def _batches(images: list[_RequestImage]) -> Iterator[list[int]]:
 
 
 def _question(images: list[_RequestImage], rows: Tensor) -> Question:
-    """The questions of the images, padded to the number of windows of the longest one."""
+    """The questions of the images, padded to the number of windows and the length of the longest one."""
     given = [image.question for image in images if image.question is not None]
+    length = max(mask.shape[-1] for _, mask, _ in given)
+    alike = [
+        (lengthened(ids, length), torch.nn.functional.pad(mask, (0, length - mask.shape[-1])), words)
+        for ids, mask, words in given
+    ]
     ids, mask, words = (
         torch.nn.utils.rnn.pad_sequence(list(part), batch_first=True, padding_value=padding)
-        for part, padding in zip(zip(*given, strict=True), (0, 0, NO_WORD), strict=True)
+        for part, padding in zip(zip(*alike, strict=True), (0, 0, NO_WORD), strict=True)
     )
     return Question(ids, window_mask(ids, mask), rows, words)
 

@@ -12,6 +12,7 @@ from ...checkpoints.digest import checkpoint_digest
 from ...checkpoints.processors import load_processor
 from ...core.configuration import TokenRecoveryConfig
 from ...core.counting import picture_tokens
+from ...core.tokenizing import token_ids
 from ...data.prompts import add_instruction, build_prompt
 from ..predict import Columns, Prediction, predict_by, process_state
 from ..predict.answering import Answerer, Share, answer_line, prefetch
@@ -134,7 +135,7 @@ class VllmAnswerer(Answerer):
         stock = sum(sum(picture_tokens(config, image.size)[1:]) for image in images)
         budget = question_budget(self.section, question.clip_texts)
         read = sum(count_tokens(config, budget, image.size) for image in images)
-        words = len(self.processor.tokenizer(text, verbose=False).input_ids) - len(images)
+        words = len(token_ids(self.processor.tokenizer, [text], add_special_tokens=True)[0]) - len(images)
         room = self.max_new_tokens
         try:
             for length, limit in (
