@@ -192,7 +192,7 @@ def test_another_method_brings_its_own_settings():
     start = TokenRecoveryConfig.from_preset("balanced")
     other = start.replace({"method": "cdpruner"})
     assert (other.text_relevance, other.text_relevance_sign, other.visual_layer) == ("penultimate", -1, -1)
-    assert (other.budget, other.position_ids, other.coverage_share) == (64, "original", 0.25)  # these stay
+    assert (other.budget, other.position_ids, other.coverage_share) == (64, "original", 0.125)  # these stay
     assert start.replace({"method": "cdpruner", "visual_layer": -3}).visual_layer == -3
     seeded = start.replace({"method": "random", "method_options": {"seed": 4}})
     assert seeded.options.seed == seeded.replace({"budget": 3}).options.seed == 4
