@@ -316,7 +316,7 @@ def test_arguments_that_cannot_be_used(options, message):
 def test_a_section_by_question_reads_what_was_measured():
     """The written rules give every question the setting that tuning measured for it."""
     model, processor = demo_model()
-    tuning = run(validation_samples(48), budget=None, average=14, by_question=True)
+    tuning = run(validation_samples(64), budget=None, average=14, by_question=True)
     plan = tuning.contenders["by question"].plan
     assert plan.groups and tuning.contenders["by question"].tokens <= 15
     settings = {
