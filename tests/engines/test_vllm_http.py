@@ -178,7 +178,7 @@ def test_answers_are_streamed_through_the_check(address, demo):
     events = [line.removeprefix("data: ") for line in send(address, good) if line]
     deltas = [json.loads(event)["choices"][0]["delta"] for event in events[:-1]]
     assert events[-1] == "[DONE]"
-    assert len(deltas) > 2
+    assert len(deltas) >= 2  # the role, and the words; on a busy machine all of them at once
     assert "".join(delta.get("content") or "" for delta in deltas).strip() == texts(demo, [ids])[0]
     assert send(address, {**good, "budget": 4})[0] == 400
 
