@@ -20,6 +20,7 @@ from .options import (
     add_dtype,
     add_section,
     count,
+    host_name,
     start_fields,
 )
 from .output import say
@@ -102,6 +103,7 @@ def register(commands: Any) -> None:
     add_address(command, 7860)
     command.add_argument(
         "--allow-host",
+        type=host_name,
         action="append",
         default=[],
         metavar="NAME",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import enum
+import ipaddress
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -176,6 +177,16 @@ def count(text: str) -> int:
     raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
 
 
+def host_name(text: str) -> str:
+    """Read the name or address of a host; with a scheme, a port or a path it would fit no request."""
+    name = text.strip("[]")
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(name))
+    if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", text):
+        raise argparse.ArgumentTypeError(f"expected a host, without scheme, port or path, got {text!r}")
+    return text
+
+
 def counts(text: str) -> tuple[int, ...]:
     """Read numbers of at least 1, separated by commas; repeated ones count once."""
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
@@ -320,6 +331,7 @@ __all__ = [
     "count",
     "counts",
     "file_fields",
+    "host_name",
     "image_size",
     "output_file",
     "output_image",

@@ -15,7 +15,16 @@ from typing import Any
 from .choices import SERVE_BATCH_SIZE as BATCH_SIZE
 from .choices import SERVE_SECONDS as SECONDS
 from .choices import SERVE_WAITING as WAITING
-from .options import add_address, add_checkpoint, add_command, add_cuda_graph, add_model_options, count, section_fields
+from .options import (
+    add_address,
+    add_checkpoint,
+    add_command,
+    add_cuda_graph,
+    add_model_options,
+    count,
+    host_name,
+    section_fields,
+)
 from .output import say
 
 KEY_VARIABLE = "RECCOMP_HF_API_KEY"
@@ -92,6 +101,7 @@ def register(commands: Any) -> None:
     add_address(command, 8000)
     command.add_argument(
         "--allow-urls",
+        type=host_name,
         action="append",
         default=[],
         metavar="HOST",
@@ -104,6 +114,7 @@ def register(commands: Any) -> None:
     )
     command.add_argument(
         "--allow-host",
+        type=host_name,
         action="append",
         default=[],
         metavar="NAME",

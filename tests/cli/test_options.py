@@ -87,6 +87,12 @@ def test_lists_of_budgets_and_counts():
     assert options.counts("4,1,4") == (4, 1)
 
 
+@pytest.mark.parametrize("text", ["a.example", "localhost", "A-1.example", "127.0.0.1", "::1"])
+def test_a_host_is_a_name_or_an_address(text):
+    assert options.host_name(text) == text
+    assert options.host_name("[::1]") == "::1"
+
+
 @pytest.mark.parametrize(
     ("read", "text", "message"),
     [
@@ -97,6 +103,14 @@ def test_lists_of_budgets_and_counts():
         (options.count, "0", "at least 1, got '0'"),
         (options.count, "1.5", "at least 1, got '1.5'"),
         (options.counts, "1,0", "as in 1,4,16, got '1,0'"),
+        (
+            options.host_name,
+            "http://a.example",
+            "without scheme, port or path, got 'http://a.example'",
+        ),
+        (options.host_name, "a.example:80", "got 'a.example:80'"),
+        (options.host_name, "*.example", r"got '\*.example'"),
+        (options.host_name, "", "got ''"),
         (options.image_size, "640", "width x height as in 640x480, got '640'"),
         (options.image_size, "0x480", "got '0x480'"),
     ],
