@@ -17,6 +17,8 @@ from conftest import OPEN_PORTS
 from hostile_requests import chunked, hostile, misplaced, post, statuses
 from vllm_engines import server
 from vllm_scenes import (  # noqa: F401
+    COMPACT,
+    DEMO,
     PAIRS,
     PAPER,
     QUESTIONS,
@@ -30,12 +32,8 @@ from vllm_scenes import (  # noqa: F401
 )
 
 import reccomp_hf
-from reccomp_hf.demo import checkpoint_folder
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
-
-DEMO = checkpoint_folder("demo")
-COMPACT = {"position_ids": "compact"}
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,10 @@ import pytest
 import torch
 import vllm_next
 from vllm_engines import NEW_TOKENS, ask, engine, forget, prompt, reference
-from vllm_scenes import PAIRS, QUESTIONS, SCENES, environment, loaded, requests, scene, user, wanted  # noqa: F401
-
-from reccomp_hf.demo import checkpoint_folder
+from vllm_scenes import DEMO, PAIRS, QUESTIONS, SCENES, environment, loaded, requests, scene, user, wanted  # noqa: F401
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
-DEMO = checkpoint_folder("demo")
 PARTS = {"tensor_parallel_size": 2, "mm_encoder_tp_mode": "data"}
 
 

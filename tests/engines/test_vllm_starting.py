@@ -5,6 +5,8 @@ import vllm_engines
 from vllm_engines import ask, copy_checkpoint, drop_recovery_tokenizer, engine, prompt, renamed
 from vllm_scenes import (  # noqa: F401
     BUDGET,
+    COMPACT,
+    DEMO,
     PAIRS,
     PAPER,
     SCENES,
@@ -16,12 +18,7 @@ from vllm_scenes import (  # noqa: F401
     wanted,
 )
 
-from reccomp_hf.demo import checkpoint_folder
-
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
-
-DEMO = checkpoint_folder("demo")
-COMPACT = {"position_ids": "compact"}
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,11 @@ import torch
 import vllm_engines
 from vllm_engines import prompt, reference
 
-from reccomp_hf.demo import draw_scene
+from reccomp_hf.demo import checkpoint_folder, draw_scene
 
+DEMO = checkpoint_folder("demo")
 BUDGET = 16
+COMPACT = {"position_ids": "compact"}
 QUESTIONS = (
     "What letter is on the cyan sign?",
     "How many objects are there?",
