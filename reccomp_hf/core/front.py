@@ -191,7 +191,7 @@ class FrontMixin(RecoveryModulesMixin):
     def _run_front(self, inputs: dict[str, Tensor], plan: FrontPlan) -> Choice | PictureTokens:
         """`_front`, by a recording if the model uses any.
 
-        Of questions that are on the host it reads every text once and to its end: on a GPU finding that would wait.
+        If the questions are on the host, every text is read once and to its end: on a GPU finding that would wait.
         """
         if "question" in inputs and self.token_recovery is not None and reads_are_free(inputs["question"]):
             texts, of_window = self.token_recovery.distinct_texts(
@@ -210,11 +210,11 @@ class FrontMixin(RecoveryModulesMixin):
         that stand for them, another one, for batches of up to 1,024 tokens, is the language model's prefill. Further
         tokens are decoded as before; `cache_implementation="static"` compiles that.
 
-        What cannot be recorded runs as without this call, and the reason is logged once: a dynamic number of tokens,
-        training, gradients, autocast, weights that are quantised or on other devices, modules with hooks, and other
-        devices than CUDA. A graph reads the weights where they are: changes in place are seen. Before every run the
-        addresses of the weights and the active adapters are compared with those of the time of recording; where they
-        differ, all graphs are dropped.
+        Some computations cannot be recorded; they run as before, and the reason is logged once: a dynamic number of
+        tokens, training, gradients, autocast, weights that are quantised or on other devices, modules with hooks, and
+        other devices than CUDA. A graph reads the weights where they are: changes in place are seen. Before every run
+        the addresses of the weights and the active adapters are compared with those of the time of recording; where
+        they differ, all graphs are dropped.
 
         Args:
             enabled: `False` drops all graphs and switches back.

@@ -69,7 +69,7 @@ class InnerModelMixin:
     def add_model_tags(self, tags: list[str] | str) -> None:
         """As the stock method, which TRL's trainers call when they are built; refuses the ones that lose the question.
 
-        Of others that cannot score by a reference it warns.
+        It warns of others that cannot score by a reference.
 
         Raises:
             ValueError: `grpo` or `rloo` without the mixin, while the choice of tokens reads the question.

@@ -1,4 +1,4 @@
-"""What tuning is worth on a demo model: accuracy of the chosen settings on other scenes than those of the choice.
+"""The worth of tuning on a demo model: accuracy of the chosen settings on other scenes than those of the choice.
 
 `python -m reccomp_hf.experiments.tuning demo` chooses on validation scenes without answers, by the same functions as
 `reccomp-hf tune`, asks the held-out questions in full, and prints the table.
