@@ -9,6 +9,7 @@ from .configuration import TokenRecoveryConfig
 from .layout import ImageLayout
 from .methods.registry import get_method
 from .settings import fields_text
+from .tensors import round_up
 
 _STEP = {"placeholders": 256, "newlines": 32}
 """Images of LLaVA-NeXT with as many tiles share a computation: their numbers are rounded up to multiples of these."""
@@ -48,13 +49,9 @@ class FrontPlan:
         if not layout.has_newlines:
             return self
         newlines = [length - count for length, count in zip(layout.lengths, layout.patch_counts, strict=True)]
-        most = _round_up(max(newlines), _STEP["newlines"]) if layout.keeps_newlines else 0
-        layout = layout.padded(_round_up(layout.slots.shape[1], _STEP["placeholders"]))
+        most = round_up(max(newlines), _STEP["newlines"]) if layout.keeps_newlines else 0
+        layout = layout.padded(round_up(layout.slots.shape[1], _STEP["placeholders"]))
         return dataclasses.replace(self, layout=layout, most_newlines=most)
-
-
-def _round_up(number: int, step: int) -> int:
-    return -(-number // step) * step
 
 
 __all__ = ["FrontPlan"]

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, CLIPTextConfig
 
 from .settings import is_int, shown
+from .tensors import round_up
 from .tokenizing import token_ids
 
 ANSWER_INSTRUCTIONS = (
@@ -190,7 +191,7 @@ def encode_windows(
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     longest = max((len(piece) + 2 for pieces in windows for piece in pieces), default=1)
     longest += padding != tokenizer.eos_token_id
-    tokens = length if whole else min(-(-longest // LENGTH_STEP) * LENGTH_STEP, length)
+    tokens = length if whole else min(round_up(longest, LENGTH_STEP), length)
     shape = (len(rows), max(1, *map(len, windows)), tokens)
     ids, mask = np.full(shape, padding, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     for row, pieces in enumerate(windows):

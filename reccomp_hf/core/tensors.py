@@ -78,6 +78,17 @@ def highest_precision(values: Tensor) -> Tensor:
     return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
 
 
+def precise_features(features: Tensor) -> Tensor:
+    """Features (..., N, C) for greedy choices by cosines: few dimensions in the highest precision, else float32."""
+    few = features.shape[-1] <= features.shape[-2]
+    return highest_precision(features) if few else features.to(torch.promote_types(features.dtype, torch.float32))
+
+
+def round_up(number: int, step: int) -> int:
+    """The least multiple of a step that is not below a number."""
+    return -(-number // step) * step
+
+
 def top_mask(scores: Tensor, counts: Tensor, candidates: Tensor) -> Tensor:
     """The `counts` candidates with the highest scores of each row; among equal scores the lower index wins.
 
@@ -184,7 +195,9 @@ __all__ = [
     "nonzero_first",
     "pack_rows",
     "positions",
+    "precise_features",
     "reads_are_free",
+    "round_up",
     "squared_distances",
     "top_mask",
     "used_constants",

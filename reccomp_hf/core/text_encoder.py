@@ -15,6 +15,7 @@ from .checks import check_supported
 from .compat import key_options, rename_vision_key
 from .questions import LARGEST_IS_END, LENGTH_STEP, lengthened
 from .tensor_checks import check_known_ids
+from .tensors import round_up
 
 _SKIP_LISTS = ("modules_to_not_convert", "llm_int8_skip_modules")  # TorchAO's and most others', bitsandbytes'
 
@@ -68,7 +69,7 @@ class TokenRecoveryModules(nn.Module):
             flat = torch.cat([flat, flat[:1].expand(texts - len(flat), -1)])
         if pooling == "end":
             length = self._read_length(flat)
-            flat = flat[:, : -(-length // LENGTH_STEP) * LENGTH_STEP if rounded else length]
+            flat = flat[:, : round_up(length, LENGTH_STEP) if rounded else length]
         return flat, inverse.view(input_ids.shape[:2])
 
     def embed_question(self, input_ids: Tensor, pooling: str = "end") -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .questions import ANSWER_INSTRUCTIONS
+from .tensors import round_up
 from .tokenizing import token_ids
 
 STOP_WORDS = frozenset(
@@ -62,7 +63,7 @@ def encode_words(tokenizer: Any, questions: Sequence[str | Sequence[str]]) -> np
     ids = dict(zip(words, encoded, strict=True))
     tokens = [[token for word in row for token in ids[word]] for row in rows]
     longest = max(1, *map(len, tokens)) if tokens else 1
-    table = np.full((len(rows), -(-longest // _STEP) * _STEP), NO_WORD, dtype=np.int64)
+    table = np.full((len(rows), round_up(longest, _STEP)), NO_WORD, dtype=np.int64)
     for row, own in enumerate(tokens):
         table[row, : len(own)] = own
     return table

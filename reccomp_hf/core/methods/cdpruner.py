@@ -32,7 +32,7 @@ from ..greedy import (
 )
 from ..kernels import in_one_launch
 from ..settings import Settings
-from ..tensors import highest_precision, top_mask
+from ..tensors import highest_precision, precise_features, top_mask
 from .budgets import spend
 from .contract import RELEVANCE, RecoveryMethod
 
@@ -82,7 +82,7 @@ def _widen(features: Tensor, relevance: Tensor, valid: Tensor, counts: Tensor, s
     """`largest_volume` of some rows."""
     if not steps:
         return torch.zeros_like(valid)
-    precise, weight = _precise(features), relevance.masked_fill(~valid, 0).unsqueeze(1)  # (B, N, D), (B, 1, N)
+    precise, weight = precise_features(features), relevance.masked_fill(~valid, 0).unsqueeze(1)  # (B, N, D), (B, 1, N)
     patches = precise.transpose(1, 2)  # (B, D, N)
     scale = weight / torch.linalg.vector_norm(precise, dim=-1).clamp(min=NO_LENGTH).unsqueeze(1)  # (B, 1, N)
     volume = weight.square()
@@ -98,15 +98,9 @@ def _widen(features: Tensor, relevance: Tensor, valid: Tensor, counts: Tensor, s
     return _widen_by_table(table, volume, valid, counts, steps, _NO_VOLUME)
 
 
-def _precise(features: Tensor) -> Tensor:
-    """Features in the precision in which their cosines are taken."""
-    few = features.shape[-1] <= features.shape[1]
-    return highest_precision(features) if few else features.to(torch.promote_types(features.dtype, torch.float32))
-
-
 def _widen_alone(features: Tensor, relevance: Tensor, valid: Tensor, counts: Tensor, steps: int) -> Tensor:
     """`_widen` of one image by numpy."""
-    patches, weight = _precise(features)[0].numpy(), np.where(valid[0].numpy(), relevance[0].numpy(), 0)
+    patches, weight = precise_features(features)[0].numpy(), np.where(valid[0].numpy(), relevance[0].numpy(), 0)
     scale, volume = weight / np.maximum(lengths_alone(patches), NO_LENGTH), weight * weight
     factors, picks = np.zeros((len(volume), steps)), []
     for step in range(steps):

@@ -17,7 +17,7 @@ from ..features import TokenSelection, VisualFeatures
 from ..greedy import first_picks, in_blocks, products_of_all, take_row
 from ..kernels import in_one_launch
 from ..settings import Settings
-from ..tensors import highest_precision
+from ..tensors import highest_precision, precise_features
 from .budgets import spend
 from .contract import SALIENCY, RecoveryMethod
 
@@ -44,9 +44,7 @@ def _covering_patches(states: Tensor, saliency: Tensor, valid: Tensor, counts: T
     """
     if steps == 0:
         return torch.zeros_like(valid)
-    few = states.shape[-1] <= states.shape[1]
-    precise = highest_precision(states) if few else states.to(torch.promote_types(states.dtype, torch.float32))
-    unit, weight = normalize(precise, dim=-1), highest_precision(saliency)
+    unit, weight = normalize(precise_features(states), dim=-1), highest_precision(saliency)
     return _cover(products_of_all(unit), weight, valid, counts, steps)
 
 
